@@ -1,0 +1,40 @@
+//! What the kernel and this process's privileges allow, as data: "this kernel has no flowtable" is a unit test.
+
+use serde::{Deserialize, Serialize};
+
+/// What the daemon can use here. Filled by the daemon's probes; [`Capabilities::all`] stands for a full kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// `CAP_NET_ADMIN` in the network namespace the daemon runs in.
+    pub net_admin: bool,
+    /// nf_tables with NAT, maps and `fib` in the `inet` family.
+    pub nft_nat: bool,
+    /// `ct count` (`nft_connlimit`).
+    pub nft_connlimit: bool,
+    /// `ct timeout` objects (`CONFIG_NF_CONNTRACK_TIMEOUT`).
+    pub nft_ct_timeout: bool,
+    /// `numgen` and `jhash` (`nft_numgen`, `nft_hash`).
+    pub nft_balance: bool,
+    /// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (v6.9+).
+    pub nft_owner_persist: bool,
+    /// Conntrack over netlink (`nf_conntrack_netlink`).
+    pub conntrack_netlink: bool,
+    /// IPv6 is there (`/proc/sys/net/ipv6`).
+    pub ipv6: bool,
+}
+
+impl Capabilities {
+    /// A kernel and privileges that allow everything.
+    pub const fn all() -> Self {
+        Self {
+            net_admin: true,
+            nft_nat: true,
+            nft_connlimit: true,
+            nft_ct_timeout: true,
+            nft_balance: true,
+            nft_owner_persist: true,
+            conntrack_netlink: true,
+            ipv6: true,
+        }
+    }
+}
