@@ -1,1 +1,3 @@
+//! The shunt daemon: a thin shell of kernel calls around [`proxy_core`].
 
+pub mod control;

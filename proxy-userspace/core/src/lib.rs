@@ -14,3 +14,4 @@ pub mod flow;
 pub mod plan;
 pub mod reason;
 pub mod ruleset;
+pub mod view;
