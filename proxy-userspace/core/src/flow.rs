@@ -1,1 +1,2 @@
-//! stub
+//! Flow records.
+pub mod mark;
