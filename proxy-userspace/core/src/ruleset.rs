@@ -3,11 +3,13 @@
 //! The same values are printed as an nft script ([`print()`]) and encoded as netlink messages by the daemon, so what
 //! `shunt plan --format nft` shows is what the kernel gets.
 
+mod fragment;
 pub mod names;
 mod print;
 mod skeleton;
 mod types;
 
+pub use fragment::{Context, Endpoint, FOREVER, Fragment, Marks, Member, draining, fragment, timeout_policy};
 pub use print::print;
 pub use skeleton::skeleton;
 pub use types::*;

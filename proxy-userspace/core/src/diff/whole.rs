@@ -1,0 +1,130 @@
+//! The whole table against what the kernel holds: at start, after somebody else's hand, and to verify.
+
+use std::collections::BTreeMap;
+
+use super::{Change, Changes, Fingerprint, SetState, Snapshot, batch::Batch};
+use crate::ruleset::{Chain, Element, Key, Rule, Ruleset, Set, SetKind};
+
+/// The batch that makes the kernel's table equal to `wanted`; empty when it is. Counters the kernel has are kept.
+///
+/// `fingerprint` must be the one of the shell that read `actual`.
+pub fn diff(wanted: &Ruleset, actual: &Snapshot, lock: bool, fingerprint: impl Fn(&Rule) -> Fingerprint) -> Changes {
+    if actual.table.is_none() {
+        return create(wanted, lock, None);
+    }
+    if needs_replacement(wanted, actual) {
+        let mut changes = vec![Change::DeleteTable];
+        changes.extend(create(wanted, lock, Some(actual)));
+        return changes;
+    }
+    let mut batch = Batch::default();
+    for (name, policy) in &wanted.timeouts {
+        if !actual.timeouts.contains_key(name) {
+            batch.add.push(Change::AddTimeout { name: name.clone(), policy: *policy });
+        }
+    }
+    for name in actual.timeouts.keys().filter(|name| !wanted.timeouts.contains_key(*name)) {
+        batch.delete_timeouts.push(Change::DeleteTimeout { name: name.clone() });
+    }
+    for (name, set) in &wanted.sets {
+        match actual.sets.get(name) {
+            None => {
+                batch.add.push(Change::AddSet { name: name.clone(), spec: set.spec.clone() });
+                batch.add_elements.extend(set.elements.iter().map(|(k, e)| add_element(name, set, k, e)));
+            }
+            Some(state) => elements(name, set, state, &mut batch),
+        }
+    }
+    for name in actual.sets.keys().filter(|name| !wanted.sets.contains_key(*name)) {
+        batch.delete_sets.push(Change::DeleteSet { name: name.clone() });
+    }
+    chains(&wanted.chains, actual, &fingerprint, &mut batch);
+    let mut changes = batch.into_changes();
+    let locked = actual.table.is_some_and(|t| t.locked);
+    if lock && (!locked || !changes.is_empty()) {
+        changes.insert(0, Change::AddTable { lock });
+    }
+    changes
+}
+
+/// A set or base chain of the wrong shape cannot be changed in place, nor a timeout that rules use.
+fn needs_replacement(wanted: &Ruleset, actual: &Snapshot) -> bool {
+    let set = |(name, set): (&String, &Set)| {
+        actual.sets.get(name).is_some_and(|state: &SetState| state.spec.as_ref() != Some(&set.spec))
+    };
+    let chain = |(name, chain): (&String, &Chain)| actual.chains.get(name).is_some_and(|c| c.base != chain.base);
+    let timeout = |(name, policy)| actual.timeouts.get(name).is_some_and(|p| p != policy);
+    wanted.sets.iter().any(set) || wanted.chains.iter().any(chain) || wanted.timeouts.iter().any(timeout)
+}
+
+/// The whole table from nothing, its counters going on from those of `previous`.
+fn create(wanted: &Ruleset, lock: bool, previous: Option<&Snapshot>) -> Changes {
+    let mut batch = Batch::default();
+    for (name, policy) in &wanted.timeouts {
+        batch.add.push(Change::AddTimeout { name: name.clone(), policy: *policy });
+    }
+    for (name, set) in &wanted.sets {
+        batch.add.push(Change::AddSet { name: name.clone(), spec: set.spec.clone() });
+        let old = previous.and_then(|p| p.sets.get(name));
+        for (key, element) in &set.elements {
+            let counter = old.and_then(|s| s.elements.get(key)).map_or(element.counter, |e| e.counter);
+            batch.add_elements.push(add_element(name, set, key, &Element { counter, ..element.clone() }));
+        }
+    }
+    for (name, chain) in &wanted.chains {
+        batch.add_chain(name, chain);
+    }
+    let mut changes = vec![Change::AddTable { lock }];
+    changes.extend(batch.into_changes());
+    changes
+}
+
+fn add_element(set: &str, of: &Set, key: &Key, element: &Element) -> Change {
+    Change::AddElement { set: set.into(), spec: of.spec.clone(), key: key.clone(), element: element.clone() }
+}
+
+fn elements(name: &str, set: &Set, state: &SetState, batch: &mut Batch) {
+    if matches!(set.spec.kind, SetKind::Dynamic { .. }) {
+        return;
+    }
+    for (key, old) in &state.elements {
+        let same = set.elements.get(key).is_some_and(|e| same_element(e, old));
+        if !same {
+            let (set, spec) = (name.to_owned(), set.spec.clone());
+            batch.delete_elements.push(Change::DeleteElement { set, spec, key: key.clone(), last: old.last.clone() });
+        }
+    }
+    for (key, element) in &set.elements {
+        match state.elements.get(key) {
+            Some(old) if same_element(element, old) => {}
+            Some(old) => {
+                batch.add_elements.push(add_element(name, set, key, &Element { counter: old.counter, ..element.clone() }))
+            }
+            None => batch.add_elements.push(add_element(name, set, key, element)),
+        }
+    }
+}
+
+fn same_element(wanted: &Element, actual: &super::ElementState) -> bool {
+    wanted.value == actual.value && wanted.comment == actual.comment && wanted.last == actual.last
+}
+
+fn chains(
+    wanted: &BTreeMap<String, Chain>,
+    actual: &Snapshot,
+    fingerprint: &impl Fn(&Rule) -> Fingerprint,
+    batch: &mut Batch,
+) {
+    for (name, chain) in wanted {
+        match actual.chains.get(name) {
+            None => batch.add_chain(name, chain),
+            Some(state) if chain.rules.iter().map(fingerprint).ne(state.rules.iter().cloned()) => {
+                batch.replace_rules(name, chain);
+            }
+            Some(_) => {}
+        }
+    }
+    for name in actual.chains.keys().filter(|name| !wanted.contains_key(*name)) {
+        batch.delete_chain(name);
+    }
+}
