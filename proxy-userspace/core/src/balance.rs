@@ -17,8 +17,8 @@ pub const HASH_SEED: u32 = 0x5348_4e54;
 /// Table sizes for Maglev: primes. At least 100 slots per backend keep the shares within 1 % (Eisenbud et al., NSDI 2016, §5.3).
 const MAGLEV_SIZES: [u32; 7] = [251, 509, 1021, 2039, 4093, 8191, 16381];
 
-/// Slots for hash and names, whose number of addresses is not known beforehand.
-const HASH_SLOTS: u32 = 1024;
+/// Slots for names, whose number of addresses is not known beforehand.
+const NAME_SLOTS: u32 = 1024;
 const MAX_SEQUENCE: u32 = 4096;
 const MIN_SEQUENCE: u32 = 32;
 
@@ -26,7 +26,8 @@ const MIN_SEQUENCE: u32 = 32;
 pub fn slots(balance: Balance, backends: &[Backend]) -> u32 {
     match balance {
         Balance::RoundRobin | Balance::Random | Balance::LeastConnections => sequence_slots(backends),
-        Balance::SourceHash => HASH_SLOTS,
+        // At least 16 slots per backend, a power of two.
+        Balance::SourceHash => (backends.len() as u32 * 16).next_power_of_two().clamp(256, 16_384),
         Balance::Maglev => {
             let wanted = backends.len() as u32 * 100;
             MAGLEV_SIZES.into_iter().find(|&size| size >= wanted).unwrap_or(MAGLEV_SIZES[6])
@@ -37,7 +38,7 @@ pub fn slots(balance: Balance, backends: &[Backend]) -> u32 {
 /// A multiple of the sum of the weights, so that with every backend up the shares are exact.
 fn sequence_slots(backends: &[Backend]) -> u32 {
     if backends.iter().any(|b| matches!(b.target, Target::Name { .. })) {
-        return HASH_SLOTS;
+        return NAME_SLOTS;
     }
     let divisor = backends.iter().map(|b| u32::from(b.weight)).fold(0, gcd).max(1);
     let sum: u32 = backends.iter().map(|b| u32::from(b.weight) / divisor).sum::<u32>().max(1);

@@ -43,6 +43,23 @@ impl Assembly {
     /// The whole table, for a comparison with the kernel or to be printed.
     pub fn ruleset(&self) -> Ruleset {
         let mut ruleset = self.skeleton.clone();
+        self.add_fragments(&mut ruleset);
+        ruleset
+    }
+
+    /// What the routes add to the skeleton: a script of this, loaded after one of the skeleton, makes the same table.
+    pub fn additions(&self) -> Ruleset {
+        let mut ruleset = Ruleset::default();
+        for member in self.fragments.values().flat_map(|f| &f.elements) {
+            if let Some(set) = self.skeleton.sets.get(&*member.set) {
+                ruleset.sets.insert(member.set.to_string(), set.clone());
+            }
+        }
+        self.add_fragments(&mut ruleset);
+        ruleset
+    }
+
+    fn add_fragments(&self, ruleset: &mut Ruleset) {
         for fragment in self.fragments.values() {
             ruleset.timeouts.extend(fragment.timeouts.iter().cloned());
             ruleset.chains.extend(fragment.chains.iter().cloned());
@@ -56,7 +73,6 @@ impl Assembly {
                 set.elements.insert(member.key.clone(), member.element.clone());
             }
         }
-        ruleset
     }
 
     /// The batch that brings the kernel from this assembly to the one with `updates`. Changes nothing here: see [`Self::commit`].
