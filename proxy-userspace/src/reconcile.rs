@@ -46,6 +46,8 @@ pub struct Reconciler<N> {
     /// What the kernel's counters said last, to go on from after somebody deletes the table.
     last_counters: HashMap<u32, Counters>,
     status: view::ReconcileStatus,
+    /// Something that others are shown has changed.
+    unpublished: bool,
 }
 
 /// A route the kernel serves.
@@ -196,6 +198,7 @@ impl<N: Nft> Reconciler<N> {
             }
         }
         outcome.changes = self.apply(updates)?;
+        self.unpublished = true;
         for made in served {
             self.draining.remove(&made.id);
             outcome.effects.push(Effect::Serve { id: made.id, route: Arc::clone(&made.plan.route) });
@@ -258,6 +261,7 @@ impl<N: Nft> Reconciler<N> {
             self.draining.remove(&id);
             self.ids.release(id);
             self.last_counters.remove(&id);
+            self.unpublished = true;
             return Ok(vec![Effect::Forget { id }]);
         }
         Ok(Vec::new())
@@ -270,8 +274,7 @@ impl<N: Nft> Reconciler<N> {
 
     /// A name's addresses have changed.
     pub fn resolved(&mut self, host: &str, addresses: &[IpAddr]) -> Result<Vec<Effect>, NftError> {
-        let uses = |s: &&Served| s.plan.route.backends.iter().any(|b| matches!(&b.target, Target::Name { host: h, .. } if h == host));
-        let routes: Vec<RouteName> = self.served.values().filter(uses).map(|s| s.plan.route.name.clone()).collect();
+        let routes = self.routes_with_name(host);
         self.change_pools(&routes, |pool| pool.resolved(host, addresses))
     }
 
@@ -302,6 +305,9 @@ impl<N: Nft> Reconciler<N> {
             let Some(served) = self.served.get(name) else { continue };
             let mut pool = served.pool.clone();
             let moved = change(&mut pool);
+            if pool == served.pool {
+                continue;
+            }
             if moved {
                 effects.extend(dropped_udp(served, &pool));
             }
@@ -315,6 +321,7 @@ impl<N: Nft> Reconciler<N> {
         if !updates.is_empty() {
             self.apply(updates)?;
         }
+        self.unpublished |= !changed.is_empty();
         for made in changed {
             self.served.insert(made.plan.route.name.clone(), made);
         }
@@ -333,6 +340,7 @@ impl<N: Nft> Reconciler<N> {
         }
         self.nft.apply(&changes)?;
         self.status.drift += 1;
+        self.unpublished = true;
         Ok(true)
     }
 
@@ -380,6 +388,33 @@ impl<N: Nft> Reconciler<N> {
         }
         self.last_counters = all;
         Ok(&self.last_counters)
+    }
+
+    /// True once after each change that others should be shown.
+    pub fn take_unpublished(&mut self) -> bool {
+        std::mem::take(&mut self.unpublished)
+    }
+
+    /// What to check of a route: each backend with its present addresses.
+    pub fn targets(&self, route: &RouteName) -> Vec<(Target, Vec<IpAddr>)> {
+        self.served.get(route).map(|s| s.pool.targets()).unwrap_or_default()
+    }
+
+    pub fn backend_is_up(&self, route: &RouteName, target: &Target) -> Option<bool> {
+        let name = target.to_string();
+        let backends = &self.served.get(route)?.view.backends;
+        backends.iter().find(|b| b.name == name).map(|b| b.up)
+    }
+
+    pub fn route(&self, name: &RouteName) -> Option<Arc<Route>> {
+        Some(Arc::clone(&self.served.get(name)?.plan.route))
+    }
+
+    /// The routes that have a backend of this name.
+    pub fn routes_with_name(&self, host: &str) -> Vec<RouteName> {
+        let named = |t: &Target| matches!(t, Target::Name { host: h, .. } if h == host);
+        let uses = |s: &&Served| s.plan.route.backends.iter().any(|b| named(&b.target));
+        self.served.values().filter(uses).map(|s| s.plan.route.name.clone()).collect()
     }
 
     pub fn config(&self) -> &Config {

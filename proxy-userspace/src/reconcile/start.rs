@@ -51,6 +51,7 @@ impl<N: Nft> Reconciler<N> {
             draining: Default::default(),
             last_counters: HashMap::new(),
             status: view::ReconcileStatus::default(),
+            unpublished: true,
         };
         let snapshot = reconciler.nft.snapshot()?;
         if snapshot.table.is_some_and(|t| t.owned_by_other) {
