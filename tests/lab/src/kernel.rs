@@ -1,0 +1,105 @@
+//! What the kernel says about a host or a process.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+
+use crate::{host::Host, process::run};
+
+/// `nft list ruleset` in `host`.
+pub fn nft_ruleset(host: &Host) -> Result<String> {
+    run(host.command("nft").args(["list", "ruleset"]))
+}
+
+/// Loads an nft script in `host`, atomically.
+pub fn nft_load(host: &Host, dir: &std::path::Path, script: &str) -> Result<()> {
+    let file = tempfile::Builder::new().suffix(".nft").tempfile_in(dir).context("nft script file")?;
+    fs::write(file.path(), script).context("write nft script")?;
+    run(host.command("nft").arg("-f").arg(file.path())).map(drop).with_context(|| script.to_owned())
+}
+
+/// Entries in the conntrack table of `host`.
+pub fn conntrack_count(host: &Host) -> Result<u64> {
+    let text = host.sysctl("net.netfilter.nf_conntrack_count")?;
+    text.parse().with_context(|| format!("nf_conntrack_count: {text:?}"))
+}
+
+/// Lines of `conntrack -L` in `host`; `filter` as in conntrack(8): `-p tcp --dport 80`. With bytes when accounting is on.
+pub fn conntrack_list(host: &Host, filter: &str) -> Result<Vec<String>> {
+    let listing = run(host.command("conntrack").arg("-L").args(filter.split_whitespace()))?;
+    Ok(listing.lines().map(str::to_owned).collect())
+}
+
+/// Empties the conntrack table of `host`.
+pub fn conntrack_flush(host: &Host) -> Result<()> {
+    run(host.command("conntrack").arg("-F")).map(drop)
+}
+
+/// TCP sockets of `host` that are not listening, as `ss` counts them, in any of `states` (`established`, `time-wait`, …).
+pub fn tcp_sockets(host: &Host, states: &[&str]) -> Result<usize> {
+    let mut command = host.command("ss");
+    command.args(["-Htan"]);
+    for state in states {
+        command.args(["state", state]);
+    }
+    Ok(run(&mut command)?.lines().count())
+}
+
+/// Resident memory of a process in bytes (`VmRSS`).
+pub fn resident_bytes(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid}"))?;
+    let kilobytes = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<u64>().ok())
+        .with_context(|| format!("VmRSS of process {pid}"))?;
+    Ok(kilobytes * 1024)
+}
+
+/// Open descriptors of a process.
+pub fn open_descriptors(pid: u32) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("process {pid}"))?.count())
+}
+
+/// CPU seconds, user and system, a process has used, its finished threads included.
+pub fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid}"))?;
+    // The command name may hold spaces and parentheses; fields count from its last parenthesis.
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok());
+    let (utime, stime) = ticks(11).zip(ticks(12)).with_context(|| format!("/proc/{pid}/stat: {stat:?}"))?;
+    Ok((utime + stime) as f64 / TICKS_PER_SECOND)
+}
+
+/// CPU seconds all processors have been busy since boot, interrupts included.
+pub fn busy_seconds() -> Result<f64> {
+    let stat = fs::read_to_string("/proc/stat").context("/proc/stat")?;
+    let fields: Vec<u64> = stat
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|field| field.parse().ok())
+        .collect();
+    anyhow::ensure!(fields.len() >= 8, "/proc/stat: {stat:?}");
+    // user nice system idle iowait irq softirq steal (guest time is in user already). proc_stat(5)
+    let busy = fields[0] + fields[1] + fields[2] + fields[5] + fields[6];
+    Ok(busy as f64 / TICKS_PER_SECOND)
+}
+
+/// USER_HZ: 100 on every Linux port but alpha.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Bytes the objects of a slab cache take, all namespaces together; needs root.
+pub fn slab_bytes(cache: &str) -> Result<u64> {
+    let text = fs::read_to_string("/proc/slabinfo").context("/proc/slabinfo")?;
+    let line = text.lines().find(|line| line.split_whitespace().next() == Some(cache));
+    let fields: Vec<u64> = line
+        .with_context(|| format!("no slab cache {cache}"))?
+        .split_whitespace()
+        .skip(1)
+        .map_while(|field| field.parse().ok())
+        .collect();
+    anyhow::ensure!(fields.len() >= 3, "/proc/slabinfo: {cache}: {fields:?}");
+    Ok(fields[0] * fields[2])
+}

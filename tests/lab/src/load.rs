@@ -1,0 +1,1 @@
+//! Load of our own, for what the usual tools do not measure.
