@@ -1,2 +1,0 @@
-//! Flow records.
-pub mod mark;
