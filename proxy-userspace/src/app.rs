@@ -14,7 +14,7 @@ use proxy_core::{
     capability::Capabilities,
     config::Config,
     diff::Change,
-    flow::mark::MarkLayout,
+    flow::MarkLayout,
     plan::plan,
 };
 use tokio::{

@@ -18,7 +18,7 @@ use proxy_core::{
     capability::Capabilities,
     config::{Config, Route, RouteName, Target},
     diff::{Assembly, Updates, diff},
-    flow::mark::MarkLayout,
+    flow::MarkLayout,
     plan::{Plan, RoutePlan, Unserved, replan},
     pool::{Checked, Pool},
     ruleset::{Context, draining, fragment, names},

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use proxy_core::{config::RouteName, flow::mark::MarkLayout, ruleset::Marks};
+use proxy_core::{config::RouteName, flow::MarkLayout, ruleset::Marks};
 
 #[derive(Debug)]
 pub struct Ids {

@@ -6,7 +6,7 @@ use proxy_core::{
     capability::Capabilities,
     config::{Config, RouteName},
     diff::{Assembly, Snapshot, Updates, diff},
-    flow::mark::MarkLayout,
+    flow::MarkLayout,
     plan::plan,
     pool::Pool,
     ruleset::{draining, names, skeleton},

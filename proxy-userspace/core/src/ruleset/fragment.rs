@@ -10,7 +10,7 @@ use super::{
 use crate::{
     balance,
     config::{Balance, Keepalive, Listen, Protocol, RateUnit, Route, RouteName, SourceAddress, Target},
-    flow::mark::MarkLayout,
+    flow::MarkLayout,
     plan::{RoutePlan, SharedListen},
 };
 

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     config::Protocol,
-    flow::mark::{End, MarkLayout},
+    flow::{End, MarkLayout},
     reason::Reason,
 };
 

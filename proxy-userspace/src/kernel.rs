@@ -1,0 +1,3 @@
+//! The only place of the daemon that talks to the kernel in its own tongue.
+
+pub mod conntrack;
