@@ -1,4 +1,6 @@
 //! The shunt daemon: a thin shell of kernel calls around [`proxy_core`].
 
+pub mod access_log;
 pub mod control;
 pub mod kernel;
+pub mod track;

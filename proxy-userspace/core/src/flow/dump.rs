@@ -24,6 +24,7 @@ impl FlowTable {
     /// A dump begins. `next`: when the one after it is due ([`Now::mono`]).
     pub fn begin_dump(&mut self, kind: DumpKind, next: Duration, now: Now) {
         self.timers.restart(next);
+        self.lost_before = self.counts.lost;
         self.dump_gap = next.saturating_sub(now.mono);
         if kind == DumpKind::Full {
             self.generation = self.generation.wrapping_add(1);
@@ -59,7 +60,7 @@ impl FlowTable {
         self.advance(id, entry, now);
         let Some(record) = self.flows.get_mut(&id) else { return };
         let Some(tally) = self.tallies.get_mut(&record.route) else { return };
-        record.timeout = entry.timeout;
+        record.expires = entry.timeout.map(|left| now.mono + Duration::from_secs(left.into()));
         if meter(record, entry, tally) && !adopted {
             record.last_activity = now.mono;
         }
@@ -114,7 +115,8 @@ impl FlowTable {
             self.sweep(now);
         }
         self.untracked = self.untracked_building;
-        self.stale = false;
+        // Events lost while it ran are for the next one to heal.
+        self.stale = self.counts.lost != self.lost_before;
     }
 
     fn sweep(&mut self, now: Now) {

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use super::{route::RouteInfo, timers::deadline};
 use crate::{
     config::Protocol,
     conntrack::{Entry, Traffic, Tuple},
@@ -194,8 +195,8 @@ pub struct Record {
     /// False when conntrack keeps no counters for this entry.
     pub metered: bool,
     pub state: State,
-    /// Seconds the kernel will keep the entry if no packet comes, as of the last dump.
-    pub(super) timeout: Option<u32>,
+    /// When the kernel lets the entry go if no packet comes, as of the last dump.
+    pub(super) expires: Option<Duration>,
     /// The last full dump that had the entry.
     pub(super) generation: u32,
 }
@@ -220,7 +221,7 @@ impl Record {
                 Protocol::Tcp => State::Dialing,
                 Protocol::Udp => State::Established,
             },
-            timeout: entry.timeout,
+            expires: None,
             generation: 0,
         }
     }
@@ -231,6 +232,12 @@ impl Record {
             original: Tuple { source: self.client, destination: self.listen },
             id: self.id.conntrack_id(),
         }
+    }
+
+    /// Time until something ends it, or lets go of it once it has ended, if no packet comes.
+    pub fn expires_in(&self, route: &RouteInfo, now: Now) -> Option<Duration> {
+        let cut = deadline(self, route).map(|(at, _)| at);
+        [self.expires, cut].into_iter().flatten().min().map(|at| at.saturating_sub(now.mono))
     }
 
     /// Whether `entry` counts less than this record: it is another connection under the same id.

@@ -39,6 +39,8 @@ pub struct FlowTable {
     pub(super) counts: Counts,
     /// Events are missing, or none have been asked for yet: a full dump heals it.
     pub(super) stale: bool,
+    /// [`Counts::lost`] when the present dump began.
+    pub(super) lost_before: u64,
     /// Full dumps begun.
     pub(super) generation: u32,
     /// Records that have the present generation.
@@ -66,6 +68,7 @@ impl FlowTable {
             timers: Timers::default(),
             counts: Counts::default(),
             stale: true,
+            lost_before: 0,
             generation: 0,
             current: 0,
             untracked: 0,
@@ -96,6 +99,16 @@ impl FlowTable {
 
     pub fn is_empty(&self) -> bool {
         self.flows.is_empty()
+    }
+
+    /// Records that are not ended.
+    pub fn active(&self) -> u64 {
+        self.tallies.values().map(|tally| tally.active).sum()
+    }
+
+    /// Living connections that found the table full.
+    pub fn untracked(&self) -> u64 {
+        self.untracked
     }
 
     /// The most records the table will hold.

@@ -152,11 +152,8 @@ fn refusal(what: &'static str, payload: &[u8]) -> ConntrackError {
 
 impl Conntrack for NetlinkConntrack {
     async fn readable(&self) -> Result<(), ConntrackError> {
-        let mut ready = self
-            .events
-            .readable()
-            .await
-            .map_err(|source| ConntrackError::Call { call: "epoll_wait", source })?;
+        let mut ready =
+            self.events.readable().await.map_err(|source| ConntrackError::Call { call: "epoll_wait", source })?;
         // The caller drains to the end next, which is what re-arms an edge.
         ready.clear_ready();
         Ok(())

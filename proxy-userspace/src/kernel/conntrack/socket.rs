@@ -152,9 +152,8 @@ impl RequestSocket {
     pub fn receive(&mut self) -> Result<&[u8], ConntrackError> {
         loop {
             // SAFETY: `self.buffer` outlives the call and its length is given.
-            let read = unsafe {
-                libc::recv(self.fd.as_raw_fd(), self.buffer.as_mut_ptr().cast(), self.buffer.len(), 0)
-            };
+            let read =
+                unsafe { libc::recv(self.fd.as_raw_fd(), self.buffer.as_mut_ptr().cast(), self.buffer.len(), 0) };
             match usize::try_from(read) {
                 Ok(read) => return Ok(&self.buffer[..read.min(self.buffer.len())]),
                 Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
