@@ -1,1 +1,45 @@
-fn main() {}
+//! `cargo xtask`: what one does with this repository. `cargo xtask --help` lists it.
+
+mod cargo;
+mod checks;
+mod root;
+mod setup;
+mod stop;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Tasks of the shunt repository")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Install the system packages that building and testing need (Debian, Ubuntu)
+    Setup(setup::Options),
+    /// Build everything and run all tests, on this kernel, in network namespaces of their own
+    Test(checks::TestOptions),
+    /// Everything a change must pass: formatting, lints, tests, documentation
+    Ci(checks::CiOptions),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = stop::on_signals().and_then(|()| match cli.task {
+        Task::Setup(options) => setup::run(&options),
+        Task::Test(options) => checks::test(&options),
+        Task::Ci(options) => checks::ci(&options),
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            ui::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

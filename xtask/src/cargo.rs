@@ -1,0 +1,52 @@
+//! Calls of cargo.
+
+use std::{
+    env,
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{root, stop, ui};
+
+/// Top folder of the repository.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_owned).unwrap_or_default()
+}
+
+/// A cargo command in the workspace: the cargo that runs us.
+pub fn command(args: &[&str]) -> Command {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    let mut command = Command::new(cargo);
+    command.args(args).current_dir(workspace());
+    command
+}
+
+/// Says and runs a command to its end, its output going to the terminal.
+///
+/// # Errors
+/// With `what` when it fails, or when somebody asked to stop meanwhile.
+pub fn run(what: &str, command: &mut Command) -> Result<()> {
+    stop::check()?;
+    ui::step(what);
+    let status = command.status().with_context(|| format!("start {command:?}"))?;
+    stop::check()?;
+    ensure!(status.success(), "{what}: failed ({status}); the command was {command:?}");
+    Ok(())
+}
+
+/// Lets programs that cargo starts (tests, benches) run as root while cargo itself does not, so that nothing in the
+/// target folder ends up owned by root.
+pub fn run_programs_as_root(command: &mut Command) -> Result<()> {
+    if root::is_root() {
+        return Ok(());
+    }
+    let version = Command::new("rustc").arg("-vV").output().context("start rustc")?;
+    let version = String::from_utf8_lossy(&version.stdout);
+    let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("host in `rustc -vV`")?;
+    let variable = format!("CARGO_TARGET_{}_RUNNER", host.replace('-', "_").to_uppercase());
+    command.env(variable, "sudo -E");
+    Ok(())
+}
