@@ -7,7 +7,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use proxy_core::{
@@ -24,21 +24,24 @@ use tokio::{
 };
 
 use crate::{
+    access_log::AccessLog,
     admin::{self, Listeners},
     control::{Control, RouteCommand, RouteState},
     health::Checks,
     kernel::{
         capability,
+        conntrack::NetlinkConntrack,
         nft::{KernelNft, Nft, NftError, NftMonitor},
         sysctl::{self, Restored, Settings},
     },
     logging,
     reconcile::{
-        Reconciler,
+        ReconcileError, Reconciler,
+        announce::Announcer,
         task::{Inputs, Task, failure, load, needed},
     },
     resolve::Names,
-    track,
+    track::{self, Tracker},
 };
 
 /// Why the daemon does not start or a command fails: what is wrong, how to mend it, and the exit code.
@@ -65,6 +68,18 @@ impl Refusal {
 const COMMANDS: usize = 64;
 /// Health reports, names and drained routes waiting for it, at most.
 const REPORTS: usize = 1024;
+
+/// From one dump of conntrack to the next, when that is cheap.
+const REPORTING: Duration = Duration::from_secs(2);
+
+/// Bytes of conntrack events that may wait: some 52,000 of them.
+const EVENT_QUEUE: usize = 32 << 20;
+
+/// As many flows as conntrack can hold.
+fn max_flows() -> usize {
+    let max = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max").ok();
+    max.and_then(|max| max.trim().parse().ok()).unwrap_or(262_144)
+}
 
 /// Runs the daemon until SIGTERM or SIGINT.
 pub fn run(config_file: &Path) -> Result<(), Refusal> {
@@ -115,7 +130,7 @@ struct Daemon {
     inputs: Inputs,
     control: Control,
     reload: mpsc::Sender<()>,
-    thread: track::Thread,
+    tracker: Tracker,
 }
 
 impl Daemon {
@@ -154,16 +169,26 @@ impl Daemon {
         let monitor = AsyncFd::new(monitor).map_err(|e| Refusal::refused(format!("cannot watch nftables: {e}"), None))?;
         let layout = MarkLayout::new(config.kernel.mark_mask);
         let (drained_tx, drained) = mpsc::channel(REPORTS);
-        let log_config = config.log.clone();
+        let clock = track::Clock::start();
+        let access_log = AccessLog::stdout(config.log.format, config.log.access)
+            .map_err(|e| Refusal::refused(format!("cannot write the access log: {e}"), None))?;
+        let interval = REPORTING;
+        let options = track::Options { layout, interval, max_flows: max_flows(), clock, access_log, drained: drained_tx };
         // Before the table: no connection begins unseen.
-        let (track, flows, flow_state, thread) = track::spawn(layout, &log_config, drained_tx)
-            .map_err(|e| Refusal::missing(format!("conntrack events: {e}"), "`shunt doctor` shows what is missing"))?;
-        let (reconciler, outcome, adopted) =
-            Reconciler::start(nft, config, capabilities, Instant::now()).map_err(|error| {
-                let told = failure(&error);
-                let code = if let crate::reconcile::ReconcileError::Nft(e) = &error { e.exit_code() } else { 1 };
-                Refusal { what: told.error, mend: told.hint, code }
-            })?;
+        let tracker = Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE))
+            .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))?;
+        let mut announcer = Announcer::new(tracker.inputs.clone(), clock, capabilities.nft_ct_timeout);
+        let refuse_route = |error: ReconcileError| {
+            let told = failure(&error);
+            let code = if let ReconcileError::Nft(e) = &error { e.exit_code() } else { 1 };
+            Refusal { what: told.error, mend: told.hint, code }
+        };
+        let (mut reconciler, found) =
+            Reconciler::open(nft, config, capabilities, Instant::now()).map_err(refuse_route)?;
+        announcer.announce(&found.serves).await;
+        let outcome = reconciler.install(&found).map_err(refuse_route)?;
+        let adopted = found.adopted.clone();
+        drop(found);
         tracing::info!(
             routes = outcome.added.len(),
             adopted = adopted.routes,
@@ -184,7 +209,7 @@ impl Daemon {
             log,
             checks: Checks::new(reports_tx),
             names: Names::new(resolved_tx),
-            track,
+            track: announcer,
             published,
             reloads_ok: 0,
             reloads_failed: 0,
@@ -192,9 +217,14 @@ impl Daemon {
             setting_warnings: warnings,
         };
         task.begin(outcome.effects).await;
-        let control = Control { routes: commands_tx, flows, route_state, flow_state };
+        let control = Control {
+            routes: commands_tx,
+            flows: tracker.commands.clone(),
+            route_state,
+            flow_state: tracker.state.clone(),
+        };
         let inputs = Inputs { commands, reports, resolved, drained, reload, monitor };
-        Ok(Self { task, inputs, control, reload: reload_tx, thread })
+        Ok(Self { task, inputs, control, reload: reload_tx, tracker })
     }
 
     async fn serve(mut self, listeners: Listeners) {
@@ -210,8 +240,8 @@ impl Daemon {
         tracing::info!("stopping; the kernel goes on forwarding, `shunt cleanup` would end that");
         stop_tx.send_replace(true);
         drop(tokio::join!(api, routes));
-        // Joining waits for the last lines of the access log.
-        drop(tokio::task::spawn_blocking(move || self.thread.stop()).await);
+        // Waits for the last lines of the access log.
+        self.tracker.stop().await;
     }
 
     fn verify(&mut self) {

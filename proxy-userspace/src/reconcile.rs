@@ -2,6 +2,7 @@
 //!
 //! A reload is all or nothing: everything that can fail without the kernel is done first, and then one atomic batch.
 
+pub mod announce;
 mod ids;
 mod start;
 pub mod task;
@@ -17,7 +18,7 @@ use std::{
 use proxy_core::{
     capability::Capabilities,
     config::{Config, Route, RouteName, Target},
-    diff::{Assembly, Updates, diff},
+    diff::{Assembly, Ownership, Updates, diff},
     flow::MarkLayout,
     plan::{Plan, RoutePlan, Unserved, replan},
     pool::{Checked, Pool},
@@ -80,8 +81,6 @@ pub struct Counters {
 /// What the owner of the flow table must hear about.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
-    /// A route is served, or served differently from now on.
-    Serve { id: u32, route: Arc<Route> },
     /// Its connections may last until `deadline`.
     Drain { id: u32, name: RouteName, deadline: Instant },
     /// Nothing is left of it.
@@ -113,9 +112,23 @@ pub struct Outcome {
     pub effects: Vec<Effect>,
 }
 
+/// A change that is sound and has its ids, before the kernel hears of it: given to [`Reconciler::carry_out`].
+#[derive(Debug)]
+pub struct Prepared {
+    began: Instant,
+    config: Config,
+    plan: Plan,
+    next: Vec<Arc<RoutePlan>>,
+    gone: Vec<Arc<RoutePlan>>,
+    /// Ids given for it, to be given back when it fails.
+    fresh: Vec<u32>,
+    added: Vec<RouteName>,
+    changed: Vec<RouteName>,
+}
+
 impl<N: Nft> Reconciler<N> {
-    /// Makes the kernel serve `config`. On any error nothing has changed, here or in the kernel.
-    pub fn reload(&mut self, config: Config, now: Instant) -> Result<Outcome, ReconcileError> {
+    /// Everything about a new configuration that can fail without the kernel.
+    pub fn prepare(&mut self, config: Config) -> Result<Prepared, ReconcileError> {
         let began = Instant::now();
         if config.kernel != self.config.kernel {
             return Err(ReconcileError::NeedsRestart("[kernel]"));
@@ -129,24 +142,35 @@ impl<N: Nft> Reconciler<N> {
             return Err(ReconcileError::Unserved(unserved));
         }
         let (old, new) = differing(&self.plan, &plan);
-        let mut outcome = Outcome::default();
         let kept: HashSet<&RouteName> = new.iter().map(|r| &r.route.name).collect();
-        let gone: Vec<Arc<RoutePlan>> = old.iter().filter(|r| !kept.contains(&r.route.name)).cloned().collect();
-        let mut next = Vec::new();
+        let gone = old.iter().filter(|r| !kept.contains(&r.route.name)).cloned().collect();
+        let (mut next, mut added, mut changed) = (Vec::new(), Vec::new(), Vec::new());
         for route in new {
             match self.served.get(&route.route.name) {
                 Some(served) if served.plan.route.fingerprint == route.route.fingerprint => continue,
-                Some(_) => outcome.changed.push(route.route.name.clone()),
-                None => outcome.added.push(route.route.name.clone()),
+                Some(_) => changed.push(route.route.name.clone()),
+                None => added.push(route.route.name.clone()),
             }
             next.push(Arc::clone(route));
         }
         let fresh = self.obtain_ids(&next)?;
-        let result = self.replace(&next, &gone, now, &mut outcome);
-        if result.is_err() {
+        Ok(Prepared { began, config, plan, next, gone, fresh, added, changed })
+    }
+
+    /// The routes that a prepared change serves anew, with their ids.
+    pub fn serves(&self, prepared: &Prepared) -> Vec<(u32, Arc<Route>)> {
+        let id = |plan: &Arc<RoutePlan>| Some((self.ids.id(&plan.route.name)?, Arc::clone(&plan.route)));
+        prepared.next.iter().filter_map(id).collect()
+    }
+
+    /// Makes the kernel serve it. On an error nothing has changed, here or in the kernel.
+    pub fn carry_out(&mut self, prepared: Prepared, now: Instant) -> Result<Outcome, ReconcileError> {
+        let Prepared { began, config, plan, next, gone, fresh, added, changed } = prepared;
+        let mut outcome = Outcome { added, changed, ..Outcome::default() };
+        if let Err(error) = self.replace(&next, &gone, now, &mut outcome) {
             fresh.into_iter().for_each(|id| self.ids.release(id));
+            return Err(error);
         }
-        result?;
         self.config = config;
         self.plan = plan;
         outcome.apply = began.elapsed();
@@ -201,7 +225,6 @@ impl<N: Nft> Reconciler<N> {
         self.unpublished = true;
         for made in served {
             self.draining.remove(&made.id);
-            outcome.effects.push(Effect::Serve { id: made.id, route: Arc::clone(&made.plan.route) });
             self.served.insert(made.plan.route.name.clone(), made);
         }
         for plan in gone {
@@ -334,7 +357,7 @@ impl<N: Nft> Reconciler<N> {
         let mut wanted = self.assembly.ruleset();
         self.seed_counters(&mut wanted);
         let nft = &self.nft;
-        let changes = diff(&wanted, &snapshot, self.locks(), |rule| nft.fingerprint(rule));
+        let changes = diff(&wanted, &snapshot, self.ownership(true), |rule| nft.fingerprint(rule));
         if changes.is_empty() {
             return Ok(false);
         }
@@ -344,8 +367,13 @@ impl<N: Nft> Reconciler<N> {
         Ok(true)
     }
 
-    fn locks(&self) -> bool {
-        self.config.kernel.lock_table && self.capabilities.nft_owner_persist
+    /// `running`: the table is this process's already, if it is locked.
+    fn ownership(&self, running: bool) -> Ownership {
+        match (self.config.kernel.lock_table && self.capabilities.nft_owner_persist, running) {
+            (false, _) => Ownership::Shared,
+            (true, false) => Ownership::Take,
+            (true, true) => Ownership::Keep,
+        }
     }
 
     /// Counters of a table that somebody deleted go on from what was read last.

@@ -7,7 +7,7 @@ mod whole;
 
 pub use assembly::{Assembly, Updates};
 pub use snapshot::*;
-pub use whole::diff;
+pub use whole::{Ownership, diff};
 
 use crate::ruleset::{Chain, Element, Key, Rule, SetSpec, TimeoutPolicy};
 

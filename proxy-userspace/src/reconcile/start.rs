@@ -1,15 +1,15 @@
 //! Start: adopt what a daemon before this one left in the kernel, make it what the configuration wants, and verify.
 
-use std::{collections::HashMap, time::Instant};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use proxy_core::{
     capability::Capabilities,
-    config::{Config, RouteName},
+    config::{Config, Route, RouteName},
     diff::{Assembly, Snapshot, Updates, diff},
     flow::MarkLayout,
-    plan::plan,
+    plan::{RoutePlan, plan},
     pool::Pool,
-    ruleset::{draining, names, skeleton},
+    ruleset::{Key, KeyPart, draining, names, skeleton},
     view,
 };
 
@@ -25,14 +25,24 @@ pub struct Adopted {
     pub draining: usize,
 }
 
+/// The kernel as it was found, for [`Reconciler::install`].
+#[derive(Debug)]
+pub struct Found {
+    began: Instant,
+    snapshot: Snapshot,
+    pub adopted: Adopted,
+    /// The routes to be served, with their ids.
+    pub serves: Vec<(u32, Arc<Route>)>,
+}
+
 impl<N: Nft> Reconciler<N> {
-    /// Installs `config`. On an error the kernel is as it was.
-    pub fn start(
+    /// Plans `config` and reads what the kernel holds. Changes nothing: [`Self::install`] does.
+    pub fn open(
         nft: N,
         config: Config,
         capabilities: Capabilities,
         now: Instant,
-    ) -> Result<(Self, Outcome, Adopted), ReconcileError> {
+    ) -> Result<(Self, Found), ReconcileError> {
         let began = Instant::now();
         let layout = MarkLayout::new(config.kernel.mark_mask);
         let plan = plan(&config, &capabilities);
@@ -58,12 +68,11 @@ impl<N: Nft> Reconciler<N> {
             return Err(NftError::OwnedByOther.into());
         }
         let adopted = reconciler.adopt(&snapshot, now);
-        let mut outcome = reconciler.install(&snapshot)?;
-        outcome.apply = began.elapsed();
-        reconciler.status.last_apply_ms = outcome.apply.as_secs_f64() * 1e3;
-        reconciler.status.last_changes = outcome.changes;
-        reconciler.status.ok = 1;
-        Ok((reconciler, outcome, adopted))
+        let plans = reconciler.plan.routes.clone();
+        reconciler.obtain_ids(&plans)?;
+        let id = |plan: &Arc<RoutePlan>| Some((reconciler.ids.id(&plan.route.name)?, Arc::clone(&plan.route)));
+        let serves = plans.iter().filter_map(id).collect();
+        Ok((reconciler, Found { began, snapshot, adopted, serves }))
     }
 
     /// Takes the ids over that live connections carry in their marks, if the table is of this build's shape and mask.
@@ -95,19 +104,17 @@ impl<N: Nft> Reconciler<N> {
         adopted
     }
 
-    fn install(&mut self, snapshot: &Snapshot) -> Result<Outcome, ReconcileError> {
+    /// Makes the kernel's table the one the configuration wants. On an error the kernel is as it was.
+    pub fn install(&mut self, found: &Found) -> Result<Outcome, ReconcileError> {
         let mut outcome = Outcome::default();
-        let plans = self.plan.routes.clone();
-        self.obtain_ids(&plans)?;
-        let refused_before = snapshot.sets.get(names::NO_BACKEND);
+        let refused_before = found.snapshot.sets.get(names::NO_BACKEND);
         let mut updates = Updates::new();
-        for plan in &plans {
+        for plan in self.plan.routes.clone() {
             let Some(id) = self.ids.id(&plan.route.name) else { continue };
-            let key = proxy_core::ruleset::Key::new(&[proxy_core::ruleset::KeyPart::Mark(self.mark(id))]);
-            let counts_no_backend = refused_before.is_some_and(|set| set.elements.contains_key(&key));
-            let served = self.make(id, plan, Pool::new(&plan.route), counts_no_backend);
+            let counts_no_backend =
+                refused_before.is_some_and(|set| set.elements.contains_key(&Key::new(&[KeyPart::Mark(self.mark(id))])));
+            let served = self.make(id, &plan, Pool::new(&plan.route), counts_no_backend);
             updates.insert(id, Some(self.fragment(&served)));
-            outcome.effects.push(Effect::Serve { id, route: std::sync::Arc::clone(&plan.route) });
             outcome.added.push(plan.route.name.clone());
             self.served.insert(plan.route.name.clone(), served);
         }
@@ -117,7 +124,11 @@ impl<N: Nft> Reconciler<N> {
             outcome.effects.push(Effect::Drain { id, name, deadline });
         }
         self.assembly.commit(updates);
-        outcome.changes = self.equalize(snapshot)?;
+        outcome.changes = self.equalize(&found.snapshot)?;
+        outcome.apply = found.began.elapsed();
+        self.status.last_apply_ms = outcome.apply.as_secs_f64() * 1e3;
+        self.status.last_changes = outcome.changes;
+        self.status.ok = 1;
         Ok(outcome)
     }
 
@@ -125,7 +136,7 @@ impl<N: Nft> Reconciler<N> {
     fn equalize(&mut self, snapshot: &Snapshot) -> Result<usize, NftError> {
         let wanted = self.assembly.ruleset();
         let nft = &self.nft;
-        let changes = diff(&wanted, snapshot, self.locks(), |rule| nft.fingerprint(rule));
+        let changes = diff(&wanted, snapshot, self.ownership(false), |rule| nft.fingerprint(rule));
         drop(wanted);
         if !changes.is_empty() {
             self.nft.apply(&changes)?;
@@ -137,7 +148,7 @@ impl<N: Nft> Reconciler<N> {
     pub fn verify(&mut self) -> Result<usize, NftError> {
         let snapshot = self.nft.snapshot()?;
         let nft = &self.nft;
-        let locks = self.locks();
-        Ok(diff(&self.assembly.ruleset(), &snapshot, locks, |rule| nft.fingerprint(rule)).len())
+        let ownership = self.ownership(true);
+        Ok(diff(&self.assembly.ruleset(), &snapshot, ownership, |rule| nft.fingerprint(rule)).len())
     }
 }

@@ -16,17 +16,16 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::{Effect, Outcome, ReconcileError, Reconciler};
+use super::{Effect, Outcome, ReconcileError, Reconciler, announce::Announcer};
 use crate::{
     control::{Reply, RouteCommand, RouteState},
     health::{Checks, Report},
     kernel::{
-        nft::{Nft, NftMonitor},
+        nft::{MonitorNews, Nft, NftError, NftMonitor},
         sysctl::{self, Settings},
     },
     logging::LogHandle,
     resolve::{Names, Resolved},
-    track::TrackHandle,
 };
 
 /// What the loop listens to.
@@ -51,7 +50,7 @@ pub struct Task<N> {
     pub log: LogHandle,
     pub checks: Checks,
     pub names: Names,
-    pub track: TrackHandle,
+    pub track: Announcer,
     pub published: watch::Sender<Arc<RouteState>>,
     pub reloads_ok: u64,
     pub reloads_failed: u64,
@@ -74,9 +73,9 @@ impl<N: Nft> Task<N> {
                 _ = stop.changed() => return,
                 Some(command) = inputs.commands.recv() => self.command(command).await,
                 Some(()) = inputs.reload.recv() => drop(self.reload().await),
-                Some(report) = inputs.reports.recv() => self.report(&report),
-                Some(resolved) = inputs.resolved.recv() => self.resolved(resolved),
-                Some(id) = inputs.drained.recv() => self.drained(id),
+                Some(report) = inputs.reports.recv() => self.report(&report).await,
+                Some(resolved) = inputs.resolved.recv() => self.resolved(resolved).await,
+                Some(id) = inputs.drained.recv() => self.drained(id).await,
                 ready = inputs.monitor.readable_mut() => match ready {
                     Ok(mut guard) => {
                         let news = guard.get_inner_mut().drain();
@@ -154,11 +153,13 @@ impl<N: Nft> Task<N> {
         let settings = Settings::default().apply(&needed(&config), &self.settings_record);
         let settings = settings.map_err(|e| view::Failure { error: e.to_string(), hint: Some(e.mend()) })?;
         let log = config.log.clone();
-        let outcome = self.reconciler.reload(config, Instant::now()).map_err(|e| failure(&e))?;
+        let prepared = self.reconciler.prepare(config).map_err(|e| failure(&e))?;
+        self.track.announce(&self.reconciler.serves(&prepared)).await;
+        let outcome = self.reconciler.carry_out(prepared, Instant::now()).map_err(|e| failure(&e))?;
         if let Err(error) = self.log.apply(&log) {
             tracing::warn!(%error, "the log stays as it was");
         }
-        self.track.set_access_log(log).await;
+        self.track.access_log(&log).await;
         self.setting_warnings.extend(settings.warnings);
         let names = |names: &[RouteName]| names.iter().map(ToString::to_string).collect();
         let Outcome { added, changed, removed, changes, apply, effects } = outcome;
@@ -195,7 +196,7 @@ impl<N: Nft> Task<N> {
         }
     }
 
-    fn report(&mut self, report: &Report) {
+    async fn report(&mut self, report: &Report) {
         let before = self.up(&report.route, &report.target);
         let effects = self.reconciler.checked(&report.route, &report.target, &report.checked);
         let after = self.up(&report.route, &report.target);
@@ -206,33 +207,33 @@ impl<N: Nft> Task<N> {
                 Err(why) => tracing::warn!(%route, %backend, why, "backend is down"),
             }
         }
-        self.settle(effects);
+        self.settle(effects).await;
     }
 
     fn up(&self, route: &RouteName, target: &Target) -> Option<bool> {
         self.reconciler.backend_is_up(route, target)
     }
 
-    fn resolved(&mut self, resolved: Resolved) {
+    async fn resolved(&mut self, resolved: Resolved) {
         match resolved.result {
             Ok(addresses) => {
                 let effects = self.reconciler.resolved(&resolved.host, &addresses);
                 let routes = self.reconciler.routes_with_name(&resolved.host);
                 self.watch_hosts(&routes);
-                self.settle(effects);
+                self.settle(effects).await;
             }
             Err(why) => tracing::warn!(name = resolved.host, why, "backend name not resolved; its last addresses stay"),
         }
     }
 
-    fn drained(&mut self, id: u32) {
+    async fn drained(&mut self, id: u32) {
         let effects = self.reconciler.drained(id);
-        self.settle(effects);
+        self.settle(effects).await;
     }
 
-    fn settle(&mut self, effects: Result<Vec<Effect>, crate::kernel::nft::NftError>) {
+    async fn settle(&mut self, effects: Result<Vec<Effect>, NftError>) {
         match effects {
-            Ok(effects) => self.track.try_forward(effects),
+            Ok(effects) => self.forward(effects).await,
             Err(error) => tracing::error!(%error, "nftables refused a change; it is tried again with the next one"),
         }
     }
@@ -261,9 +262,10 @@ impl<N: Nft> Task<N> {
         }
     }
 
-    fn foreign_hand(&mut self, news: Result<crate::kernel::nft::MonitorNews, crate::kernel::nft::NftError>) {
+    fn foreign_hand(&mut self, news: Result<MonitorNews, NftError>) {
         match news {
-            Ok(news) if !news.foreign && !news.overrun => return,
+            Ok(news) if !news.foreign_change && !news.overrun => return,
+            Ok(MonitorNews { process: Some((name, pid)), .. }) => tracing::warn!(name, pid, "a process changed table inet shunt"),
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "nftables events were lost"),
         }

@@ -5,15 +5,33 @@ use std::collections::BTreeMap;
 use super::{Change, Changes, Fingerprint, SetState, Snapshot, batch::Batch};
 use crate::ruleset::{Chain, Element, Key, Rule, Ruleset, Set, SetKind};
 
+/// Who may change the table beside shunt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ownership {
+    /// Anybody.
+    Shared,
+    /// Nobody: the table is to be locked, and taken over if a daemon before left it locked.
+    Take,
+    /// Nobody, and this process has it already.
+    Keep,
+}
+
 /// The batch that makes the kernel's table equal to `wanted`; empty when it is. Counters the kernel has are kept.
 ///
 /// `fingerprint` must be the one of the shell that read `actual`.
-pub fn diff(wanted: &Ruleset, actual: &Snapshot, lock: bool, fingerprint: impl Fn(&Rule) -> Fingerprint) -> Changes {
-    if actual.table.is_none() {
-        return create(wanted, lock, None);
-    }
-    if needs_replacement(wanted, actual) {
-        let mut changes = vec![Change::DeleteTable];
+pub fn diff(
+    wanted: &Ruleset,
+    actual: &Snapshot,
+    ownership: Ownership,
+    fingerprint: impl Fn(&Rule) -> Fingerprint,
+) -> Changes {
+    let lock = ownership != Ownership::Shared;
+    let Some(table) = actual.table else { return create(wanted, lock, None) };
+    // A lock can be taken over, but not put on a table, nor taken off it (`nf_tables_updtable`, v6.9).
+    let take_over = (table.locked && ownership != Ownership::Keep).then_some(Change::AddTable { lock: true });
+    if table.locked != lock || needs_replacement(wanted, actual) {
+        let mut changes: Changes = take_over.into_iter().collect();
+        changes.push(Change::DeleteTable);
         changes.extend(create(wanted, lock, Some(actual)));
         return changes;
     }
@@ -39,12 +57,7 @@ pub fn diff(wanted: &Ruleset, actual: &Snapshot, lock: bool, fingerprint: impl F
         batch.delete_sets.push(Change::DeleteSet { name: name.clone() });
     }
     chains(&wanted.chains, actual, &fingerprint, &mut batch);
-    let mut changes = batch.into_changes();
-    let locked = actual.table.is_some_and(|t| t.locked);
-    if lock && (!locked || !changes.is_empty()) {
-        changes.insert(0, Change::AddTable { lock });
-    }
-    changes
+    take_over.into_iter().chain(batch.into_changes()).collect()
 }
 
 /// A set or base chain of the wrong shape cannot be changed in place, nor a timeout that rules use.
