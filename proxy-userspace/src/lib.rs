@@ -3,7 +3,9 @@
 pub mod access_log;
 pub mod admin;
 pub mod app;
+pub mod cli;
 pub mod control;
+pub mod doctor;
 pub mod health;
 pub mod kernel;
 pub mod logging;

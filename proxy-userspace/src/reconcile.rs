@@ -6,7 +6,7 @@ pub mod announce;
 mod ids;
 mod start;
 pub mod task;
-mod views;
+pub mod views;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

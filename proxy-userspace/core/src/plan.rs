@@ -1,5 +1,6 @@
 //! Which engine serves each route, and why not a cheaper one: pure, from the configuration and what the kernel allows.
 
+mod preview;
 mod refusal;
 
 use std::sync::Arc;
@@ -131,7 +132,7 @@ fn listens(config: &Config, index: usize) -> (Vec<Listen>, Vec<SharedListen>) {
     let route = &config.routes[index];
     let (mut own, mut shared) = (Vec::new(), Vec::new());
     for &listen in &route.listen {
-        let mut members: Vec<usize> = route.shares_port_with.clone();
+        let mut members: Vec<usize> = route.shares_port_with.to_vec();
         members.retain(|&other| config.routes[other].listen.contains(&listen));
         if members.is_empty() {
             own.push(listen);

@@ -23,6 +23,11 @@ impl Sysctl {
         Self(path.into())
     }
 
+    /// The interface of `net/<family>/conf/<interface>/<setting>`.
+    pub(crate) fn interface(&self) -> Option<&str> {
+        self.0.split('/').nth(3)
+    }
+
     fn file(&self, root: &Path) -> PathBuf {
         root.join(&self.0)
     }
@@ -104,8 +109,13 @@ impl Settings {
             .map_err(|source| SysctlError::Write { name: name.clone(), value: value.to_owned(), source })
     }
 
+    /// Whether [`Settings::write`] would be allowed. Writes nothing.
+    pub fn writable(&self, name: &Sysctl) -> bool {
+        fs::OpenOptions::new().write(true).open(name.file(&self.root)).is_ok()
+    }
+
     /// The settings `net/<family>/conf/<interface>/<setting>` that exist, with their values.
-    fn per_interface(&self, family: &str, setting: &str) -> Vec<(Sysctl, String)> {
+    pub(crate) fn per_interface(&self, family: &str, setting: &str) -> Vec<(Sysctl, String)> {
         let Ok(interfaces) = fs::read_dir(self.root.join(format!("net/{family}/conf"))) else { return Vec::new() };
         let mut found: Vec<_> = interfaces
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
@@ -115,6 +125,11 @@ impl Settings {
         found.sort();
         found
     }
+}
+
+/// The file beside the admin socket in which [`Settings::apply`] keeps what was before.
+pub fn record_beside(socket: &Path) -> PathBuf {
+    socket.with_file_name("restore.json")
 }
 
 /// One setting shunt needs.
@@ -237,8 +252,8 @@ impl Settings {
             .into_iter()
             .filter(|(_, value)| value == "1")
             .filter_map(|(name, _)| {
-                let interface = name.0.split('/').nth(3)?.to_owned();
-                learnt.contains(&interface).then(|| {
+                let interface = name.interface()?;
+                learnt.iter().any(|known| known == interface).then(|| {
                     format!(
                         "{interface} gets its IPv6 routes by router advertisements, which a forwarding host ignores while \
                          {name} is 1: set it to 2 (sysctl -w {name}=2)"

@@ -200,7 +200,10 @@ fn split(bytes: &[u8]) -> Option<(Reply<'_>, &[u8])> {
     let length = u32_at(bytes, 0)? as usize;
     let payload = bytes.get(HEADER..length)?;
     let kind = u16_at(bytes, 4)?;
-    let error = (kind == libc::NLMSG_ERROR as u16).then(|| u32_at(payload, 0).map(|code| (code as i32).wrapping_neg()))?;
+    let error = match kind == libc::NLMSG_ERROR as u16 {
+        true => Some((u32_at(payload, 0)? as i32).wrapping_neg()),
+        false => None,
+    };
     let rest = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
     Some((Reply { kind, sequence: u32_at(bytes, 8)?, error, payload }, rest))
 }
@@ -246,6 +249,19 @@ mod tests {
         assert_eq!(found[1], (9, &[0, 0, 0, 5][..]));
         assert_eq!(found[2].0, 4);
         assert_eq!(attributes(found[2].1).collect::<Vec<_>>(), [(1, &b"x"[..])]);
+    }
+
+    #[test]
+    fn the_messages_of_a_datagram_are_told_apart() {
+        let mut bytes = Message::new(1, 2, 3, 0).string(7, "abc").encode(6);
+        let first = bytes.len();
+        bytes.extend([20, 0, 0, 0, libc::NLMSG_ERROR as u8, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0]);
+        bytes.extend((-libc::ENOENT).to_ne_bytes());
+        let (reply, rest) = split(&bytes).expect("an object");
+        assert_eq!((reply.kind, reply.sequence, reply.error), (0x0102, 6, None));
+        assert_eq!(rest.len(), bytes.len() - first);
+        let (reply, rest) = split(rest).expect("an error");
+        assert_eq!((reply.sequence, reply.error, rest.len()), (9, Some(libc::ENOENT), 0));
     }
 
     #[test]
