@@ -3,6 +3,7 @@
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use proxy_core::view;
+pub use proxy_core::flow::{AGE_BUCKETS, AgeHistogram};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// What the admin API and the CLI can reach. Cheap to clone.
@@ -55,7 +56,7 @@ pub struct ConnectionFilter {
 pub struct RouteState {
     pub ready: bool,
     pub config_file: String,
-    pub routes: Vec<view::Route>,
+    pub routes: Vec<Arc<view::Route>>,
     pub reconcile: view::ReconcileStatus,
     pub reloads_ok: u64,
     pub reloads_failed: u64,
@@ -73,13 +74,4 @@ pub struct FlowState {
     pub ages: HashMap<String, AgeHistogram>,
     pub conntrack: view::ConntrackStatus,
     pub warnings: Vec<String>,
-}
-
-/// Upper bounds in seconds of the age histogram.
-pub const AGE_BUCKETS: [f64; 10] = [0.01, 0.1, 1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 28800.0, 86400.0];
-
-#[derive(Debug, Clone, Copy, Default)]
-pub struct AgeHistogram {
-    pub counts: [u64; AGE_BUCKETS.len() + 1],
-    pub sum_seconds: f64,
 }

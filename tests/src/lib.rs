@@ -1,3 +1,41 @@
-//! Scenarios of shunt on the real kernel. The lab they run in is [`shunt_lab`], re-exported as [`lab`].
+//! What the tests of shunt's kernel shell share. The lab itself is `shunt_lab`.
 
-pub use shunt_lab as lab;
+use std::{
+    io::Write,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::sched::{CloneFlags, unshare};
+
+/// Runs `work` on a thread of its own in a network namespace of its own, which goes with the thread.
+pub fn in_new_namespace<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).context("unshare(CLONE_NEWNET): run as root, or through `cargo xtask test`")?;
+        Ok(work())
+    });
+    match thread.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// `nft -f -` in the calling thread's namespace.
+pub fn nft_load(script: &str) -> Result<()> {
+    let mut nft = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    nft.stdin.take().context("stdin")?.write_all(script.as_bytes())?;
+    let output = nft.wait_with_output()?;
+    if !output.status.success() {
+        bail!("nft -f: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+/// `nft list table inet shunt` in the calling thread's namespace.
+pub fn nft_listing() -> Result<String> {
+    let output = Command::new("nft").args(["list", "table", "inet", "shunt"]).output()?;
+    if !output.status.success() {
+        bail!("nft list: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}

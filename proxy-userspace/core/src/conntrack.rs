@@ -75,6 +75,8 @@ pub struct Entry {
     pub traffic_out: Option<Traffic>,
     /// Wall-clock start in nanoseconds since the epoch, with `nf_conntrack_timestamp`.
     pub started_ns: Option<u64>,
+    /// Wall-clock end, in `Destroy` events, with `nf_conntrack_timestamp`.
+    pub stopped_ns: Option<u64>,
 }
 
 impl Entry {

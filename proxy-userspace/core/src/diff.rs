@@ -1,8 +1,13 @@
 //! The difference between the ruleset shunt wants and the one the kernel holds, as the messages of one atomic batch.
 
+mod assembly;
+mod batch;
 mod snapshot;
+mod whole;
 
+pub use assembly::{Assembly, Updates};
 pub use snapshot::*;
+pub use whole::{Ownership, diff};
 
 use crate::ruleset::{Chain, Element, Key, Rule, SetSpec, TimeoutPolicy};
 

@@ -12,6 +12,7 @@ pub mod conntrack;
 pub mod diff;
 pub mod flow;
 pub mod plan;
+pub mod pool;
 pub mod reason;
 pub mod ruleset;
 pub mod view;

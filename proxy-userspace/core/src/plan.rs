@@ -1,1 +1,152 @@
-//! stub
+//! Which engine serves each route, and why not a cheaper one: pure, from the configuration and what the kernel allows.
+
+mod preview;
+mod refusal;
+
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+pub use refusal::{Capability, Need, Refusal};
+
+use crate::{
+    capability::Capabilities,
+    config::{Config, Engine, EngineChoice, Listen, Route, RouteName},
+};
+
+/// One entry per route, in file order.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Plan {
+    pub routes: Vec<Arc<RoutePlan>>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct RoutePlan {
+    pub route: Arc<Route>,
+    /// `None`: no engine of this build can serve the route here.
+    pub engine: Option<Engine>,
+    /// Engines ruled out, in order of preference, with every reason.
+    pub refused: Vec<(Engine, Refusal)>,
+    /// The listen addresses this route has for itself.
+    pub own_listens: Vec<Listen>,
+    /// The ones it shares with other routes and is the first of: it carries them.
+    pub shared_listens: Vec<SharedListen>,
+    /// `ct timeout` objects can be used.
+    pub ct_timeouts: bool,
+}
+
+/// One listen address, and the routes that share it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SharedListen {
+    pub listen: Listen,
+    /// In file order.
+    pub members: Vec<SharedBy>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct SharedBy {
+    pub route: RouteName,
+    /// Empty: every client (the port's default route).
+    pub client: Vec<IpNet>,
+}
+
+/// A route that nothing in this build can serve.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("route \"{route}\": no engine can serve it here: {}", listed(.refused))]
+pub struct Unserved {
+    pub route: RouteName,
+    pub refused: Vec<(Engine, Refusal)>,
+}
+
+fn listed(refused: &[(Engine, Refusal)]) -> String {
+    refused.iter().map(|(engine, refusal)| format!("{engine}: {refusal}")).collect::<Vec<_>>().join("; ")
+}
+
+impl Plan {
+    /// The routes without an engine; empty for a plan that can be carried out.
+    pub fn unserved(&self) -> Vec<Unserved> {
+        let broken = self.routes.iter().filter(|r| r.engine.is_none());
+        broken.map(|r| Unserved { route: r.route.name.clone(), refused: r.refused.clone() }).collect()
+    }
+}
+
+impl RoutePlan {
+    /// Why this engine, in one sentence.
+    pub fn because(&self) -> String {
+        match (self.engine, self.route.engine) {
+            (None, _) => "no engine of this build can serve it".into(),
+            (Some(engine), EngineChoice::Forced(_)) => format!("the configuration says engine = \"{engine}\""),
+            (Some(Engine::Nft), EngineChoice::Auto) => {
+                "the first packet decides: address, port and client are all this route looks at".into()
+            }
+            (Some(engine), EngineChoice::Auto) => format!("{engine} is the cheapest engine that can serve it"),
+        }
+    }
+}
+
+/// Plans every route.
+pub fn plan(config: &Config, capabilities: &Capabilities) -> Plan {
+    replan(config, capabilities, None)
+}
+
+/// Plans every route, taking over the plans of routes that are as they were in `previous` (same capabilities).
+pub fn replan(config: &Config, capabilities: &Capabilities, previous: Option<&Plan>) -> Plan {
+    let empty = Plan::default();
+    let old = &previous.unwrap_or(&empty).routes;
+    let same = |a: &RoutePlan, b: &Route| a.route.fingerprint == b.fingerprint && a.route.name == b.name;
+    // Most reloads change few routes: the same head and tail are taken over by position, without a look-up.
+    let head = old.iter().zip(&config.routes).take_while(|(a, b)| same(a, b)).count();
+    let tail = old[head..].iter().rev().zip(config.routes[head..].iter().rev()).take_while(|(a, b)| same(a, b)).count();
+    let middle = head..config.routes.len() - tail;
+    let mut routes = Vec::with_capacity(config.routes.len());
+    routes.extend_from_slice(&old[..head]);
+    routes.extend(middle.map(|index| Arc::new(plan_route(config, index, capabilities))));
+    routes.extend_from_slice(&old[old.len() - tail..]);
+    Plan { routes }
+}
+
+fn plan_route(config: &Config, index: usize, capabilities: &Capabilities) -> RoutePlan {
+    let route = &config.routes[index];
+    let refused = refusal::refusals(config, route, capabilities);
+    let can = |engine| !refused.iter().any(|&(e, _)| e == engine);
+    let engine = match route.engine {
+        EngineChoice::Auto => Engine::ALL.into_iter().find(|&e| can(e)),
+        EngineChoice::Forced(engine) => can(engine).then_some(engine),
+    };
+    let refused = match route.engine {
+        EngineChoice::Auto => refused,
+        EngineChoice::Forced(forced) => refused.into_iter().filter(|&(e, _)| e == forced).collect(),
+    };
+    let (own_listens, shared_listens) = listens(config, index);
+    RoutePlan {
+        route: Arc::clone(route),
+        engine,
+        refused,
+        own_listens,
+        shared_listens,
+        ct_timeouts: capabilities.nft_ct_timeout,
+    }
+}
+
+fn listens(config: &Config, index: usize) -> (Vec<Listen>, Vec<SharedListen>) {
+    let route = &config.routes[index];
+    let (mut own, mut shared) = (Vec::new(), Vec::new());
+    for &listen in &route.listen {
+        let mut members: Vec<usize> = route.shares_port_with.to_vec();
+        members.retain(|&other| config.routes[other].listen.contains(&listen));
+        if members.is_empty() {
+            own.push(listen);
+            continue;
+        }
+        members.push(index);
+        members.sort_unstable();
+        if members.first() == Some(&index) {
+            let by = |&i: &usize| SharedBy {
+                route: config.routes[i].name.clone(),
+                client: config.routes[i].matches.client.clone(),
+            };
+            shared.push(SharedListen { listen, members: members.iter().map(by).collect() });
+        }
+    }
+    (own, shared)
+}

@@ -121,7 +121,7 @@ pub struct RouteStats {
     pub oldest_seconds: f64,
 }
 
-/// One of `GET /v1/connections`
+/// One of `GET /v1/connections?route=&client=&limit=`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Connection {
     pub id: String,
@@ -158,7 +158,7 @@ pub struct Reload {
     pub changes: usize,
 }
 
-/// `POST /v1/kill/{id}`
+/// `POST /v1/kill?id=`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Killed {
     pub id: String,
@@ -166,7 +166,7 @@ pub struct Killed {
     pub client: SocketAddr,
 }
 
-/// `GET /v1/explain/{what}`
+/// `GET /v1/explain?what=`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Explain {
     pub route: String,

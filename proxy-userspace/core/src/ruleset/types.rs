@@ -241,6 +241,10 @@ pub enum Statement {
     SetMarkFrom { key: Vec<Load>, map: String },
     /// `ct mark set ct mark & KEEP | BITS`
     SetMarkBits { keep: u32, bits: u32 },
+    /// `ct mark set MARK`
+    SetMark(u32),
+    /// `iif != "lo"`
+    NotFromLoopback,
     /// `ct event set new,destroy…`: a set of [`events`].
     SetEvents(u32),
     /// `ct timeout set "NAME"`

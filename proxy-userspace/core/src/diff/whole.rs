@@ -1,0 +1,143 @@
+//! The whole table against what the kernel holds: at start, after somebody else's hand, and to verify.
+
+use std::collections::BTreeMap;
+
+use super::{Change, Changes, Fingerprint, SetState, Snapshot, batch::Batch};
+use crate::ruleset::{Chain, Element, Key, Rule, Ruleset, Set, SetKind};
+
+/// Who may change the table beside shunt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ownership {
+    /// Anybody.
+    Shared,
+    /// Nobody: the table is to be locked, and taken over if a daemon before left it locked.
+    Take,
+    /// Nobody, and this process has it already.
+    Keep,
+}
+
+/// The batch that makes the kernel's table equal to `wanted`; empty when it is. Counters the kernel has are kept.
+///
+/// `fingerprint` must be the one of the shell that read `actual`.
+pub fn diff(
+    wanted: &Ruleset,
+    actual: &Snapshot,
+    ownership: Ownership,
+    fingerprint: impl Fn(&Rule) -> Fingerprint,
+) -> Changes {
+    let lock = ownership != Ownership::Shared;
+    let Some(table) = actual.table else { return create(wanted, lock, None) };
+    // A lock can be taken over, but not put on a table, nor taken off it (`nf_tables_updtable`, v6.9).
+    let take_over = (table.locked && ownership != Ownership::Keep).then_some(Change::AddTable { lock: true });
+    if table.locked != lock || needs_replacement(wanted, actual) {
+        let mut changes: Changes = take_over.into_iter().collect();
+        changes.push(Change::DeleteTable);
+        changes.extend(create(wanted, lock, Some(actual)));
+        return changes;
+    }
+    let mut batch = Batch::default();
+    for (name, policy) in &wanted.timeouts {
+        if !actual.timeouts.contains_key(name) {
+            batch.add.push(Change::AddTimeout { name: name.clone(), policy: *policy });
+        }
+    }
+    for name in actual.timeouts.keys().filter(|name| !wanted.timeouts.contains_key(*name)) {
+        batch.delete_timeouts.push(Change::DeleteTimeout { name: name.clone() });
+    }
+    for (name, set) in &wanted.sets {
+        match actual.sets.get(name) {
+            None => {
+                batch.add.push(Change::AddSet { name: name.clone(), spec: set.spec.clone() });
+                batch.add_elements.extend(set.elements.iter().map(|(k, e)| add_element(name, set, k, e)));
+            }
+            Some(state) => elements(name, set, state, &mut batch),
+        }
+    }
+    for name in actual.sets.keys().filter(|name| !wanted.sets.contains_key(*name)) {
+        batch.delete_sets.push(Change::DeleteSet { name: name.clone() });
+    }
+    chains(&wanted.chains, actual, &fingerprint, &mut batch);
+    take_over.into_iter().chain(batch.into_changes()).collect()
+}
+
+/// A set or base chain of the wrong shape cannot be changed in place, nor a timeout that rules use.
+fn needs_replacement(wanted: &Ruleset, actual: &Snapshot) -> bool {
+    let set = |(name, set): (&String, &Set)| {
+        actual.sets.get(name).is_some_and(|state: &SetState| state.spec.as_ref() != Some(&set.spec))
+    };
+    let chain = |(name, chain): (&String, &Chain)| actual.chains.get(name).is_some_and(|c| c.base != chain.base);
+    let timeout = |(name, policy)| actual.timeouts.get(name).is_some_and(|p| p != policy);
+    wanted.sets.iter().any(set) || wanted.chains.iter().any(chain) || wanted.timeouts.iter().any(timeout)
+}
+
+/// The whole table from nothing, its counters going on from those of `previous`.
+fn create(wanted: &Ruleset, lock: bool, previous: Option<&Snapshot>) -> Changes {
+    let mut batch = Batch::default();
+    for (name, policy) in &wanted.timeouts {
+        batch.add.push(Change::AddTimeout { name: name.clone(), policy: *policy });
+    }
+    for (name, set) in &wanted.sets {
+        batch.add.push(Change::AddSet { name: name.clone(), spec: set.spec.clone() });
+        let old = previous.and_then(|p| p.sets.get(name));
+        for (key, element) in &set.elements {
+            let counter = old.and_then(|s| s.elements.get(key)).map_or(element.counter, |e| e.counter);
+            batch.add_elements.push(add_element(name, set, key, &Element { counter, ..element.clone() }));
+        }
+    }
+    for (name, chain) in &wanted.chains {
+        batch.add_chain(name, chain);
+    }
+    let mut changes = vec![Change::AddTable { lock }];
+    changes.extend(batch.into_changes());
+    changes
+}
+
+fn add_element(set: &str, of: &Set, key: &Key, element: &Element) -> Change {
+    Change::AddElement { set: set.into(), spec: of.spec.clone(), key: key.clone(), element: element.clone() }
+}
+
+fn elements(name: &str, set: &Set, state: &SetState, batch: &mut Batch) {
+    if matches!(set.spec.kind, SetKind::Dynamic { .. }) {
+        return;
+    }
+    for (key, old) in &state.elements {
+        let same = set.elements.get(key).is_some_and(|e| same_element(e, old));
+        if !same {
+            let (set, spec) = (name.to_owned(), set.spec.clone());
+            batch.delete_elements.push(Change::DeleteElement { set, spec, key: key.clone(), last: old.last.clone() });
+        }
+    }
+    for (key, element) in &set.elements {
+        match state.elements.get(key) {
+            Some(old) if same_element(element, old) => {}
+            Some(old) => {
+                batch.add_elements.push(add_element(name, set, key, &Element { counter: old.counter, ..element.clone() }))
+            }
+            None => batch.add_elements.push(add_element(name, set, key, element)),
+        }
+    }
+}
+
+fn same_element(wanted: &Element, actual: &super::ElementState) -> bool {
+    wanted.value == actual.value && wanted.comment == actual.comment && wanted.last == actual.last
+}
+
+fn chains(
+    wanted: &BTreeMap<String, Chain>,
+    actual: &Snapshot,
+    fingerprint: &impl Fn(&Rule) -> Fingerprint,
+    batch: &mut Batch,
+) {
+    for (name, chain) in wanted {
+        match actual.chains.get(name) {
+            None => batch.add_chain(name, chain),
+            Some(state) if chain.rules.iter().map(fingerprint).ne(state.rules.iter().cloned()) => {
+                batch.replace_rules(name, chain);
+            }
+            Some(_) => {}
+        }
+    }
+    for name in actual.chains.keys().filter(|name| !wanted.contains_key(*name)) {
+        batch.delete_chain(name);
+    }
+}

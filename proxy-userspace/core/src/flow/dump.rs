@@ -1,0 +1,135 @@
+//! Dumps: live counters, and what events have missed.
+
+use std::time::Duration;
+
+use super::{
+    record::{FlowId, Now, State},
+    table::{FlowTable, meter, report, touch},
+};
+use crate::conntrack::Entry;
+
+/// Which entries a dump has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DumpKind {
+    /// All of shunt's, ended ones too. Only such a dump can show that an entry is gone.
+    Full,
+    /// Those not ended.
+    Live,
+}
+
+/// A connection's last packets (the final ACK) pass within this time of its end; a dump after it has the final numbers.
+const SETTLED: Duration = Duration::from_secs(1);
+
+impl FlowTable {
+    /// A dump begins. `next`: when the one after it is due ([`Now::mono`]).
+    pub fn begin_dump(&mut self, kind: DumpKind, next: Duration, now: Now) {
+        self.timers.restart(next);
+        self.lost_before = self.counts.lost;
+        self.dump_gap = next.saturating_sub(now.mono);
+        if kind == DumpKind::Full {
+            self.generation = self.generation.wrapping_add(1);
+            self.current = 0;
+            self.untracked_building = 0;
+        }
+        for tally in self.tallies.values_mut().filter(|tally| tally.active > 0) {
+            tally.oldest_building = None;
+        }
+    }
+
+    /// One entry of the dump.
+    pub fn observe(&mut self, entry: &Entry, now: Now) {
+        let id = FlowId::of(entry);
+        if self.flows.get(&id).is_some_and(|record| record.is_ahead_of(entry)) {
+            if !self.stale {
+                // The id was given again; the events that say so are still in the socket.
+                self.keep(id);
+                return;
+            }
+            self.remove(id, None, now);
+        }
+        let adopted = !self.flows.contains_key(&id);
+        if adopted {
+            if self.is_full() {
+                self.untracked_building += u64::from(self.is_ours(entry));
+                return;
+            }
+            self.insert(entry, now);
+            self.backdate(id, entry, now);
+        }
+        self.keep(id);
+        self.advance(id, entry, now);
+        let Some(record) = self.flows.get_mut(&id) else { return };
+        let Some(tally) = self.tallies.get_mut(&record.route) else { return };
+        record.expires = entry.timeout.map(|left| now.mono + Duration::from_secs(left.into()));
+        if meter(record, entry, tally) && !adopted {
+            record.last_activity = now.mono;
+        }
+        match record.state {
+            State::Closing { ended, .. } => {
+                if now.mono.saturating_sub(ended) >= SETTLED {
+                    report(record, tally, now, &mut self.ended);
+                }
+            }
+            State::Dialing | State::Established | State::HalfClosed { .. } => {
+                let oldest = tally.oldest_building.get_or_insert(record.start);
+                *oldest = record.start.min(*oldest);
+                self.timers.watch(record, &tally.info);
+                // Its bytes, and its age, are news.
+                touch(tally, record.route, &mut self.changed);
+            }
+        }
+    }
+
+    /// The record is in this dump.
+    fn keep(&mut self, id: FlowId) {
+        if let Some(record) = self.flows.get_mut(&id)
+            && record.generation != self.generation
+        {
+            record.generation = self.generation;
+            self.current += 1;
+        }
+    }
+
+    /// An adopted flow has been silent for as long as its timeout has run.
+    fn backdate(&mut self, id: FlowId, entry: &Entry, now: Now) {
+        let Some(record) = self.flows.get_mut(&id) else { return };
+        let Some(tally) = self.tallies.get(&record.route).filter(|tally| tally.info.kernel_timeouts) else { return };
+        let (Some(limit), Some(left)) = (tally.info.idle, entry.timeout) else { return };
+        let idle = limit.saturating_sub(Duration::from_secs(u64::from(left)));
+        record.last_activity = now.mono.saturating_sub(idle);
+        record.start = record.start.min(record.last_activity);
+    }
+
+    /// The dump is over, and the events that were queued before its end have been applied. Records that the kernel no
+    /// longer has are ended; without lost events only after two full dumps have missed them.
+    pub fn end_dump(&mut self, kind: DumpKind, now: Now) {
+        self.counts.dumps += 1;
+        self.last_dump = now.mono;
+        for tally in self.tallies.values_mut().filter(|tally| tally.active > 0) {
+            tally.oldest = tally.oldest_building.take();
+        }
+        if kind == DumpKind::Live {
+            return;
+        }
+        if self.current < self.flows.len() {
+            self.sweep(now);
+        }
+        self.untracked = self.untracked_building;
+        // Events lost while it ran are for the next one to heal.
+        self.stale = self.counts.lost != self.lost_before;
+    }
+
+    fn sweep(&mut self, now: Now) {
+        let generation = self.generation;
+        let patience = if self.stale { 0 } else { 1 };
+        let gone: Vec<FlowId> = self
+            .flows
+            .values()
+            .filter(|record| generation.wrapping_sub(record.generation) > patience)
+            .map(|record| record.id)
+            .collect();
+        for id in gone {
+            self.remove(id, None, now);
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The table a plan leads to on a machine that has none yet.
+
+use std::collections::HashMap;
+
+use super::Plan;
+use crate::{
+    config::{Engine, RouteName, Target},
+    diff::{Assembly, Updates},
+    flow::MarkLayout,
+    pool::Pool,
+    ruleset::{Context, Marks, fragment, skeleton},
+};
+
+#[derive(Debug)]
+struct InFileOrder(HashMap<RouteName, u32>);
+
+impl Marks for InFileOrder {
+    fn mark(&self, route: &RouteName) -> Option<u32> {
+        self.0.get(route).copied()
+    }
+}
+
+impl Plan {
+    /// Routes have the ids 1, 2, 3 … in file order; a running daemon keeps the ones it gave before. Names are not
+    /// resolved. `down`: backends taken for down.
+    pub fn preview(&self, layout: MarkLayout, down: &[Target]) -> Assembly {
+        let ids = || (1u32..).zip(&self.routes);
+        let mark = |id| layout.route_mark(id).unwrap_or_default();
+        let marks = InFileOrder(ids().map(|(id, plan)| (plan.route.name.clone(), mark(id))).collect());
+        let mut updates = Updates::new();
+        for (id, plan) in ids().filter(|(_, plan)| plan.engine == Some(Engine::Nft)) {
+            let mut pool = Pool::new(&plan.route);
+            for target in down {
+                pool.set_admin(&target.to_string(), crate::view::BackendAdmin::Down);
+            }
+            let context = Context {
+                mark: layout,
+                own: mark(id),
+                marks: &marks,
+                endpoints: &pool.endpoints(),
+                counts_no_backend: false,
+            };
+            updates.insert(id, Some(fragment(plan, context)));
+        }
+        let mut assembly = Assembly::new(skeleton(layout));
+        assembly.commit(updates);
+        assembly
+    }
+}

@@ -1,0 +1,200 @@
+//! Why an engine cannot serve a route, as values.
+
+use std::fmt;
+
+use crate::{
+    capability::Capabilities,
+    config::{Balance, Config, Engine, Protocol, Route, RouteName, Target, TlsMode},
+    ruleset::Family,
+};
+
+/// Why an engine cannot serve a route here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// The engine sees packets, and the route must read or write the stream.
+    NeedsStream(Need),
+    /// Told apart from a route on the same port that must read the stream: both go where the stream is read.
+    SharesPortWith(RouteName),
+    /// A loopback address cannot be masqueraded onto the wire (`route_localnet` would be needed).
+    LoopbackListen,
+    /// The route listens on this family, and none of its backends is of it: NAT does not translate between families.
+    NoBackendOfFamily(Family),
+    /// `match.client` on a port range, or listen addresses that overlap only in part.
+    ClientMatchOnRange,
+    /// Some backends have a port, others keep the dialled one.
+    MixedPorts,
+    Lacks(Capability),
+    /// This version of shunt has no such engine.
+    NotInThisBuild,
+}
+
+/// What only a reader or writer of the stream can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    Sni,
+    Alpn,
+    AcceptProxy,
+    SendProxy,
+    TlsPassthroughCheck,
+    TlsTermination,
+    BackendTls,
+    LeastConnections,
+}
+
+/// A thing this kernel or these privileges do not offer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capability {
+    NetAdmin,
+    NftNat,
+    NftConnlimit,
+    NftCtTimeout,
+    NftBalance,
+    Conntrack,
+    Ipv6,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NeedsStream(need) => write!(f, "{need}"),
+            Self::SharesPortWith(route) => write!(f, "shares a port with route \"{route}\", which must read the stream"),
+            Self::LoopbackListen => f.write_str("listens on a loopback address while a backend is elsewhere"),
+            Self::NoBackendOfFamily(Family::V4) => f.write_str("listens on IPv4, and no backend has an IPv4 address"),
+            Self::NoBackendOfFamily(Family::V6) => f.write_str("listens on IPv6, and no backend has an IPv6 address"),
+            Self::ClientMatchOnRange => {
+                f.write_str("match.client is served on single ports that the routes share exactly, not on overlapping ranges")
+            }
+            Self::MixedPorts => f.write_str("some backends have a port and others keep the dialled one"),
+            Self::Lacks(capability) => write!(f, "{capability}"),
+            Self::NotInThisBuild => f.write_str("not in this version of shunt"),
+        }
+    }
+}
+
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Sni => "match.sni is in the first bytes of the stream",
+            Self::Alpn => "match.alpn is in the first bytes of the stream",
+            Self::AcceptProxy => "proxy_protocol.accept_from reads a header from the stream",
+            Self::SendProxy => "proxy_protocol.send writes a header into the stream",
+            Self::TlsPassthroughCheck => "tls.mode = \"passthrough\" looks at the ClientHello",
+            Self::TlsTermination => "tls.mode = \"terminate\" ends TLS in the daemon",
+            Self::BackendTls => "backend_tls encrypts in the daemon",
+            Self::LeastConnections => "balance = \"least-connections\" needs a decision per connection in the daemon",
+        })
+    }
+}
+
+impl fmt::Display for Capability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NetAdmin => "CAP_NET_ADMIN is missing",
+            Self::NftNat => "this kernel has no nf_tables NAT (CONFIG_NF_TABLES_INET, CONFIG_NFT_NAT, CONFIG_NFT_FIB_INET)",
+            Self::NftConnlimit => "this kernel has no `ct count` (CONFIG_NFT_CONNLIMIT), which limits need",
+            Self::NftCtTimeout => {
+                "this kernel has no `ct timeout` (CONFIG_NF_CONNTRACK_TIMEOUT), which timeouts need"
+            }
+            Self::NftBalance => "this kernel has no numgen or jhash (CONFIG_NFT_NUMGEN, CONFIG_NFT_HASH), which balance needs",
+            Self::Conntrack => "this kernel has no conntrack over netlink (CONFIG_NF_CT_NETLINK)",
+            Self::Ipv6 => "IPv6 is switched off on this machine",
+        })
+    }
+}
+
+/// Every reason against every engine, in order of preference.
+pub(super) fn refusals(config: &Config, route: &Route, capabilities: &Capabilities) -> Vec<(Engine, Refusal)> {
+    let mut refused: Vec<(Engine, Refusal)> =
+        nft(config, route, capabilities).into_iter().map(|r| (Engine::Nft, r)).collect();
+    let others = [Engine::Handoff, Engine::Sockmap, Engine::Splice, Engine::Copy];
+    refused.extend(others.map(|engine| (engine, Refusal::NotInThisBuild)));
+    refused
+}
+
+fn nft(config: &Config, route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
+    let mut refusals: Vec<Refusal> = needs(route).into_iter().map(Refusal::NeedsStream).collect();
+    let siblings = || route.shares_port_with.iter().map(|&i| &config.routes[i]);
+    if let Some(reader) = siblings().find(|r| !needs(r).is_empty()) {
+        refusals.push(Refusal::SharesPortWith(reader.name.clone()));
+    }
+    if siblings().any(|sibling| overlaps_in_part(route, sibling)) {
+        refusals.push(Refusal::ClientMatchOnRange);
+    }
+    refusals.extend(addresses(route));
+    refusals.extend(lacks(route, capabilities).into_iter().map(Refusal::Lacks));
+    refusals
+}
+
+fn needs(route: &Route) -> Vec<Need> {
+    let mut needs = Vec::new();
+    let mut need = |condition: bool, need| {
+        if condition {
+            needs.push(need);
+        }
+    };
+    let tls_mode = route.tls.as_ref().map(|tls| tls.mode);
+    need(!route.matches.sni.is_empty(), Need::Sni);
+    need(!route.matches.alpn.is_empty(), Need::Alpn);
+    need(!route.proxy_protocol.accept_from.is_empty(), Need::AcceptProxy);
+    need(route.proxy_protocol.send.is_some(), Need::SendProxy);
+    need(tls_mode == Some(TlsMode::Passthrough), Need::TlsPassthroughCheck);
+    need(tls_mode == Some(TlsMode::Terminate), Need::TlsTermination);
+    need(route.backend_tls.is_some(), Need::BackendTls);
+    need(route.balance == Balance::LeastConnections, Need::LeastConnections);
+    needs
+}
+
+fn overlaps_in_part(route: &Route, sibling: &Route) -> bool {
+    let overlap = |a: &crate::config::Listen, b: &crate::config::Listen| {
+        a.address == b.address && a.ports.first <= b.ports.last && b.ports.first <= a.ports.last
+    };
+    let pairs = route.listen.iter().flat_map(|a| sibling.listen.iter().map(move |b| (a, b)));
+    pairs.into_iter().any(|(a, b)| overlap(a, b) && (a != b || !a.ports.is_single()))
+}
+
+fn addresses(route: &Route) -> Vec<Refusal> {
+    let mut refusals = Vec::new();
+    let address = |target: &Target| match target {
+        Target::Address { ip, .. } => Some(*ip),
+        Target::Name { .. } => None,
+    };
+    let known: Vec<_> = route.backends.iter().filter_map(|b| address(&b.target)).collect();
+    let names = known.len() < route.backends.len();
+    let remote = names || known.iter().any(|ip| !ip.is_loopback());
+    if remote && route.listen.iter().any(|l| l.address.is_loopback()) {
+        refusals.push(Refusal::LoopbackListen);
+    }
+    for (family, v4) in [(Family::V4, true), (Family::V6, false)] {
+        let listens = route.listen.iter().any(|l| l.address.is_ipv4() == v4);
+        if listens && !names && !known.iter().any(|ip| ip.is_ipv4() == v4) {
+            refusals.push(Refusal::NoBackendOfFamily(family));
+        }
+    }
+    let kept = route.backends.iter().filter(|b| b.target.port().is_none()).count();
+    if kept != 0 && kept != route.backends.len() {
+        refusals.push(Refusal::MixedPorts);
+    }
+    refusals
+}
+
+fn lacks(route: &Route, has: &Capabilities) -> Vec<Capability> {
+    let mut lacks = Vec::new();
+    let mut lack = |condition: bool, capability| {
+        if condition {
+            lacks.push(capability);
+        }
+    };
+    let counts = route.limits.connections.is_some() || route.limits.connections_per_client.is_some();
+    let standard = matches!(
+        crate::ruleset::timeout_policy(route),
+        crate::ruleset::TimeoutPolicy::TCP_STANDARD | crate::ruleset::TimeoutPolicy::UDP_STANDARD
+    );
+    lack(!has.net_admin, Capability::NetAdmin);
+    lack(!has.nft_nat, Capability::NftNat);
+    lack(!has.conntrack_netlink, Capability::Conntrack);
+    lack(!has.nft_connlimit && counts, Capability::NftConnlimit);
+    lack(!has.nft_ct_timeout && !standard && route.protocol == Protocol::Tcp, Capability::NftCtTimeout);
+    lack(!has.nft_balance && route.backends.len() > 1, Capability::NftBalance);
+    lack(!has.ipv6 && route.listen.iter().any(|l| l.address.is_ipv6()), Capability::Ipv6);
+    lacks
+}

@@ -1,0 +1,103 @@
+use std::{collections::HashMap, time::Instant};
+
+use proxy_core::reason::Reason;
+
+use super::*;
+use crate::{
+    admin::tests::{flow_state, route_state},
+    control::AgeHistogram,
+};
+
+fn scraped(routes: RouteState, flows: FlowState) -> String {
+    encode(Arc::new(routes), Arc::new(flows)).expect("text")
+}
+
+fn value(text: &str, series: &str) -> f64 {
+    let line = text.lines().find(|line| line.rsplit_once(' ').is_some_and(|(name, _)| name == series));
+    let line = line.unwrap_or_else(|| panic!("no series {series} in\n{text}"));
+    line.rsplit_once(' ').expect("value").1.parse().expect("number")
+}
+
+#[test]
+fn every_promised_name_is_there_with_its_value() {
+    let text = scraped(route_state(), flow_state());
+    for (series, expected) in [
+        (r#"shunt_connections_active{route="web",engine="nft"}"#, 3.0),
+        (r#"shunt_connections_total{route="web",engine="nft"}"#, 10.0),
+        (r#"shunt_bytes_total{route="web",engine="nft",direction="in"}"#, 1000.0),
+        (r#"shunt_bytes_total{route="web",engine="nft",direction="out"}"#, 2000.0),
+        (r#"shunt_terminations_total{route="web",engine="nft",reason="finished_client_first"}"#, 7.0),
+        (r#"shunt_connection_age_seconds_count{route="web"}"#, 7.0),
+        (r#"shunt_connection_age_seconds_bucket{le="0.1",route="web"}"#, 5.0),
+        (r#"shunt_connection_age_seconds_bucket{le="+Inf",route="web"}"#, 7.0),
+        (r#"shunt_backend_up{route="web",backend="10.0.0.1:80"}"#, 1.0),
+        (r#"shunt_backend_up{route="web",backend="10.0.0.2:80"}"#, 0.0),
+        (r#"shunt_backend_connections_active{route="web",backend="10.0.0.1:80"}"#, 3.0),
+        (r#"shunt_reconcile_total{result="ok"}"#, 4.0),
+        (r#"shunt_reconcile_total{result="failed"}"#, 1.0),
+        ("shunt_kernel_drift_total", 2.0),
+        ("shunt_conntrack_events_lost_total", 5.0),
+        (r#"shunt_config_reloads_total{result="ok"}"#, 6.0),
+        (concat!("shunt_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), 1.0),
+    ] {
+        assert_eq!(value(&text, series), expected, "{series}");
+    }
+    assert!(text.ends_with("# EOF\n"));
+    assert!(!text.contains("_total_total") && !text.contains("bytes_bytes"));
+    assert!(!text.contains("shunt_connect_seconds"), "nft does not measure the time to connect");
+}
+
+#[test]
+fn types_and_units_are_declared_for_every_family() {
+    let text = scraped(route_state(), flow_state());
+    for line in [
+        "# TYPE shunt_connections_active gauge",
+        "# TYPE shunt_connections counter",
+        "# TYPE shunt_bytes counter",
+        "# UNIT shunt_bytes bytes",
+        "# TYPE shunt_connection_age_seconds histogram",
+        "# UNIT shunt_connection_age_seconds seconds",
+        "# TYPE shunt_build info",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
+    }
+}
+
+#[test]
+fn a_route_that_is_gone_leaves_no_series() {
+    let gone = RouteState { routes: Vec::new(), ..route_state() };
+    let text = scraped(gone, flow_state());
+    assert!(!text.contains("web"), "{text}");
+}
+
+#[test]
+fn a_route_without_connections_is_there_with_zeros() {
+    let text = scraped(route_state(), FlowState::default());
+    assert_eq!(value(&text, r#"shunt_connections_active{route="web",engine="nft"}"#), 0.0);
+    assert_eq!(value(&text, r#"shunt_bytes_total{route="web",engine="nft",direction="in"}"#), 0.0);
+}
+
+/// Prints the cost; run with `--release -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn cost_at_50_000_routes() {
+    let template = route_state().routes.remove(0);
+    let (mut routes, mut flows) = (RouteState::default(), FlowState::default());
+    for number in 0..50_000 {
+        let name = format!("route-{number}");
+        let mut stats = flow_state().routes.remove("web").expect("stats");
+        stats.terminations.insert(Reason::ResetByClient, 1);
+        flows.routes.insert(name.clone(), stats);
+        flows.backends.insert(name.clone(), flow_state().backends.remove("web").expect("backends"));
+        flows.ages.insert(name.clone(), AgeHistogram { counts: [1; AGE_BUCKETS.len() + 1], sum_seconds: 1.0 });
+        routes.routes.push(view::Route { name, ..template.clone() });
+    }
+    let (routes, flows) = (Arc::new(routes), Arc::new(flows));
+    let began = Instant::now();
+    let with_ages = encode(routes.clone(), flows.clone()).expect("text");
+    println!("with ages: {} lines, {} bytes, {:?}", with_ages.lines().count(), with_ages.len(), began.elapsed());
+    let without = FlowState { ages: HashMap::new(), ..(*flows).clone() };
+    let began = Instant::now();
+    let text = encode(routes, Arc::new(without)).expect("text");
+    println!("without:   {} lines, {} bytes, {:?}", text.lines().count(), text.len(), began.elapsed());
+}

@@ -1,0 +1,107 @@
+//! `shunt doctor`: what this kernel and these privileges allow, and the command that mends each missing thing.
+//! Looks only; the kernel may load its nf_tables and conntrack modules on the way.
+
+mod conntrack;
+mod features;
+mod forward;
+mod host;
+mod privileges;
+mod routes;
+mod settings;
+
+use std::path::Path;
+
+use proxy_core::config::Config;
+use serde::Serialize;
+
+use crate::kernel::{capability, sysctl::Settings};
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    pub checks: Vec<Check>,
+}
+
+impl Report {
+    /// Nothing that the `nft` engine needs is missing.
+    pub fn can_run(&self) -> bool {
+        self.checks.iter().all(|check| check.state != State::Missing)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Ok,
+    /// shunt runs, with something less.
+    Warn,
+    /// shunt's nft engine cannot run.
+    Missing,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Check {
+    pub name: String,
+    pub state: State,
+    /// What is the case, a few words.
+    pub found: String,
+    /// Why it matters, one sentence.
+    pub why: &'static str,
+    /// Commands or steps, any one of which mends it; empty when there is nothing to mend.
+    pub mend: Vec<String>,
+}
+
+impl Check {
+    fn new(name: impl Into<String>, why: &'static str) -> Unfound {
+        Unfound { name: name.into(), why }
+    }
+}
+
+/// A check before its result.
+#[derive(Debug)]
+struct Unfound {
+    name: String,
+    why: &'static str,
+}
+
+impl Unfound {
+    fn ok(self, found: impl Into<String>) -> Check {
+        self.with(State::Ok, found.into(), Vec::new())
+    }
+
+    fn warn(self, found: impl Into<String>, mend: impl Into<String>) -> Check {
+        self.with(State::Warn, found.into(), vec![mend.into()])
+    }
+
+    fn missing(self, found: impl Into<String>, mend: impl Into<String>) -> Check {
+        self.with(State::Missing, found.into(), vec![mend.into()])
+    }
+
+    /// `ok` when `there`, otherwise a warning.
+    fn either(self, there: bool, found: &str, absent: &str, mend: &str) -> Check {
+        if there { self.ok(found) } else { self.warn(absent, mend) }
+    }
+
+    fn with(self, state: State, found: String, mend: Vec<String>) -> Check {
+        Check { name: self.name, state, found, why: self.why, mend }
+    }
+}
+
+/// Runs every check; with `config` also those its routes need. `socket`: where a running daemon would answer.
+pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
+    let probe = capability::probe_details();
+    let settings = Settings::default();
+    let mut checks = privileges::checks(&probe);
+    checks.push(host::kernel_version());
+    checks.extend(features::checks(&probe));
+    checks.extend(settings::checks(&settings, config));
+    checks.extend(conntrack::checks(&settings));
+    checks.extend(forward::checks());
+    checks.push(settings::reverse_path(&settings, config));
+    checks.push(features::ebpf(&capability::ebpf::features()));
+    checks.push(host::file_limit());
+    checks.extend(socket.map(host::running_daemon));
+    if let Some(config) = config {
+        checks.extend(routes::checks(config, &probe.capabilities()));
+    }
+    Report { checks }
+}

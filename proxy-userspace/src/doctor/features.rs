@@ -1,0 +1,123 @@
+//! What the kernel was built with.
+
+use super::Check;
+use crate::kernel::capability::{NftFacts, Probe, ebpf::Feature};
+
+const NOT_ASKED: &str = "not known: asking needs CAP_NET_ADMIN";
+const RUN_AS_ROOT: &str = "run shunt doctor with CAP_NET_ADMIN";
+
+pub(super) fn checks(probe: &Probe) -> Vec<Check> {
+    let mut checks = vec![nf_tables(probe)];
+    if let Some(nft) = &probe.nft {
+        checks.extend(optional(nft));
+    }
+    checks.push(conntrack(probe));
+    let ipv6 = Check::new("IPv6", "routes that listen on IPv6 addresses");
+    checks.push(ipv6.either(probe.ipv6, "there", "switched off", "boot without ipv6.disable=1, if such routes are wanted"));
+    checks
+}
+
+fn nf_tables(probe: &Probe) -> Check {
+    let check = Check::new("nf_tables", "the nft engine is made of it: NAT, maps, fib, conntrack in the inet family");
+    let modules = "modprobe -a nf_tables nft_chain_nat nft_nat nft_masq nft_fib_inet nft_reject_inet nft_ct nft_limit";
+    match (probe.nf_tables, &probe.nft) {
+        (None, _) => check.warn(NOT_ASKED, RUN_AS_ROOT),
+        (Some(false), _) => check.missing("the kernel has none", modules),
+        (Some(true), None) => check.missing("it does not answer as expected", "look at dmesg; report it with shunt's version"),
+        (Some(true), Some(facts)) if facts.forwards() => check.ok("NAT, masquerade, fib, reject, limit in the inet family"),
+        (Some(true), Some(facts)) => check.missing(
+            format!("the kernel lacks {}", facts.missing().join(", ")),
+            format!("{modules}; or a kernel built with those"),
+        ),
+    }
+}
+
+fn optional(nft: &NftFacts) -> Vec<Check> {
+    let limits = Check::new("connection limits", "limits.connections and limits.connections_per_client in the nft engine");
+    let balance = Check::new("balancing", "routes with several backends in the nft engine");
+    let timeouts = Check::new("idle timeouts", "timeouts.idle and timeouts.half_closed as the kernel's own, per route");
+    let owner = Check::new("table ownership", "keeps others, and nft flush ruleset, from touching shunt's table");
+    let flowtable = Check::new("flowtable", "a faster path for established flows; not used by this build");
+    vec![
+        limits.either(nft.connlimit, "there", "absent (CONFIG_NFT_CONNLIMIT)", "modprobe nft_connlimit"),
+        balance.either(
+            nft.numgen && nft.hash,
+            "there",
+            "absent (CONFIG_NFT_NUMGEN, CONFIG_NFT_HASH)",
+            "modprobe -a nft_numgen nft_hash",
+        ),
+        timeouts.either(
+            nft.ct_timeout,
+            "there",
+            "absent (CONFIG_NF_CONNTRACK_TIMEOUT)",
+            "a kernel built with CONFIG_NF_CONNTRACK_TIMEOUT",
+        ),
+        owner.either(
+            nft.owner_persist,
+            "there",
+            "absent (since Linux 6.9): shunt watches for foreign changes and repairs them",
+            "nothing needs to be done; a newer kernel adds the protection",
+        ),
+        flowtable.ok(if nft.flowtable { "there" } else { "absent" }),
+    ]
+}
+
+fn conntrack(probe: &Probe) -> Check {
+    let check = Check::new("conntrack", "where the numbers of every forwarded connection come from");
+    match probe.conntrack_netlink {
+        None => check.warn(NOT_ASKED, RUN_AS_ROOT),
+        Some(true) => check.ok("answers over netlink"),
+        Some(false) => check.missing("does not answer over netlink", "modprobe nf_conntrack_netlink"),
+    }
+}
+
+/// All eBPF features in one line: they are there together or not at all.
+pub(super) fn ebpf(features: &[Feature]) -> Check {
+    let check = Check::new("eBPF", "the engines handoff and sockmap; the nft engine works without");
+    let names = |wanted: fn(&Result<bool, String>) -> bool| {
+        let found: Vec<_> = features.iter().filter(|one| wanted(&one.supported)).map(|one| one.name).collect();
+        found.join(", ")
+    };
+    let absent = names(|supported| *supported == Ok(false));
+    let problem = features.iter().find_map(|one| one.supported.as_ref().err());
+    match problem {
+        Some(problem) => check.warn(format!("not known: {problem}"), "run shunt doctor with CAP_BPF, or as root"),
+        None if absent.is_empty() => check.ok(names(|supported| *supported == Ok(true))),
+        None => check.warn(format!("absent: {absent}"), "a kernel built with CONFIG_BPF_SYSCALL and CONFIG_BPF_STREAM_PARSER"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::State;
+
+    fn feature(name: &'static str, supported: Result<bool, String>) -> Feature {
+        Feature { name, supported }
+    }
+
+    #[test]
+    fn ebpf_is_never_required() {
+        let absent = ebpf(&[feature("program sk_skb", Ok(false)), feature("map ringbuf", Ok(true))]);
+        assert_eq!((absent.state, absent.found.as_str()), (State::Warn, "absent: program sk_skb"));
+        let unknown = ebpf(&[feature("program sk_skb", Err("bpf_prog_load: EPERM".into()))]);
+        assert_eq!(unknown.state, State::Warn);
+        assert_eq!(ebpf(&[feature("map ringbuf", Ok(true))]).state, State::Ok);
+    }
+
+    #[test]
+    fn a_kernel_without_nf_tables_cannot_run_the_engine() {
+        let probe = Probe {
+            net_admin: true,
+            nf_tables: Some(false),
+            nft: None,
+            conntrack_netlink: Some(false),
+            ipv6: false,
+            scratch_namespace: false,
+        };
+        let states: Vec<_> = checks(&probe).into_iter().map(|check| (check.name, check.state)).collect();
+        assert!(states.contains(&("nf_tables".to_owned(), State::Missing)), "{states:?}");
+        assert!(states.contains(&("conntrack".to_owned(), State::Missing)), "{states:?}");
+        assert!(states.contains(&("IPv6".to_owned(), State::Warn)), "{states:?}");
+    }
+}

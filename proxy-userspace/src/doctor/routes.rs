@@ -1,0 +1,99 @@
+//! What the routes of a configuration need beyond the common.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use nix::ifaddrs::getifaddrs;
+use proxy_core::{
+    capability::Capabilities,
+    config::{Config, Listen, Route},
+};
+
+use super::Check;
+
+pub(super) fn checks(config: &Config, capabilities: &Capabilities) -> Vec<Check> {
+    vec![listen_addresses(config), features(config, capabilities)]
+}
+
+fn listen_addresses(config: &Config) -> Check {
+    let check = Check::new("listen addresses", "packets to an address this machine does not have must be routed here by others");
+    let local: BTreeSet<IpAddr> = match getifaddrs() {
+        Ok(interfaces) => interfaces
+            .filter_map(|interface| {
+                let address = interface.address?;
+                let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+                v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+            })
+            .collect(),
+        Err(errno) => return check.ok(format!("not known: {errno}")),
+    };
+    let foreign = foreign(config.routes.iter().flat_map(|route| &route.listen), &local);
+    match foreign.first() {
+        None => check.ok("every one is on this machine"),
+        Some(first) => check.warn(
+            format!("{} not on this machine", some_of(&foreign)),
+            format!("ip address add {first} dev INTERFACE; or nothing, when they are routed to this machine on purpose"),
+        ),
+    }
+}
+
+fn foreign<'a>(listens: impl Iterator<Item = &'a Listen>, local: &BTreeSet<IpAddr>) -> Vec<String> {
+    let foreign: BTreeSet<_> = listens
+        .map(|listen| listen.address)
+        .filter(|address| !address.is_unspecified() && !address.is_loopback() && !local.contains(address))
+        .collect();
+    foreign.iter().map(ToString::to_string).collect()
+}
+
+fn features(config: &Config, capabilities: &Capabilities) -> Check {
+    let check = Check::new("features the routes use", "a route that needs what the kernel lacks gets another engine or is refused");
+    type Uses = fn(&Route) -> bool;
+    let uses: [(&str, bool, Uses); 4] = [
+        ("limits need nft_connlimit", capabilities.nft_connlimit, |route| {
+            route.limits.connections.is_some() || route.limits.connections_per_client.is_some()
+        }),
+        ("several backends need nft_numgen and nft_hash", capabilities.nft_balance, |route| route.backends.len() > 1),
+        ("idle and half-closed timeouts need ct timeout", capabilities.nft_ct_timeout, |_| true),
+        ("IPv6 addresses need IPv6", capabilities.ipv6, |route| {
+            route.listen.iter().any(|listen| listen.address.is_ipv6())
+        }),
+    ];
+    for (what, there, uses) in uses {
+        let routes: Vec<_> = config.routes.iter().filter(|route| uses(route)).map(|route| route.name.to_string()).collect();
+        if !there && !routes.is_empty() {
+            return check.warn(format!("{what}: {}", some_of(&routes)), "see the check of that feature above; shunt plan tells the consequence");
+        }
+    }
+    check.ok("all there")
+}
+
+/// The first few, and how many more.
+fn some_of(names: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = names.get(..SHOWN.min(names.len())).unwrap_or_default().join(", ");
+    if names.len() > SHOWN { format!("{shown} and {} more", names.len() - SHOWN) } else { shown }
+}
+
+#[cfg(test)]
+mod tests {
+    use proxy_core::config::PortRange;
+
+    use super::*;
+
+    #[test]
+    fn wildcard_and_loopback_are_always_here() {
+        let listen = |address: &str| Listen {
+            address: address.parse().expect("address"),
+            ports: PortRange { first: 80, last: 80 },
+        };
+        let listens = ["0.0.0.0", "::", "127.0.0.1", "10.0.0.1", "10.0.0.2"].map(listen);
+        let local = BTreeSet::from(["10.0.0.1".parse().expect("address")]);
+        assert_eq!(foreign(listens.iter(), &local), ["10.0.0.2"]);
+    }
+
+    #[test]
+    fn long_lists_are_cut() {
+        let names: Vec<_> = (0..8).map(|number| number.to_string()).collect();
+        assert_eq!(some_of(&names), "0, 1, 2, 3, 4 and 3 more");
+        assert_eq!(some_of(&names[..1]), "0");
+    }
+}

@@ -1,0 +1,285 @@
+//! Kernel settings under `/proc/sys`: what shunt needs, setting it, and putting back exactly what it changed.
+
+mod record;
+
+use std::{
+    fmt,
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+pub use record::{Restored, restore};
+use thiserror::Error;
+
+/// The name of one setting. Shown as `sysctl` writes it: `net.ipv4.ip_forward`; a dot inside a part
+/// (an interface `eth0.100`) is shown as `/`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+pub struct Sysctl(String);
+
+impl Sysctl {
+    /// `path`: below `/proc/sys`, without a leading slash.
+    pub fn new(path: impl Into<String>) -> Self {
+        Self(path.into())
+    }
+
+    /// The interface of `net/<family>/conf/<interface>/<setting>`.
+    pub(crate) fn interface(&self) -> Option<&str> {
+        self.0.split('/').nth(3)
+    }
+
+    fn file(&self, root: &Path) -> PathBuf {
+        root.join(&self.0)
+    }
+}
+
+impl fmt::Display for Sysctl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let swapped: String = self.0.chars().map(|c| if c == '/' { '.' } else if c == '.' { '/' } else { c }).collect();
+        f.write_str(&swapped)
+    }
+}
+
+/// Where the settings are; `/proc/sys` outside tests.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    root: PathBuf,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { root: PathBuf::from("/proc/sys") }
+    }
+}
+
+#[derive(Debug, Error)]
+pub enum SysctlError {
+    #[error("cannot read {name}: {source}")]
+    Read { name: Sysctl, source: io::Error },
+    #[error("cannot set {name} = {value}: {source}")]
+    Write { name: Sysctl, value: String, source: io::Error },
+    /// `restore.json`
+    #[error("{path}: {source}")]
+    Record { path: PathBuf, source: io::Error },
+    #[error("{path} is not a record of kernel settings: {source}")]
+    RecordContent { path: PathBuf, source: serde_json::Error },
+}
+
+impl SysctlError {
+    /// The command or step that mends it, one line.
+    pub fn mend(&self) -> String {
+        match self {
+            Self::Read { name, source } if source.kind() == io::ErrorKind::NotFound => match name.0.contains("nf_conntrack") {
+                true => "modprobe nf_conntrack".to_owned(),
+                false => format!("this kernel has no {name}: use one with IP networking built in"),
+            },
+            Self::Read { name, .. } => format!("run as root or with CAP_NET_ADMIN; then `sysctl {name}` must answer"),
+            Self::Write { name, value, .. } => format!(
+                "run with CAP_NET_ADMIN, or set it where the network namespace is made: `sysctl -w {name}={value}` \
+                 (containers: `--sysctl {name}={value}`)"
+            ),
+            Self::Record { path, .. } => {
+                format!("make {} writable for shunt, or set admin.socket elsewhere", path.parent().unwrap_or(path).display())
+            }
+            Self::RecordContent { path, .. } => format!("look into it, then remove it: rm {}", path.display()),
+        }
+    }
+}
+
+impl Settings {
+    #[cfg(test)]
+    fn below(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    /// The value, without the newline at its end.
+    pub fn read(&self, name: &Sysctl) -> Result<String, SysctlError> {
+        match fs::read_to_string(name.file(&self.root)) {
+            Ok(value) => Ok(value.trim_end().to_owned()),
+            Err(source) => Err(SysctlError::Read { name: name.clone(), source }),
+        }
+    }
+
+    pub fn write(&self, name: &Sysctl, value: &str) -> Result<(), SysctlError> {
+        // Without O_CREAT and O_TRUNC: the files of /proc take a value in one write(2).
+        fs::OpenOptions::new()
+            .write(true)
+            .open(name.file(&self.root))
+            .and_then(|mut file| file.write_all(value.as_bytes()))
+            .map_err(|source| SysctlError::Write { name: name.clone(), value: value.to_owned(), source })
+    }
+
+    /// Whether [`Settings::write`] would be allowed. Writes nothing.
+    pub fn writable(&self, name: &Sysctl) -> bool {
+        fs::OpenOptions::new().write(true).open(name.file(&self.root)).is_ok()
+    }
+
+    /// The settings `net/<family>/conf/<interface>/<setting>` that exist, with their values.
+    pub(crate) fn per_interface(&self, family: &str, setting: &str) -> Vec<(Sysctl, String)> {
+        let Ok(interfaces) = fs::read_dir(self.root.join(format!("net/{family}/conf"))) else { return Vec::new() };
+        let mut found: Vec<_> = interfaces
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .map(|interface| Sysctl::new(format!("net/{family}/conf/{interface}/{setting}")))
+            .filter_map(|name| self.read(&name).ok().map(|value| (name, value)))
+            .collect();
+        found.sort();
+        found
+    }
+}
+
+/// The file beside the admin socket in which [`Settings::apply`] keeps what was before.
+pub fn record_beside(socket: &Path) -> PathBuf {
+    socket.with_file_name("restore.json")
+}
+
+/// One setting shunt needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Needed {
+    pub name: Sysctl,
+    pub value: &'static str,
+    /// Half a sentence.
+    pub why: &'static str,
+    /// Settings the kernel changes by itself when this one is written.
+    follows: &'static [(&'static str, &'static str)],
+}
+
+/// What the routes ask of the kernel.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Routes {
+    pub ipv4: bool,
+    pub ipv6: bool,
+}
+
+/// The settings the `nft` engine needs for these routes.
+pub fn needed(routes: Routes) -> Vec<Needed> {
+    let mut needed = Vec::new();
+    if routes.ipv4 {
+        needed.push(Needed {
+            name: Sysctl::new("net/ipv4/ip_forward"),
+            value: "1",
+            why: "the kernel forwards IPv4 packets between interfaces",
+            // inet_forward_change() and devinet_sysctl_forward(), v6.18
+            follows: &[("ipv4", "forwarding"), ("ipv4", "accept_redirects")],
+        });
+    }
+    if routes.ipv6 {
+        needed.push(Needed {
+            name: Sysctl::new("net/ipv6/conf/all/forwarding"),
+            value: "1",
+            why: "the kernel forwards IPv6 packets between interfaces",
+            // addrconf_fixup_forwarding(), v6.18
+            follows: &[("ipv6", "forwarding")],
+        });
+    }
+    needed.push(Needed {
+        name: Sysctl::new("net/netfilter/nf_conntrack_acct"),
+        value: "1",
+        why: "conntrack counts the packets and bytes of every connection",
+        follows: &[],
+    });
+    needed
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    pub name: Sysctl,
+    pub from: String,
+    pub to: String,
+    pub why: &'static str,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Applied {
+    pub changed: Vec<Change>,
+    /// What an operator should know about it, one sentence each.
+    pub warnings: Vec<String>,
+}
+
+impl Settings {
+    /// What [`Settings::apply`] would change. Reads only.
+    pub fn pending(&self, needed: &[Needed]) -> Result<Vec<Change>, SysctlError> {
+        let mut pending = Vec::new();
+        for need in needed {
+            let from = self.read(&need.name)?;
+            if from != need.value {
+                pending.push(Change { name: need.name.clone(), from, to: need.value.to_owned(), why: need.why });
+            }
+        }
+        Ok(pending)
+    }
+
+    /// Sets what is not yet as needed, and keeps in the file `record` what it was before, for [`restore`].
+    /// Stops at the first setting that cannot be set; those before it stay set, and recorded.
+    pub fn apply(&self, needed: &[Needed], record: &Path) -> Result<Applied, SysctlError> {
+        let mut applied = Applied::default();
+        for need in needed {
+            let from = self.read(&need.name)?;
+            if from == need.value {
+                continue;
+            }
+            if need.name.0 == "net/ipv6/conf/all/forwarding" {
+                applied.warnings.extend(self.router_advertisements_lost());
+            }
+            self.apply_one(need, &from, record)?;
+            tracing::info!(sysctl = %need.name, from, to = need.value, "changed a kernel setting: {}", need.why);
+            applied.changed.push(Change { name: need.name.clone(), from, to: need.value.to_owned(), why: need.why });
+        }
+        Ok(applied)
+    }
+
+    fn apply_one(&self, need: &Needed, from: &str, record: &Path) -> Result<(), SysctlError> {
+        let before: Vec<_> = need.follows.iter().flat_map(|(family, setting)| self.per_interface(family, setting)).collect();
+        // Recorded first: dying between the two leaves a record of a change that did not happen, which restore skips.
+        record::remember(record, &[(need.name.clone(), record::Entry::main(from, need.value))])?;
+        self.write(&need.name, need.value)?;
+        let followed: Vec<_> = before
+            .into_iter()
+            .filter(|(name, _)| *name != need.name)
+            // Also those that did not change: writing the old value of the main setting will change them.
+            .filter_map(|(name, was)| {
+                let now = self.read(&name).ok()?;
+                Some((name, record::Entry::followed(&was, &now)))
+            })
+            .collect();
+        record::remember(record, &followed)
+    }
+
+    /// A router does not accept router advertisements unless `accept_ra` is 2 (`ipv6_accept_ra`, v6.18): interfaces that
+    /// got addresses or routes that way would lose them when they expire.
+    pub fn router_advertisements_lost(&self) -> Vec<String> {
+        let learnt = learnt_from_advertisements(&fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default());
+        self.per_interface("ipv6", "accept_ra")
+            .into_iter()
+            .filter(|(_, value)| value == "1")
+            .filter_map(|(name, _)| {
+                let interface = name.interface()?;
+                learnt.iter().any(|known| known == interface).then(|| {
+                    format!(
+                        "{interface} gets its IPv6 routes by router advertisements, which a forwarding host ignores while \
+                         {name} is 1: set it to 2 (sysctl -w {name}=2)"
+                    )
+                })
+            })
+            .collect()
+    }
+}
+
+/// Interfaces with a route that came by router advertisement: flag `RTF_ADDRCONF` in `/proc/net/ipv6_route`.
+fn learnt_from_advertisements(ipv6_route: &str) -> Vec<String> {
+    const RTF_ADDRCONF: u32 = 0x0004_0000;
+    let mut interfaces: Vec<String> = ipv6_route
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split_whitespace();
+            let flags = u32::from_str_radix(fields.nth(8)?, 16).ok()?;
+            let interface = fields.next()?;
+            (flags & RTF_ADDRCONF != 0).then(|| interface.to_owned())
+        })
+        .collect();
+    interfaces.sort();
+    interfaces.dedup();
+    interfaces
+}
+
+#[cfg(test)]
+mod tests;

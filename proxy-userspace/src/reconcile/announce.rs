@@ -1,0 +1,110 @@
+//! What the owner of the flow table hears from the owner of the routes.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use proxy_core::{
+    config::{Keepalive, Log, Route},
+    conntrack::Traffic,
+    flow::{RouteInfo, RouteTable},
+    ruleset::Counter,
+};
+use tokio::sync::mpsc;
+
+use super::{Counters, Effect};
+use crate::track::{Clock, DropUdp, Input, KernelCounters, RouteCounters};
+
+/// The owner of the flow table, as the owner of the routes sees it.
+#[derive(Debug)]
+pub struct Announcer {
+    inputs: mpsc::Sender<Input>,
+    clock: Clock,
+    /// The kernel ends idle flows by itself.
+    kernel_timeouts: bool,
+    routes: RouteTable,
+}
+
+impl Announcer {
+    pub fn new(inputs: mpsc::Sender<Input>, clock: Clock, kernel_timeouts: bool) -> Self {
+        Self { inputs, clock, kernel_timeouts, routes: RouteTable::new() }
+    }
+
+    /// Tells of routes that are about to be served: a flow of a route nobody knows would not be counted.
+    pub async fn announce(&mut self, routes: &[(u32, Arc<Route>)]) {
+        for (id, route) in routes {
+            self.routes.insert(*id, Arc::new(self.info(route)));
+        }
+        if !routes.is_empty() {
+            self.send(Input::Routes(self.routes.clone())).await;
+        }
+    }
+
+    pub async fn forward(&mut self, effects: Vec<Effect>) {
+        let mut changed = false;
+        for effect in effects {
+            match effect {
+                Effect::Drain { id, name, deadline } => {
+                    let known = self.routes.get(&id).map(|info| RouteInfo::clone(info));
+                    let mut info = known.unwrap_or_else(|| RouteInfo {
+                        name: name.as_str().into(),
+                        protocol: proxy_core::config::Protocol::Tcp,
+                        idle: None,
+                        half_closed: None,
+                        lifetime: None,
+                        kernel_timeouts: self.kernel_timeouts,
+                        drain_until: None,
+                    });
+                    info.drain_until = Some(self.clock.at(deadline));
+                    self.routes.insert(id, Arc::new(info));
+                    changed = true;
+                }
+                Effect::Forget { id } => changed |= self.routes.remove(&id).is_some(),
+                Effect::DropUdp { id, backends } => {
+                    let backends = backends.into_iter().map(|ip| (ip, None)).collect();
+                    self.send(Input::DropUdp(DropUdp { route: id, backends })).await;
+                }
+            }
+        }
+        if changed {
+            self.send(Input::Routes(self.routes.clone())).await;
+        }
+    }
+
+    pub async fn counters(&self, counters: &HashMap<u32, Counters>) {
+        let traffic = |c: Counter| Traffic { packets: c.packets, bytes: c.bytes };
+        let route = |c: &Counters| RouteCounters {
+            connections: c.connections,
+            traffic_in: traffic(c.inbound),
+            traffic_out: traffic(c.outbound),
+            refused: c.refused.clone(),
+        };
+        let routes = counters.iter().map(|(&id, c)| (id, route(c))).collect();
+        self.send(Input::Counters(KernelCounters { routes })).await;
+    }
+
+    pub async fn access_log(&self, log: &Log) {
+        self.send(Input::AccessLog(log.access)).await;
+    }
+
+    async fn send(&self, input: Input) {
+        if self.inputs.send(input).await.is_err() {
+            tracing::error!("the flow table's owner has ended");
+        }
+    }
+
+    fn info(&self, route: &Route) -> RouteInfo {
+        let idle = match route.keepalive {
+            Keepalive::Standard => route.timeouts.idle,
+            Keepalive::Extended => route.timeouts.idle.map(|idle: Duration| idle.saturating_mul(6)),
+            Keepalive::Immortal => None,
+        };
+        RouteInfo {
+            name: route.name.as_str().into(),
+            protocol: route.protocol,
+            idle,
+            half_closed: route.timeouts.half_closed,
+            lifetime: route.timeouts.lifetime,
+            kernel_timeouts: self.kernel_timeouts,
+            drain_until: None,
+        }
+    }
+}

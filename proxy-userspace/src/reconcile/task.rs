@@ -1,0 +1,339 @@
+//! The task around the [`Reconciler`]: one loop, one event at a time.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use proxy_core::{
+    config::{self, Config, RouteName, Target},
+    view,
+};
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{mpsc, watch},
+    time::{MissedTickBehavior, interval},
+};
+
+use super::{Effect, Outcome, ReconcileError, Reconciler, announce::Announcer};
+use crate::{
+    control::{Reply, RouteCommand, RouteState},
+    health::{Checks, Report},
+    kernel::{
+        nft::{MonitorNews, Nft, NftError, NftMonitor},
+        sysctl::{self, Settings},
+    },
+    logging::LogHandle,
+    resolve::{Names, Resolved},
+};
+
+/// What the loop listens to.
+#[derive(Debug)]
+pub struct Inputs {
+    pub commands: mpsc::Receiver<RouteCommand>,
+    pub reports: mpsc::Receiver<Report>,
+    pub resolved: mpsc::Receiver<Resolved>,
+    /// Ids of draining routes that have no connection left.
+    pub drained: mpsc::Receiver<u32>,
+    /// SIGHUP.
+    pub reload: mpsc::Receiver<()>,
+    pub monitor: AsyncFd<NftMonitor>,
+}
+
+/// The owner of the routes at work.
+#[derive(Debug)]
+pub struct Task<N> {
+    pub reconciler: Reconciler<N>,
+    pub config_file: PathBuf,
+    pub settings_record: PathBuf,
+    pub log: LogHandle,
+    pub checks: Checks,
+    pub names: Names,
+    pub track: Announcer,
+    pub published: watch::Sender<Arc<RouteState>>,
+    pub reloads_ok: u64,
+    pub reloads_failed: u64,
+    pub last_problem: Option<String>,
+    pub setting_warnings: Vec<String>,
+}
+
+/// Kernel counters are read so often, or less often when that would cost more than a twentieth of a core.
+const COUNTERS: Duration = Duration::from_secs(1);
+
+impl<N: Nft> Task<N> {
+    /// Works until `stop` changes. The table is left as it is: the kernel goes on forwarding.
+    pub async fn run(mut self, mut inputs: Inputs, mut stop: watch::Receiver<bool>) {
+        let mut counters = interval(COUNTERS);
+        counters.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut rest_until = Instant::now();
+        loop {
+            tokio::select! {
+                biased;
+                _ = stop.changed() => return,
+                Some(command) = inputs.commands.recv() => self.command(command).await,
+                Some(()) = inputs.reload.recv() => drop(self.reload().await),
+                Some(report) = inputs.reports.recv() => self.report(&report).await,
+                Some(resolved) = inputs.resolved.recv() => self.resolved(resolved).await,
+                Some(id) = inputs.drained.recv() => self.drained(id).await,
+                ready = inputs.monitor.readable_mut() => match ready {
+                    Ok(mut guard) => {
+                        let news = guard.get_inner_mut().drain();
+                        guard.clear_ready();
+                        self.foreign_hand(news);
+                    }
+                    Err(error) => tracing::error!(%error, "nftables events cannot be awaited"),
+                },
+                _ = counters.tick() => {
+                    let began = Instant::now();
+                    if began >= rest_until {
+                        self.count().await;
+                        rest_until = Instant::now() + began.elapsed() * 20;
+                    }
+                }
+            }
+            if self.reconciler.take_unpublished() {
+                self.publish();
+            }
+        }
+    }
+
+    /// Hands on what the start has brought about; the first publication.
+    pub async fn begin(&mut self, effects: Vec<Effect>) {
+        let routes: Vec<RouteName> = self.reconciler.config().routes.iter().map(|r| r.name.clone()).collect();
+        self.forward(effects).await;
+        self.watch_backends(&routes);
+        self.count().await;
+        self.reconciler.take_unpublished();
+        self.publish();
+    }
+
+    async fn command(&mut self, command: RouteCommand) {
+        match command {
+            RouteCommand::Reload { reply } => answer(reply, self.reload().await),
+            RouteCommand::SetBackend { route, backend, admin, reply } => {
+                let result = self.set_backend(&route, &backend, admin).await;
+                answer(reply, result);
+            }
+            RouteCommand::Explain { route, reply } => {
+                let found = self.reconciler.explain(&route);
+                answer(reply, found.ok_or_else(|| no_such_route(&route)));
+            }
+            RouteCommand::Ruleset { reply } => answer(reply, Ok(self.reconciler.script())),
+        }
+    }
+
+    async fn reload(&mut self) -> Result<view::Reload, view::Failure> {
+        let result = self.try_reload().await;
+        match &result {
+            Ok(done) => {
+                self.reloads_ok += 1;
+                self.last_problem = None;
+                tracing::info!(
+                    added = done.added.len(), changed = done.changed.len(), removed = done.removed.len(),
+                    unchanged = done.unchanged, changes = done.changes, apply_ms = done.apply_ms, "reloaded"
+                );
+            }
+            Err(failure) => {
+                self.reloads_failed += 1;
+                self.last_problem = Some(failure.error.lines().next().unwrap_or_default().to_owned());
+                for line in failure.error.lines() {
+                    tracing::error!("reload refused: {line}");
+                }
+            }
+        }
+        self.publish();
+        result
+    }
+
+    async fn try_reload(&mut self) -> Result<view::Reload, view::Failure> {
+        let file = self.config_file.clone();
+        let read = tokio::task::spawn_blocking(move || load(&file)).await;
+        let config = read.map_err(|e| view::Failure { error: e.to_string(), hint: None })??;
+        let settings = Settings::default().apply(&needed(&config), &self.settings_record);
+        let settings = settings.map_err(|e| view::Failure { error: e.to_string(), hint: Some(e.mend()) })?;
+        let log = config.log.clone();
+        let prepared = self.reconciler.prepare(config).map_err(|e| failure(&e))?;
+        self.track.announce(&self.reconciler.serves(&prepared)).await;
+        let outcome = self.reconciler.carry_out(prepared, Instant::now()).map_err(|e| failure(&e))?;
+        if let Err(error) = self.log.apply(&log) {
+            tracing::warn!(%error, "the log stays as it was");
+        }
+        self.track.access_log(&log).await;
+        self.setting_warnings.extend(settings.warnings);
+        let names = |names: &[RouteName]| names.iter().map(ToString::to_string).collect();
+        let Outcome { added, changed, removed, changes, apply, effects } = outcome;
+        self.forward(effects).await;
+        self.watch_backends(&[added.clone(), changed.clone()].concat());
+        removed.iter().for_each(|route| self.checks.forget(route));
+        Ok(view::Reload {
+            unchanged: self.reconciler.config().routes.len() - added.len() - changed.len(),
+            added: names(&added),
+            changed: names(&changed),
+            removed: names(&removed),
+            apply_ms: apply.as_secs_f64() * 1e3,
+            changes,
+        })
+    }
+
+    async fn set_backend(
+        &mut self,
+        route: &str,
+        backend: &str,
+        admin: view::BackendAdmin,
+    ) -> Result<view::Backend, view::Failure> {
+        match self.reconciler.set_backend(route, backend, admin) {
+            Err(error) => Err(view::Failure { error: error.to_string(), hint: None }),
+            Ok(None) => Err(view::Failure {
+                error: format!("route \"{route}\" has no backend \"{backend}\""),
+                hint: Some("`shunt routes` lists routes and backends".into()),
+            }),
+            Ok(Some((view, effects))) => {
+                tracing::info!(route, backend, state = ?admin, "backend set by an operator");
+                self.forward(effects).await;
+                Ok(view)
+            }
+        }
+    }
+
+    async fn report(&mut self, report: &Report) {
+        let before = self.up(&report.route, &report.target);
+        let effects = self.reconciler.checked(&report.route, &report.target, &report.checked);
+        let after = self.up(&report.route, &report.target);
+        if before != after {
+            let (route, backend) = (&report.route, &report.target);
+            match &report.checked.result {
+                Ok(()) => tracing::info!(%route, %backend, "backend is up"),
+                Err(why) => tracing::warn!(%route, %backend, why, "backend is down"),
+            }
+        }
+        self.settle(effects).await;
+    }
+
+    fn up(&self, route: &RouteName, target: &Target) -> Option<bool> {
+        self.reconciler.backend_is_up(route, target)
+    }
+
+    async fn resolved(&mut self, resolved: Resolved) {
+        match resolved.result {
+            Ok(addresses) => {
+                let effects = self.reconciler.resolved(&resolved.host, &addresses);
+                let routes = self.reconciler.routes_with_name(&resolved.host);
+                self.watch_hosts(&routes);
+                self.settle(effects).await;
+            }
+            Err(why) => tracing::warn!(name = resolved.host, why, "backend name not resolved; its last addresses stay"),
+        }
+    }
+
+    async fn drained(&mut self, id: u32) {
+        let effects = self.reconciler.drained(id);
+        self.settle(effects).await;
+    }
+
+    async fn settle(&mut self, effects: Result<Vec<Effect>, NftError>) {
+        match effects {
+            Ok(effects) => self.forward(effects).await,
+            Err(error) => tracing::error!(%error, "nftables refused a change; it is tried again with the next one"),
+        }
+    }
+
+    async fn forward(&mut self, effects: Vec<Effect>) {
+        self.track.forward(effects).await;
+    }
+
+    /// Keeps health checks and names in step with routes that are new or changed.
+    fn watch_backends(&mut self, routes: &[RouteName]) {
+        let names = self.reconciler.config().routes.iter().flat_map(|r| &r.backends);
+        let host = |target| match target {
+            &Target::Name { ref host, .. } => Some(host.as_str()),
+            Target::Address { .. } => None,
+        };
+        self.names.watch(names.filter_map(|b| host(&b.target)));
+        self.watch_hosts(routes);
+    }
+
+    fn watch_hosts(&mut self, routes: &[RouteName]) {
+        for name in routes {
+            let targets = self.reconciler.targets(name);
+            if let Some(route) = self.reconciler.route(name) {
+                self.checks.watch(&route, &targets);
+            }
+        }
+    }
+
+    fn foreign_hand(&mut self, news: Result<MonitorNews, NftError>) {
+        match news {
+            Ok(news) if !news.foreign_change && !news.overrun => return,
+            Ok(MonitorNews { process: Some((name, pid)), .. }) => tracing::warn!(name, pid, "a process changed table inet shunt"),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "nftables events were lost"),
+        }
+        match self.reconciler.repair() {
+            Ok(true) => tracing::warn!("somebody changed table inet shunt: it is as it should be again"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "table inet shunt was changed by somebody and could not be mended"),
+        }
+    }
+
+    async fn count(&mut self) {
+        match self.reconciler.counters() {
+            Ok(counters) => self.track.counters(counters).await,
+            Err(error) => tracing::warn!(%error, "kernel counters could not be read"),
+        }
+    }
+
+    fn publish(&self) {
+        let mut warnings = self.setting_warnings.clone();
+        warnings.extend(self.last_problem.iter().map(|p| format!("the last reload was refused: {p}")));
+        self.published.send_replace(Arc::new(RouteState {
+            ready: true,
+            config_file: self.config_file.display().to_string(),
+            routes: self.reconciler.route_views(),
+            reconcile: self.reconciler.status().clone(),
+            reloads_ok: self.reloads_ok,
+            reloads_failed: self.reloads_failed,
+            warnings,
+        }));
+    }
+}
+
+fn answer<T>(reply: Reply<T>, result: Result<T, view::Failure>) {
+    // The asker may have gone.
+    drop(reply.send(result));
+}
+
+fn no_such_route(name: &str) -> view::Failure {
+    view::Failure {
+        error: format!("no route \"{name}\""),
+        hint: Some("`shunt routes` lists them".into()),
+    }
+}
+
+/// The settings the routes of `config` need.
+pub fn needed(config: &Config) -> Vec<sysctl::Needed> {
+    let any = |v4: bool| config.routes.iter().flat_map(|r| &r.listen).any(|l| l.address.is_ipv4() == v4);
+    sysctl::needed(sysctl::Routes { ipv4: any(true), ipv6: any(false) })
+}
+
+/// Reads and parses the file.
+pub fn load(file: &Path) -> Result<Config, view::Failure> {
+    let text = std::fs::read_to_string(file).map_err(|e| view::Failure {
+        error: format!("{}: {e}", file.display()),
+        hint: Some("name the file with --config FILE".into()),
+    })?;
+    config::parse(&text, file).map_err(|problems| view::Failure {
+        error: problems.to_string().trim_end().to_owned(),
+        hint: Some(format!("`shunt check {}` checks it without touching anything", file.display())),
+    })
+}
+
+pub fn failure(error: &ReconcileError) -> view::Failure {
+    let hint = match error {
+        ReconcileError::Unserved(_) => Some("`shunt plan` shows every route with its engine and what rules the others out".into()),
+        ReconcileError::TooManyRoutes(_) => Some("set kernel.mark_mask, for instance to 0xffffff00".into()),
+        ReconcileError::NeedsRestart(_) => Some("restarting loses no connection: the kernel goes on forwarding".into()),
+        ReconcileError::Nft(error) => error.mend(),
+    };
+    view::Failure { error: error.to_string(), hint }
+}

@@ -1,0 +1,409 @@
+//! The task itself.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use proxy_core::{
+    config::{Engine, Protocol},
+    flow::{DumpKind, End, Ended, EntryKey, FlowId, FlowTable, Now, RouteTable},
+    reason::Reason,
+    view,
+};
+use tokio::sync::{mpsc, watch};
+
+use super::{Clock, DropUdp, Input, Options, commands, publish::Publisher};
+use crate::{
+    access_log::AccessLog,
+    control::{FlowCommand, FlowState},
+    kernel::conntrack::{Conntrack, ConntrackError, MarkFilter, Usage},
+};
+
+/// After this many messages at once it pays to let more come together: a wake-up costs as much as ten events.
+const BUSY: usize = 32;
+/// How long they may come together.
+const REST: Duration = Duration::from_millis(10);
+/// How long the ends of a cut flow have to be answered with a reset before the entry goes.
+const GRACE: Duration = Duration::from_secs(1);
+/// Dumps take at most one part in so many of a core.
+const DUMP_SHARE: u32 = 40;
+/// With fewer lingering entries than this, leaving them out of a dump saves nothing.
+const FEW_LINGERING: u64 = 10_000;
+/// After a failed call.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long a warning about lost events stays up.
+const WARN_LOST: Duration = Duration::from_secs(60);
+
+enum Wake {
+    Events(Result<(), ConntrackError>),
+    Input(Option<Input>),
+    Command(Option<FlowCommand>),
+    Time,
+}
+
+#[derive(Debug)]
+pub struct Task<C> {
+    conntrack: C,
+    table: FlowTable,
+    clock: Clock,
+    interval: Duration,
+    log: AccessLog,
+    drained: mpsc::Sender<u32>,
+    publisher: Publisher,
+    /// Routes have come: before, no flow would be known.
+    routed: bool,
+    rest_until: Option<Instant>,
+    next_dump: Duration,
+    next_full_dump: Duration,
+    last_dump_took: Duration,
+    /// Entries marked as cut, and when to delete them.
+    condemned: VecDeque<(Duration, EntryKey)>,
+    /// Looked at once more at the next dump: a datagram under way may have confirmed an old choice.
+    down: Vec<DropUdp>,
+    told_drained: HashSet<u32>,
+    lost_at: Option<Duration>,
+    failure: Option<String>,
+    ended: Vec<Ended>,
+}
+
+impl<C: Conntrack> Task<C> {
+    pub fn new(options: Options, conntrack: C, publish: watch::Sender<Arc<FlowState>>) -> Self {
+        Self {
+            conntrack,
+            table: FlowTable::new(options.layout, options.max_flows),
+            clock: options.clock,
+            interval: options.interval,
+            log: options.access_log,
+            drained: options.drained,
+            publisher: Publisher::new(publish),
+            routed: false,
+            rest_until: None,
+            next_dump: Duration::ZERO,
+            next_full_dump: Duration::ZERO,
+            last_dump_took: Duration::ZERO,
+            condemned: VecDeque::new(),
+            down: Vec::new(),
+            told_drained: HashSet::new(),
+            lost_at: None,
+            failure: None,
+            ended: Vec::new(),
+        }
+    }
+
+    /// Until [`Input::Stop`], or until nobody is left to talk to.
+    pub async fn run(mut self, mut commands: mpsc::Receiver<FlowCommand>, mut inputs: mpsc::Receiver<Input>) {
+        loop {
+            let until = self.next_wake();
+            let listening = self.rest_until.is_none();
+            let wake = tokio::select! {
+                input = inputs.recv() => Wake::Input(input),
+                command = commands.recv() => Wake::Command(command),
+                result = self.conntrack.readable(), if listening => Wake::Events(result),
+                () = tokio::time::sleep_until(until.into()) => Wake::Time,
+            };
+            match wake {
+                Wake::Input(None | Some(Input::Stop)) | Wake::Command(None) => break,
+                Wake::Input(Some(input)) => self.take(input),
+                Wake::Command(Some(command)) => self.obey(command),
+                Wake::Events(Ok(())) => self.drain(),
+                Wake::Events(Err(error)) => self.failed(&error),
+                Wake::Time => {}
+            }
+            self.work();
+        }
+        self.drain();
+        self.log_ended();
+    }
+
+    fn next_wake(&self) -> Instant {
+        let due = [
+            Some(self.next_dump).filter(|_| self.routed),
+            self.table.next_expiry(),
+            self.condemned.front().map(|(at, _)| *at),
+        ];
+        let due = due.into_iter().flatten().min().map(|at| self.clock.instant(at));
+        let idle = Instant::now() + self.interval;
+        [due, self.rest_until].into_iter().flatten().fold(idle, Instant::min)
+    }
+
+    /// Everything whose time has come.
+    fn work(&mut self) {
+        if self.rest_until.is_some_and(|until| until <= Instant::now()) {
+            self.rest_until = None;
+        }
+        let now = self.clock.now();
+        let overrun = self.table.is_stale() && now.mono >= self.next_dump.saturating_sub(self.interval * 9 / 10);
+        if self.routed && (now.mono >= self.next_dump || overrun) {
+            self.regular_dump();
+        }
+        let now = self.clock.now();
+        let cuts = self.table.expire(now);
+        self.condemn(cuts, now);
+        self.execute(now);
+        self.tell_drained();
+        self.log_ended();
+    }
+
+    fn take(&mut self, input: Input) {
+        let now = self.clock.now();
+        match input {
+            Input::Routes(routes) => self.set_routes(&routes, now),
+            Input::Counters(counters) => {
+                self.publisher.counters(counters, now);
+                self.publish(now);
+            }
+            Input::DropUdp(down) => {
+                // A flow whose first packet has passed must be known before it can be dropped.
+                self.drain();
+                self.drop_udp(&down, now);
+                self.down.push(down);
+            }
+            Input::AccessLog(filter) => self.log.set_filter(filter),
+            Input::Stop => {}
+        }
+    }
+
+    fn set_routes(&mut self, routes: &RouteTable, now: Now) {
+        self.drain();
+        let known: Vec<(u32, Arc<str>)> =
+            self.table.tallies().map(|(id, tally)| (id, Arc::clone(&tally.info.name))).collect();
+        let cuts = self.table.set_routes(routes, now);
+        let gone = known.into_iter().filter(|(id, name)| routes.get(id).is_none_or(|info| info.name != *name));
+        self.publisher.forget(gone);
+        self.condemn(cuts, now);
+        self.told_drained.clear();
+        self.routed = true;
+    }
+
+    fn obey(&mut self, command: FlowCommand) {
+        match command {
+            FlowCommand::Connections { filter, reply } => {
+                if self.routed {
+                    self.dump();
+                }
+                let _ = reply.send(Ok(commands::list(&self.table, &filter, self.clock.now())));
+            }
+            FlowCommand::Kill { id, reply } => {
+                self.drain();
+                let _ = reply.send(self.kill(&id));
+            }
+        }
+    }
+
+    fn kill(&mut self, text: &str) -> Result<view::Killed, view::Failure> {
+        let now = self.clock.now();
+        let failure = |error: String| view::Failure {
+            error,
+            hint: Some("`shunt connections` lists the ids of living connections".into()),
+        };
+        let id: FlowId = text.parse().map_err(|error| failure(format!("connection id {text:?}: {error}")))?;
+        let record = self.table.get(id).ok_or_else(|| failure(format!("there is no connection {text}")))?;
+        let route = self.table.tally(record.route).map(|tally| tally.info.name.to_string()).unwrap_or_default();
+        let killed = view::Killed { id: text.into(), route, client: record.client };
+        let key = self
+            .table
+            .cut(id, Reason::Killed, now)
+            .ok_or_else(|| failure(format!("connection {text} has ended already")))?;
+        self.condemn(vec![key], now);
+        Ok(killed)
+    }
+
+    fn drop_udp(&mut self, down: &DropUdp, now: Now) {
+        for backend in &down.backends {
+            let cuts = self.table.drop_udp(down.route, *backend, now);
+            self.condemn(cuts, now);
+        }
+    }
+
+    /// Marks the entries as cut; TCP entries stay long enough for both ends to hear a reset.
+    fn condemn(&mut self, cuts: Vec<EntryKey>, now: Now) {
+        if cuts.is_empty() {
+            return;
+        }
+        let (tcp, udp): (Vec<EntryKey>, Vec<EntryKey>) =
+            cuts.into_iter().partition(|key| key.protocol == Protocol::Tcp);
+        let layout = self.table.layout();
+        let result = self
+            .conntrack
+            .set_mark(&tcp, layout.end_bits(End::Cut), layout.end_mask())
+            .and_then(|_| self.conntrack.delete(&udp));
+        if let Err(error) = result {
+            self.failed(&error);
+        }
+        self.condemned.extend(tcp.into_iter().map(|key| (now.mono + GRACE, key)));
+    }
+
+    /// Deletes what has been marked long enough.
+    fn execute(&mut self, now: Now) {
+        let due = self.condemned.iter().take_while(|(at, _)| *at <= now.mono).count();
+        if due == 0 {
+            return;
+        }
+        let keys: Vec<EntryKey> = self.condemned.drain(..due).map(|(_, key)| key).collect();
+        if let Err(error) = self.conntrack.delete(&keys) {
+            self.failed(&error);
+        }
+    }
+
+    /// Takes all queued events.
+    fn drain(&mut self) {
+        let now = self.clock.now();
+        let mut messages = 0;
+        loop {
+            let table = &mut self.table;
+            match self.conntrack.drain(&mut |event| table.apply(event, now)) {
+                Ok(drained) => {
+                    messages += drained.messages;
+                    if !drained.more {
+                        break;
+                    }
+                }
+                Err(error) => return self.failed(&error),
+            }
+        }
+        if messages >= BUSY {
+            self.rest_until = Some(Instant::now() + REST);
+        }
+        if self.table.is_stale() && self.table.counts().lost > 0 && self.lost_at.is_none() {
+            self.lost_at = Some(now.mono);
+            tracing::warn!(lost = self.table.counts().lost, "conntrack events were lost; a dump heals the flow table");
+        }
+    }
+
+    fn regular_dump(&mut self) {
+        self.dump();
+        let now = self.clock.now();
+        for down in std::mem::take(&mut self.down) {
+            self.drop_udp(&down, now);
+        }
+        if self.lost_at.is_some_and(|at| !self.table.is_stale() && now.mono.saturating_sub(at) > WARN_LOST) {
+            self.lost_at = None;
+        }
+        let changed = self.table.take_changed();
+        self.publisher.sample(&self.table, changed, now);
+        self.publish(now);
+    }
+
+    fn dump(&mut self) {
+        let now = self.clock.now();
+        let kind = self.dump_kind(now);
+        self.drain();
+        let stretched = self.interval.max(self.last_dump_took * DUMP_SHARE);
+        self.next_dump = now.mono + stretched;
+        self.table.begin_dump(kind, self.next_dump, now);
+        let filters = self.filters(kind);
+        let table = &mut self.table;
+        if let Err(error) = self.conntrack.dump(&filters, &mut |entry| table.observe(entry, now)) {
+            return self.failed(&error);
+        }
+        self.drain();
+        let end = self.clock.now();
+        self.table.end_dump(kind, end);
+        self.failure = None;
+        self.last_dump_took = end.mono.saturating_sub(now.mono);
+        if kind == DumpKind::Full {
+            self.next_full_dump = end.mono + self.last_dump_took * DUMP_SHARE;
+        }
+    }
+
+    /// With many ended entries lingering, most dumps leave them out.
+    fn dump_kind(&self, now: Now) -> DumpKind {
+        let active = self.table.active();
+        let lingering = self.table.len() as u64 - active.min(self.table.len() as u64);
+        if self.table.is_stale() || lingering < FEW_LINGERING.max(active / 4) || now.mono >= self.next_full_dump {
+            DumpKind::Full
+        } else {
+            DumpKind::Live
+        }
+    }
+
+    /// The kernel can compare bits with one value, so what lives (three of the eight end numbers) takes two passes.
+    fn filters(&self, kind: DumpKind) -> Vec<MarkFilter> {
+        let layout = self.table.layout();
+        let [open, client, backend] =
+            [End::Open, End::ClientFinished, End::BackendFinished].map(|e| layout.end_bits(e));
+        match kind {
+            DumpKind::Full => vec![MarkFilter { value: 0, mask: 0 }],
+            DumpKind::Live => vec![
+                MarkFilter { value: open, mask: layout.end_mask() & !client },
+                MarkFilter { value: backend, mask: layout.end_mask() },
+            ],
+        }
+    }
+
+    fn tell_drained(&mut self) {
+        for id in self.table.drained() {
+            if !self.told_drained.contains(&id) && self.drained.try_send(id).is_ok() {
+                self.told_drained.insert(id);
+            }
+        }
+    }
+
+    fn log_ended(&mut self) {
+        self.table.take_ended(&mut self.ended);
+        if self.ended.is_empty() {
+            return;
+        }
+        for ended in self.ended.drain(..) {
+            self.log.write(&ended, Engine::Nft);
+        }
+        self.log.flush();
+    }
+
+    fn publish(&mut self, now: Now) {
+        let usage = self.conntrack.usage();
+        let counts = self.table.counts();
+        let warnings = self.warnings(usage, now);
+        let last_dump_ms = self.last_dump_took.as_secs_f64() * 1000.0;
+        self.publisher.publish(&self.table, now, |state| {
+            state.conntrack = view::ConntrackStatus {
+                entries: usage.map_or(0, |usage| usage.entries),
+                max: usage.map_or(0, |usage| usage.max),
+                events: counts.events,
+                events_lost: counts.lost,
+                dumps: counts.dumps,
+                last_dump_ms,
+            };
+            state.warnings = warnings;
+        });
+    }
+
+    fn warnings(&self, usage: Option<Usage>, now: Now) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if let Some(usage) = usage.filter(|usage| usage.entries * 10 >= usage.max * 9) {
+            warnings.push(format!(
+                "the conntrack table is nearly full ({} of {} entries): raise net.netfilter.nf_conntrack_max",
+                usage.entries, usage.max
+            ));
+        }
+        if let Some(at) = self.lost_at {
+            let ago = now.mono.saturating_sub(at).as_secs();
+            let healed = if self.table.is_stale() { "numbers are behind" } else { "a dump has set the numbers right" };
+            warnings.push(format!("conntrack events were lost {ago} s ago; {healed}"));
+        }
+        if self.table.untracked() > 0 {
+            warnings.push(format!(
+                "the flow table is full ({} flows): {} connections are not shown",
+                self.table.capacity(),
+                self.table.untracked()
+            ));
+        }
+        if self.log.lost() > 0 {
+            warnings.push(format!("{} access log lines were dropped: standard output is not read", self.log.lost()));
+        }
+        warnings.extend(self.failure.clone());
+        warnings
+    }
+
+    /// A kernel call failed: said once, shown until one succeeds.
+    fn failed(&mut self, error: &ConntrackError) {
+        let text = error.to_string();
+        if self.failure.as_ref() != Some(&text) {
+            tracing::warn!(%error, "conntrack");
+        }
+        self.failure = Some(text);
+        self.rest_until = Some(Instant::now() + RETRY);
+    }
+}
