@@ -50,3 +50,15 @@ pub fn run_programs_as_root(command: &mut Command) -> Result<()> {
     command.env(variable, "sudo -E");
     Ok(())
 }
+
+/// Builds the daemon with optimisation, as it is deployed.
+pub fn build_daemon_release() -> Result<()> {
+    let args = ["build", "--release", "--locked", "--package", "proxy-userspace", "--bin", "shunt"];
+    run("build: the daemon, release", &mut command(&args))
+}
+
+/// Where [`build_daemon_release`] puts it: beside the folder this program was built into.
+pub fn daemon_release() -> PathBuf {
+    let program = env::current_exe().unwrap_or_default();
+    program.ancestors().nth(2).unwrap_or(Path::new("target")).join("release/shunt")
+}

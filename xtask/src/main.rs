@@ -1,5 +1,6 @@
 //! `cargo xtask`: what one does with this repository. `cargo xtask --help` lists it.
 
+mod bench;
 mod cargo;
 mod checks;
 mod root;
@@ -24,6 +25,8 @@ enum Task {
     Setup(setup::Options),
     /// Build everything and run all tests, on this kernel, in network namespaces of their own
     Test(checks::TestOptions),
+    /// Compare shunt with a hand-written nft rule, plain routing, HAProxy and nginx
+    Bench(bench::Options),
     /// Everything a change must pass: formatting, lints, tests, documentation
     Ci(checks::CiOptions),
 }
@@ -33,6 +36,7 @@ fn main() -> ExitCode {
     let outcome = stop::on_signals().and_then(|()| match cli.task {
         Task::Setup(options) => setup::run(&options),
         Task::Test(options) => checks::test(&options),
+        Task::Bench(options) => bench::run(&options),
         Task::Ci(options) => checks::ci(&options),
     });
     match outcome {

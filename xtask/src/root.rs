@@ -1,6 +1,11 @@
 //! Building is for the user, network namespaces are for root.
 
-use std::{env, os::unix::process::CommandExt, process::Command};
+use std::{
+    env,
+    os::unix::{fs::chown, process::CommandExt},
+    path::Path,
+    process::Command,
+};
 
 use anyhow::{Context, Result, anyhow};
 use nix::unistd::geteuid;
@@ -9,16 +14,25 @@ pub fn is_root() -> bool {
     geteuid().is_root()
 }
 
-/// Goes on as root: when we are not, replaces this process by itself under sudo, with `args`.
+/// Goes on as root: when we are not, replaces this process by itself under sudo, with its own arguments and `more`.
 ///
 /// # Errors
 /// When sudo cannot be started.
-pub fn become_root(args: &[&str]) -> Result<()> {
+pub fn become_root(more: &[&str]) -> Result<()> {
     if is_root() {
         return Ok(());
     }
     let program = env::current_exe().context("path of this program")?;
-    crate::ui::note("network namespaces and packages need root: asking sudo");
-    let error = Command::new("sudo").arg("-E").arg(program).args(args).exec();
+    crate::ui::note("network namespaces need root: asking sudo");
+    let error = Command::new("sudo").arg("-E").arg(program).args(env::args_os().skip(1)).args(more).exec();
     Err(anyhow!(error).context("not root, and sudo cannot be started: run this as root"))
+}
+
+/// Under sudo, gives a file we made to the user who called.
+pub fn give_back(path: &Path) -> Result<()> {
+    let id = |name: &str| env::var(name).ok().and_then(|text| text.parse().ok());
+    if let (Some(user), Some(group)) = (id("SUDO_UID"), id("SUDO_GID")) {
+        chown(path, Some(user), Some(group)).with_context(|| format!("chown {}", path.display()))?;
+    }
+    Ok(())
 }

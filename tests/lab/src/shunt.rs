@@ -28,9 +28,16 @@ pub struct ShuntBuilder {
     env: Vec<(String, String)>,
     args: Vec<String>,
     wait_ready: bool,
+    binary: Option<PathBuf>,
 }
 
 impl ShuntBuilder {
+    /// The program; default [`shunt_binary`].
+    pub fn binary(mut self, path: &Path) -> Self {
+        self.binary = Some(path.to_owned());
+        self
+    }
+
     /// Stem of its files in the lab's folder; default `shunt`. A second daemon in the same lab needs another.
     pub fn name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
@@ -74,7 +81,7 @@ impl ShuntBuilder {
         let host = self.host.clone().unwrap_or_else(|| lab.gateway().clone());
         let (config_file, socket) =
             (lab.dir().join(format!("{}.toml", self.name)), lab.dir().join(format!("{}.sock", self.name)));
-        let binary = shunt_binary()?;
+        let binary = self.binary.clone().map_or_else(shunt_binary, Ok)?;
         let mut shunt =
             Shunt { options: self, host, dir: lab.dir().to_owned(), binary, config_file, socket, running: None };
         shunt.write_config(config)?;
@@ -109,6 +116,7 @@ impl Shunt {
             env: Vec::new(),
             args: Vec::new(),
             wait_ready: true,
+            binary: None,
         }
     }
 

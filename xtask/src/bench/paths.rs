@@ -1,0 +1,157 @@
+//! The ways from the client to the backend that are compared.
+
+use std::{
+    fmt, fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use serde::Serialize;
+use shunt_lab::{GATEWAY, Lab, Running, Shunt, kernel, run};
+
+use super::services;
+
+const RULE: &str = include_str!("../../bench/peers/rule.nft");
+const HAPROXY: &str = include_str!("../../bench/peers/haproxy.cfg");
+const NGINX: &str = include_str!("../../bench/peers/nginx.conf");
+pub const SHUNT: &str = include_str!("../../bench/peers/shunt.toml");
+
+/// One way from the client to the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum PathKind {
+    /// Routing without NAT, without connection tracking
+    Plain,
+    /// A hand-written nft DNAT rule
+    Rule,
+    /// shunt, nft engine, with accounting
+    Shunt,
+    /// HAProxy, TCP mode, option splice-auto, 2 threads
+    Haproxy,
+    /// nginx stream, 2 workers
+    Nginx,
+}
+
+impl PathKind {
+    pub const ALL: [Self; 5] = [Self::Plain, Self::Rule, Self::Shunt, Self::Haproxy, Self::Nginx];
+
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Plain => "plain routing",
+            Self::Rule => "nft rule",
+            Self::Shunt => "shunt",
+            Self::Haproxy => "HAProxy",
+            Self::Nginx => "nginx",
+        }
+    }
+}
+
+impl fmt::Display for PathKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.title())
+    }
+}
+
+/// A path that forwards now; it stops when dropped or, with errors told, by [`RunningPath::stop`].
+#[derive(Debug)]
+pub struct RunningPath {
+    pub kind: PathKind,
+    /// What the client dials.
+    pub target: Ipv4Addr,
+    forwarder: Forwarder,
+}
+
+#[derive(Debug)]
+enum Forwarder {
+    Routing,
+    Rule,
+    Program(Running),
+    Shunt(Box<Shunt>),
+}
+
+impl RunningPath {
+    /// Starts `kind` on the lab's gateway, which must be as [`Self::stop`] leaves it. `shunt`: the daemon's binary.
+    pub fn start(kind: PathKind, lab: &Lab, shunt: Option<&Path>) -> Result<Self> {
+        // Only shunt counts bytes, and turns it on itself.
+        lab.gateway().set_sysctl("net.netfilter.nf_conntrack_acct", "0")?;
+        let forwarder = match kind {
+            PathKind::Plain => Forwarder::Routing,
+            PathKind::Rule => {
+                kernel::nft_load(lab.gateway(), lab.dir(), RULE)?;
+                Forwarder::Rule
+            }
+            PathKind::Haproxy => {
+                let file = write(lab, "haproxy.cfg", HAPROXY)?;
+                Forwarder::Program(lab.serve(
+                    lab.gateway(),
+                    "haproxy",
+                    "haproxy",
+                    &["-db", "-f", &file],
+                    services::HTTP,
+                )?)
+            }
+            PathKind::Nginx => {
+                let file = write(lab, "nginx-peer.conf", NGINX)?;
+                let prefix = lab.dir().to_str().context("path of the lab's folder")?;
+                let args = ["-e", "stderr", "-p", prefix, "-c", &file];
+                Forwarder::Program(lab.serve(lab.gateway(), "nginx-peer", "nginx", &args, services::HTTP)?)
+            }
+            PathKind::Shunt => {
+                let binary = shunt.context("no shunt binary was built")?;
+                Forwarder::Shunt(Box::new(Shunt::builder().binary(binary).start(lab, SHUNT)?))
+            }
+        };
+        let target = if kind == PathKind::Plain { lab.backend(1).ip } else { GATEWAY };
+        Ok(Self { kind, target, forwarder })
+    }
+
+    /// The processes that forward or decide; empty for the kernel alone.
+    pub fn pids(&self) -> Result<Vec<u32>> {
+        match &self.forwarder {
+            Forwarder::Routing | Forwarder::Rule => Ok(Vec::new()),
+            Forwarder::Program(running) => with_children(running.pid()),
+            Forwarder::Shunt(shunt) => Ok(vec![shunt.pid()?]),
+        }
+    }
+
+    /// Stops it and takes away what it put into the gateway's kernel.
+    pub fn stop(self, lab: &Lab) -> Result<()> {
+        match self.forwarder {
+            Forwarder::Routing => {}
+            Forwarder::Rule => {
+                run(lab.gateway().command("nft").args(["delete", "table", "ip", "by_hand"])).map(drop)?
+            }
+            Forwarder::Program(running) => drop(running),
+            Forwarder::Shunt(mut shunt) => {
+                shunt.terminate(Duration::from_secs(40))?;
+                run(&mut shunt.command(&["cleanup"])).context("shunt cleanup")?;
+            }
+        }
+        kernel::conntrack_flush(lab.gateway())
+    }
+}
+
+/// CPU seconds the forwarding processes have used.
+pub fn cpu_seconds(pids: &[u32]) -> Result<f64> {
+    pids.iter().map(|pid| kernel::cpu_seconds(*pid)).sum()
+}
+
+/// Resident bytes of the forwarding processes. Pages shared between nginx's workers count once per worker.
+pub fn resident_bytes(pids: &[u32]) -> Result<u64> {
+    pids.iter().map(|pid| kernel::resident_bytes(*pid)).sum()
+}
+
+fn with_children(pid: u32) -> Result<Vec<u32>> {
+    let path = PathBuf::from(format!("/proc/{pid}/task/{pid}/children"));
+    let children = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    Ok(std::iter::once(pid).chain(children.split_whitespace().filter_map(|child| child.parse().ok())).collect())
+}
+
+fn write(lab: &Lab, name: &str, content: &str) -> Result<String> {
+    let path = lab.dir().join(name);
+    fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
+    path.to_str().map(str::to_owned).context("path of the lab's folder")
+}

@@ -1,0 +1,105 @@
+//! From samples to medians, spreads and ratios.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{measure::Sample, metric::Metric, paths::PathKind};
+
+/// Median and extremes over the rounds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Spread {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+}
+
+impl Spread {
+    /// `None` for no values.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut values: Vec<f64> = values.into_iter().filter(|value| value.is_finite()).collect();
+        values.sort_by(f64::total_cmp);
+        let (min, max) = (*values.first()?, *values.last()?);
+        let (low, high) = (values[(values.len() - 1) / 2], values[values.len() / 2]);
+        Some(Self { median: (low + high) / 2.0, min, max })
+    }
+
+    /// Half the distance between the extremes, in percent of the median.
+    pub fn percent(&self) -> f64 {
+        if self.median == 0.0 { 0.0 } else { 50.0 * (self.max - self.min) / self.median.abs() }
+    }
+}
+
+/// One number of the table.
+#[derive(Debug, Clone, Serialize)]
+pub struct Cell {
+    #[serde(flatten)]
+    pub value: Spread,
+    /// Of the two values of the same round, then over the rounds: what disturbs a round disturbs both.
+    pub to_rule: Option<Spread>,
+    pub to_plain: Option<Spread>,
+    /// In the order of the rounds.
+    pub rounds: Vec<f64>,
+}
+
+/// All samples of a benchmark: per metric and path one value per round.
+#[derive(Debug, Clone, Default)]
+pub struct Samples(BTreeMap<Metric, BTreeMap<PathKind, Vec<f64>>>);
+
+impl Samples {
+    pub fn add(&mut self, path: PathKind, samples: Vec<Sample>) {
+        for (metric, value) in samples {
+            self.0.entry(metric).or_default().entry(path).or_default().push(value);
+        }
+    }
+
+    pub fn cells(mut self) -> BTreeMap<Metric, BTreeMap<PathKind, Cell>> {
+        self.subtract_the_ends();
+        let cells_of = |metric: Metric, paths: &BTreeMap<PathKind, Vec<f64>>| {
+            let cell = |values: &Vec<f64>| {
+                let ratio = |to| {
+                    let base = paths.get(&to).filter(|_| metric.has_ratio())?;
+                    Spread::of(values.iter().zip(base).map(|(value, base)| value / base))
+                };
+                let (to_rule, to_plain) = (ratio(PathKind::Rule), ratio(PathKind::Plain));
+                Some(Cell { value: Spread::of(values.iter().copied())?, to_rule, to_plain, rounds: values.clone() })
+            };
+            paths.iter().filter_map(|(path, values)| Some((*path, cell(values)?))).collect()
+        };
+        self.0.iter().map(|(metric, paths)| (*metric, cells_of(*metric, paths))).collect()
+    }
+
+    /// The kernel memory of both ends is in every path's number; with plain routing it is all there is.
+    fn subtract_the_ends(&mut self) {
+        let Some(paths) = self.0.get_mut(&Metric::KernelPerConnection) else { return };
+        let Some(ends) = paths.get(&PathKind::Plain).cloned() else { return };
+        for values in paths.values_mut() {
+            for (value, end) in values.iter_mut().zip(&ends) {
+                *value -= end;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_an_even_count_is_the_middle_of_two() {
+        assert_eq!(Spread::of([4.0, 1.0, 2.0, 3.0]), Some(Spread { median: 2.5, min: 1.0, max: 4.0 }));
+        assert_eq!(Spread::of([]), None);
+    }
+
+    #[test]
+    fn ratios_pair_the_values_of_a_round() {
+        let mut samples = Samples::default();
+        for (rule, shunt) in [(10.0, 9.0), (100.0, 95.0)] {
+            samples.add(PathKind::Rule, vec![(Metric::Bulk1, rule)]);
+            samples.add(PathKind::Shunt, vec![(Metric::Bulk1, shunt)]);
+        }
+        let cells = samples.cells();
+        let ratio = cells[&Metric::Bulk1][&PathKind::Shunt].to_rule.expect("ratio");
+        assert_eq!((ratio.min, ratio.max), (0.9, 0.95));
+    }
+}
