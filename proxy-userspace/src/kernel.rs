@@ -1,0 +1,4 @@
+//! The kernel's interfaces, each behind a small type: the only place of the daemon with `unsafe` in it.
+
+pub mod netlink;
+pub mod nft;
