@@ -1,9 +1,13 @@
 //! Watching for foreign hands on the table.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+};
 
 use nix::{errno::Errno, sys::socket::SockProtocol};
 use proxy_core::ruleset::TABLE;
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     NftError,
@@ -41,6 +45,12 @@ impl NftMonitor {
         socket.drop_messages_of(own_port_id)?;
         socket.join(libc::NFNLGRP_NFTABLES.cast_unsigned())?;
         Ok(Self { socket, own_port_id })
+    }
+
+    /// To be awaited in the runtime of the caller.
+    pub fn into_async(self) -> io::Result<AsyncFd<Self>> {
+        // SAFETY: the descriptor is the socket's own, which lives and stays the same as long as `self` does.
+        unsafe { AsyncFd::register_with_interest(self, Interest::READABLE) }.map_err(Into::into)
     }
 
     /// Reads everything that waits; never blocks.

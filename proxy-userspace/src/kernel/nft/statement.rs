@@ -29,6 +29,10 @@ const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
 /// `NFT_META_NFPROTO`, `NFT_META_L4PROTO`
 const META_FAMILY: u32 = 15;
+/// `NFT_META_IIF`
+const META_INPUT_INTERFACE: u32 = libc::NFT_META_IIF as u32;
+/// `LOOPBACK_IFINDEX`: the same in every network namespace.
+const LOOPBACK_INDEX: u32 = 1;
 const META_PROTOCOL: u32 = 16;
 /// `NFT_CT_DIRECTION`, `NFT_CT_STATUS`, `NFT_CT_MARK`, `NFT_CT_EVENTMASK`
 const CT_DIRECTION: u32 = 1;
@@ -133,6 +137,14 @@ impl Builder {
                 self.compare(false, &[0; 4]);
             }
             Statement::In { key, set, negate } => self.member(key, set, *negate)?,
+            Statement::NotFromLoopback => {
+                self.meta(META_INPUT_INTERFACE, FIRST);
+                self.compare(false, &LOOPBACK_INDEX.to_ne_bytes());
+            }
+            Statement::SetMark(mark) => {
+                self.immediate(&mark.to_ne_bytes());
+                self.set_ct(CT_MARK);
+            }
             Statement::SetMarkFrom { key, map } => {
                 self.look_up(key, map, Some(FIRST))?;
                 self.set_ct(CT_MARK);
