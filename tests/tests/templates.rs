@@ -120,7 +120,7 @@ fn sorted(listing: &str) -> Vec<String> {
         .map(|block| {
             let mut lines: Vec<String> = Vec::new();
             let (head, elements) = block.split_once("elements = {").unwrap_or((block, ""));
-            lines.extend(head.lines().map(str::to_owned).filter(|l| !l.is_empty()));
+            lines.extend(head.lines().filter(|l| !l.is_empty() && !l.starts_with("table ")).map(str::to_owned));
             let mut elements: Vec<String> =
                 elements.trim_end().trim_end_matches('}').split(',').map(|e| e.trim().to_owned()).collect();
             elements.sort();
