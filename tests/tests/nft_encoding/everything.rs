@@ -40,7 +40,7 @@ table inet shunt {
     set hairpin4 { type ipv4_addr . ipv4_addr; elements = { 10.0.0.1 . 10.0.0.2 } }
     set hairpin6 { type ipv6_addr . ipv6_addr; elements = { fd00::1 . fd00::2 } }
     set kill { type mark; }
-    map lb { type mark : verdict; elements = { 0x00000800 : jump slots, 0x00001000 comment "many" : goto policy } }
+    map lb { type mark : verdict; elements = { 0x00000800 : jump slots, 0x00001000 comment "many" : goto guard } }
     set ports { type inet_service; flags interval; elements = { 80, 1000-1999, 60000-65535 } }
     set protocols { type inet_proto; elements = { tcp, udp } }
     map r4 {
@@ -79,9 +79,7 @@ table inet shunt {
         th dport @ports accept
         meta l4proto @protocols accept
     }
-    chain input { type filter hook input priority -5; policy accept; }
-    chain output { type nat hook output priority -100; policy accept; jump route; }
-    chain policy {
+    chain guard {
         ct mark & 0x00000700 == 0x00000100 return
         ct mark & 0x00000700 != 0x00000100 accept
         ip saddr != @allow4 goto slots
@@ -92,6 +90,8 @@ table inet shunt {
         update @rate6 { ip6 saddr limit rate over 3/second burst 5 packets } return
         update @ratem { ct mark limit rate over 7/hour burst 1 packets } return
     }
+    chain input { type filter hook input priority -5; policy accept; }
+    chain output { type nat hook output priority -100; policy accept; jump route; }
     chain post {
         type nat hook postrouting priority srcnat; policy accept;
         ct mark @kill masquerade
@@ -190,7 +190,7 @@ pub fn sets() -> BTreeMap<String, Set> {
     add("kill", hash(&[Mark], None));
     let lb = hash(&[Mark], Some(Data::Verdict))
         .with(&mark(0x800), element(Value::Jump("slots".into())))
-        .with(&mark(0x1000), element(Value::Goto("policy".into())).comment("many"));
+        .with(&mark(0x1000), element(Value::Goto("guard".into())).comment("many"));
     add("lb", lb);
     let ports = interval(Port, None)
         .range(KeyPart::Port(80), KeyPart::Port(80), element(Value::None))
@@ -238,7 +238,7 @@ pub fn chains() -> BTreeMap<String, Chain> {
     add("forward", base(ChainKind::Filter, Hook::Forward, 0), forward());
     add("input", base(ChainKind::Filter, Hook::Input, -5), vec![]);
     add("output", base(ChainKind::Nat, Hook::Output, -100), vec![vec![Statement::Jump("route".into())]]);
-    add("policy", None, policy());
+    add("guard", None, guard());
     add("post", base(ChainKind::Nat, Hook::Postrouting, 100), post());
     add("pre", base(ChainKind::Nat, Hook::Prerouting, -100), pre());
     add("route", None, route());
@@ -269,7 +269,7 @@ fn forward() -> Vec<Rule> {
     ]
 }
 
-fn policy() -> Vec<Rule> {
+fn guard() -> Vec<Rule> {
     use Statement::*;
     let update = |set: &str, key, over| Update { set: set.into(), key, over };
     let source = Load::SourceAddress(Family::V4);

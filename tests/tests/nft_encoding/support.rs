@@ -42,14 +42,13 @@ pub fn nft_script(script: &str) {
     run("nft", &["-f", file.path().to_str().expect("a path")]);
 }
 
-/// `-T` names ports and protocols by number, so that the machine's lists of them play no part.
 pub fn listing() -> String {
     run("nft", &["list", "table", "inet", "shunt"])
 }
 
 pub fn first_rule_handle(chain: &str) -> String {
     let listing = run("nft", &["-a", "list", "chain", "inet", "shunt", chain]);
-    let rule = listing.lines().filter(|line| line.contains("# handle")).nth(2).expect("a rule");
+    let rule = listing.lines().filter(|line| line.contains("# handle")).nth(1).expect("a rule");
     rule.rsplit("# handle ").next().expect("a handle").trim().to_owned()
 }
 
