@@ -18,7 +18,6 @@ use proxy_core::{
     plan::plan,
 };
 use tokio::{
-    io::unix::AsyncFd,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
 };
@@ -166,7 +165,7 @@ impl Daemon {
         let refuse = |e: NftError| Refusal { what: e.to_string(), mend: e.mend(), code: e.exit_code() };
         let nft = KernelNft::open().map_err(refuse)?;
         let monitor = NftMonitor::open(nft.port_id()).map_err(refuse)?;
-        let monitor = AsyncFd::new(monitor).map_err(|e| Refusal::refused(format!("cannot watch nftables: {e}"), None))?;
+        let monitor = monitor.into_async().map_err(|e| Refusal::refused(format!("cannot watch nftables: {e}"), None))?;
         let layout = MarkLayout::new(config.kernel.mark_mask);
         let (drained_tx, drained) = mpsc::channel(REPORTS);
         let clock = track::Clock::start();

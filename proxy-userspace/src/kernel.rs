@@ -1,5 +1,7 @@
-//! The only place of the daemon that talks to the kernel in its own tongue.
+//! The kernel's interfaces, each behind a small type: the only place of the daemon with `unsafe` in it.
 
 pub mod capability;
 pub mod conntrack;
+pub mod netlink;
+pub mod nft;
 pub mod sysctl;

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    record::{FlowId, Now, State},
+    record::{FlowId, Now, Record, State},
     table::{FlowTable, meter, report, touch},
+    verdict::{Standing, standing},
 };
 use crate::conntrack::Entry;
 
@@ -39,7 +40,7 @@ impl FlowTable {
     /// One entry of the dump.
     pub fn observe(&mut self, entry: &Entry, now: Now) {
         let id = FlowId::of(entry);
-        if self.flows.get(&id).is_some_and(|record| record.is_ahead_of(entry)) {
+        if self.flows.get(&id).is_some_and(|record| self.is_another(record, entry)) {
             if !self.stale {
                 // The id was given again; the events that say so are still in the socket.
                 self.keep(id);
@@ -78,6 +79,12 @@ impl FlowTable {
                 touch(tally, record.route, &mut self.changed);
             }
         }
+    }
+
+    /// Whether the entry is a later connection under the record's id: it counts less, or lives where the record has ended.
+    fn is_another(&self, record: &Record, entry: &Entry) -> bool {
+        let lives = || matches!(standing(entry, self.layout.end(entry.mark), record.state), Standing::Alive(_));
+        record.is_ahead_of(entry) || !record.state.is_active() && lives()
     }
 
     /// The record is in this dump.

@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn an_id_is_the_same_in_every_process() {
-        assert_eq!(FlowId::new(0xdead_beef, Protocol::Tcp, &tuple()).to_string(), "deadbeefa8aeb1a7");
+        assert_eq!(FlowId::new(0xdead_beef, Protocol::Tcp, &tuple()).to_string(), "deadbeef01f5c250");
     }
 
     #[test]

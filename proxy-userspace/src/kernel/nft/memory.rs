@@ -1,0 +1,3 @@
+//! nf_tables in memory.
+#[derive(Debug)]
+pub struct MemoryNft;

@@ -1,0 +1,283 @@
+//! Reading the table back. A dump that another process's change interrupts is begun again.
+
+use std::collections::{BTreeMap, HashMap};
+
+use nix::errno::Errno;
+use proxy_core::{
+    diff::{ChainState, ElementState, Fingerprint, SetState, Snapshot, TableState},
+    ruleset::{Base, ChainKind, Counter, Hook, Key, SetKind, SetSpec, TABLE},
+};
+
+use super::{
+    HEADER_AND_FIXED, NftError,
+    batch::{INET, REQUEST, chain_type, hook_number, kind},
+    element::{Elements, read_counters},
+    set as sets,
+    statement::fingerprint_of,
+    timeout,
+    uapi::{chain, element, generation as generations, msg, object, rule, set, table},
+};
+use crate::kernel::netlink::{Attributes, Message, NetlinkSocket, SyscallError, Writer};
+
+/// How often one dump, and all of them together, are begun again.
+const DUMP_TRIES: usize = 32;
+const SNAPSHOT_TRIES: usize = 8;
+
+const DUMP: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
+
+/// What a request is about, for its attributes and for errors.
+struct Query<'a> {
+    what: &'static str,
+    message: u16,
+    flags: u16,
+    attributes: &'a [(u16, &'a str)],
+}
+
+impl<'a> Query<'a> {
+    const fn dump(what: &'static str, message: u16, attributes: &'a [(u16, &'a str)]) -> Self {
+        Self { what, message, flags: DUMP, attributes }
+    }
+}
+
+/// How a request ended.
+enum End {
+    Complete,
+    /// The kernel changed meanwhile: what was read is worth nothing.
+    Interrupted,
+    Refused(Errno),
+}
+
+pub fn snapshot(socket: &mut NetlinkSocket) -> Result<Snapshot, NftError> {
+    let mut generation_before = generation(socket)?;
+    for _ in 0..SNAPSHOT_TRIES {
+        let snapshot = read_all(socket);
+        let generation_after = generation(socket)?;
+        match snapshot {
+            // A set that vanished between two dumps is an error only if nothing else changed.
+            Ok(_) | Err(NftError::NotTold { .. }) if generation_before != generation_after => {
+                generation_before = generation_after;
+            }
+            result => return result,
+        }
+    }
+    // Others keep changing their tables: each part is whole, and a difference made of parts that do not fit is refused
+    // by the kernel as a whole.
+    read_all(socket)
+}
+
+fn read_all(socket: &mut NetlinkSocket) -> Result<Snapshot, NftError> {
+    let Some(table) = read_table(socket)? else { return Ok(Snapshot::default()) };
+    let mut snapshot = Snapshot { table: Some(table), ..Snapshot::default() };
+    read_timeouts(socket, &mut snapshot)?;
+    read_sets(socket, &mut snapshot)?;
+    read_chains(socket, &mut snapshot)?;
+    Ok(snapshot)
+}
+
+fn read_table(socket: &mut NetlinkSocket) -> Result<Option<TableState>, NftError> {
+    let own = socket.port_id();
+    let names = [(table::NAME, TABLE)];
+    let query = Query { what: "the table", message: msg::GET_TABLE, flags: REQUEST, attributes: &names };
+    let mut state = None;
+    let end = request(socket, &query, |message| {
+        let attributes = Attributes::of_message(message.whole, INET.len());
+        let flags = attributes.find(table::FLAGS).and_then(|flags| flags.be32()).unwrap_or(0);
+        let owner = attributes.find(table::OWNER).and_then(|owner| owner.be32()).unwrap_or(0);
+        let locked = flags & table::F_OWNER != 0;
+        state = Some(TableState { locked, owned_by_other: locked && owner != 0 && owner != own });
+    })?;
+    match end {
+        End::Complete => Ok(state),
+        End::Refused(Errno::ENOENT) => Ok(None),
+        End::Refused(errno) => Err(NftError::NotTold { what: query.what, errno }),
+        End::Interrupted => Err(NftError::Interrupted),
+    }
+}
+
+fn read_timeouts(socket: &mut NetlinkSocket, snapshot: &mut Snapshot) -> Result<(), NftError> {
+    let names = [(object::TABLE, TABLE)];
+    snapshot.timeouts = dump(
+        socket,
+        &Query::dump("the objects", msg::GET_OBJECT, &names),
+        |timeouts: &mut BTreeMap<_, _>, message| {
+            let attributes = Attributes::of_message(message.whole, INET.len());
+            if is_ours(attributes, object::TABLE) {
+                timeouts.extend(timeout::parse(attributes));
+            }
+        },
+    )?;
+    Ok(())
+}
+
+fn read_sets(socket: &mut NetlinkSocket, snapshot: &mut Snapshot) -> Result<(), NftError> {
+    let names = [(set::TABLE, TABLE)];
+    let found: Vec<(String, Option<SetSpec>)> =
+        dump(socket, &Query::dump("the sets", msg::GET_SET, &names), |sets: &mut Vec<_>, message| {
+            let attributes = Attributes::of_message(message.whole, INET.len());
+            if let Some(name) = attributes.find(set::NAME).and_then(|name| name.text())
+                && is_ours(attributes, set::TABLE)
+            {
+                sets.push((name.to_owned(), sets::parse(attributes)));
+            }
+        })?;
+    for (name, spec) in found {
+        let elements = match &spec {
+            Some(spec) if !matches!(spec.kind, SetKind::Dynamic { .. }) => read_elements(socket, &name, spec)?,
+            _ => HashMap::new(),
+        };
+        snapshot.sets.insert(name, SetState { spec, elements });
+    }
+    Ok(())
+}
+
+fn read_elements(
+    socket: &mut NetlinkSocket,
+    name: &str,
+    spec: &SetSpec,
+) -> Result<HashMap<Key, ElementState>, NftError> {
+    let names = [(element::LIST_TABLE, TABLE), (element::LIST_SET, name)];
+    let query = Query::dump("the elements of a set", msg::GET_ELEMENT, &names);
+    let elements = dump(socket, &query, |elements: &mut Elements, message| {
+        elements.read(spec, Attributes::of_message(message.whole, INET.len()));
+    })?;
+    Ok(elements.finish(spec))
+}
+
+fn read_chains(socket: &mut NetlinkSocket, snapshot: &mut Snapshot) -> Result<(), NftError> {
+    let names = [(chain::TABLE, TABLE)];
+    snapshot.chains =
+        dump(socket, &Query::dump("the chains", msg::GET_CHAIN, &names), |chains: &mut BTreeMap<_, _>, message| {
+            let attributes = Attributes::of_message(message.whole, INET.len());
+            if is_ours(attributes, chain::TABLE) {
+                chains.extend(parse_chain(attributes));
+            }
+        })?;
+    let names = [(rule::TABLE, TABLE)];
+    let rules: Vec<(String, Fingerprint)> =
+        dump(socket, &Query::dump("the rules", msg::GET_RULE, &names), |rules: &mut Vec<_>, message| {
+            let attributes = Attributes::of_message(message.whole, INET.len());
+            if let Some(chain) = attributes.find(rule::CHAIN).and_then(|chain| chain.text())
+                && is_ours(attributes, rule::TABLE)
+            {
+                rules.push((chain.to_owned(), fingerprint_of(message.whole)));
+            }
+        })?;
+    for (chain, fingerprint) in rules {
+        if let Some(state) = snapshot.chains.get_mut(&chain) {
+            state.rules.push(fingerprint);
+        }
+    }
+    Ok(())
+}
+
+fn parse_chain(attributes: Attributes<'_>) -> Option<(String, ChainState)> {
+    let name = attributes.find(chain::NAME)?.text()?.to_owned();
+    let Some(hook) = attributes.find(chain::HOOK) else {
+        return Some((name, ChainState { base: None, rules: Vec::new() }));
+    };
+    let state = match parse_base(attributes, hook.nested()) {
+        Some(base) => ChainState { base: Some(base), rules: Vec::new() },
+        // Told apart from a chain without a hook by a rule that none equals.
+        None => {
+            ChainState { base: None, rules: vec![Fingerprint("a hook, type or policy that shunt does not use".into())] }
+        }
+    };
+    Some((name, state))
+}
+
+fn parse_base(attributes: Attributes<'_>, hook: Attributes<'_>) -> Option<Base> {
+    let number = hook.find(chain::HOOK_NUMBER)?.be32()?;
+    let priority = hook.find(chain::HOOK_PRIORITY)?.be32()?.cast_signed();
+    let name = attributes.find(chain::TYPE)?.text()?;
+    let policy = attributes.find(chain::POLICY)?.be32()?;
+    let hooks = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
+    let hook = hooks.into_iter().find(|hook| hook_number(*hook) == number)?;
+    let kind = [ChainKind::Nat, ChainKind::Filter].into_iter().find(|kind| chain_type(*kind) == name)?;
+    (policy == chain::ACCEPT).then_some(Base { kind, hook, priority })
+}
+
+/// Some dumps tell the objects of all tables.
+fn is_ours(attributes: Attributes<'_>, table: u16) -> bool {
+    attributes.find(table).and_then(|name| name.text()) == Some(TABLE)
+}
+
+pub fn counters(socket: &mut NetlinkSocket, set: &str) -> Result<Vec<(Key, Counter)>, NftError> {
+    let names = [(element::LIST_TABLE, TABLE), (element::LIST_SET, set)];
+    dump(socket, &Query::dump("the counters of a set", msg::GET_ELEMENT, &names), |counters, message| {
+        read_counters(Attributes::of_message(message.whole, INET.len()), counters);
+    })
+}
+
+pub fn generation(socket: &mut NetlinkSocket) -> Result<u32, NftError> {
+    let query = Query { what: "its generation", message: msg::GET_GENERATION, flags: REQUEST, attributes: &[] };
+    let mut generation = None;
+    let end = request(socket, &query, |message| {
+        let attributes = Attributes::of_message(message.whole, INET.len());
+        generation = attributes.find(generations::ID).and_then(|id| id.be32());
+    })?;
+    match end {
+        End::Refused(errno) => Err(NftError::NotTold { what: query.what, errno }),
+        End::Complete | End::Interrupted => generation.ok_or(NftError::Malformed(query.what)),
+    }
+}
+
+/// Collects a dump, from the beginning each time it is interrupted.
+fn dump<T: Default>(
+    socket: &mut NetlinkSocket,
+    query: &Query<'_>,
+    mut each: impl FnMut(&mut T, &Message<'_>),
+) -> Result<T, NftError> {
+    for _ in 0..DUMP_TRIES {
+        let mut collected = T::default();
+        match request(socket, query, |message| each(&mut collected, message))? {
+            End::Complete => return Ok(collected),
+            End::Interrupted | End::Refused(Errno::EINTR | Errno::EAGAIN) => {}
+            End::Refused(errno) => return Err(NftError::NotTold { what: query.what, errno }),
+        }
+    }
+    Err(NftError::Interrupted)
+}
+
+/// Sends the request and hands every message of the answer to `each`. The answer, or the next part of a dump, is queued
+/// when the call before returns (`netlink_dump`), so an empty queue is the end.
+fn request(socket: &mut NetlinkSocket, query: &Query<'_>, mut each: impl FnMut(&Message<'_>)) -> Result<End, NftError> {
+    let sequence = socket.take_sequence(1);
+    let mut writer = Writer::new();
+    let message = writer.message(kind(query.message), query.flags, sequence, &INET);
+    for (attribute, text) in query.attributes {
+        writer.put_text(*attribute, text);
+    }
+    writer.end_message(message);
+    let bytes = writer.finish()?;
+    socket.send(&bytes)?;
+
+    let mut end = End::Complete;
+    let mut done = query.flags != DUMP;
+    loop {
+        let messages = match socket.receive() {
+            Ok(Some(messages)) => messages,
+            Ok(None) if done => return Ok(end),
+            Ok(None) => return Err(NftError::Malformed(query.what)),
+            Err(SyscallError { errno: Errno::ENOBUFS, .. }) => {
+                end = End::Interrupted;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        for message in messages.filter(|message| message.sequence == sequence) {
+            if i32::from(message.flags) & libc::NLM_F_DUMP_INTR != 0 {
+                end = End::Interrupted;
+            }
+            match message.answer() {
+                Some(answer) => {
+                    done = true;
+                    if let Some(errno) = answer.errno {
+                        end = End::Refused(errno);
+                    }
+                }
+                None if message.whole.len() >= HEADER_AND_FIXED => each(&message),
+                None => {}
+            }
+        }
+    }
+}
