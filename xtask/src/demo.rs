@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Result, bail};
 use clap::Args;
 
-use crate::{bench::new_table, cargo, root, setup, stop, ui};
+use crate::{cargo, root, setup, stop, ui};
 use acts::Finding;
 use stage::Stage;
 
@@ -53,8 +53,8 @@ fn stay(stage: &mut Stage) -> Result<()> {
     ui::step("the demo stays until Ctrl-C");
     stage.print_hints();
     while !stop::asked() {
-        show::watch(&stage.shunt, &stage.traffic, Duration::from_secs(2))?;
-        if stage.shunt.process().is_ok_and(|process| process.ended().is_some()) {
+        show::watch(stage, Duration::from_secs(3600))?;
+        if !stage.daemon_lives() {
             ui::note("the daemon is gone; traffic goes on without it. It is started again in 3 s");
             thread::sleep(Duration::from_secs(3));
             stage.shunt.kill9();
@@ -65,13 +65,11 @@ fn stay(stage: &mut Stage) -> Result<()> {
 }
 
 fn summarise(findings: &[Finding]) -> Result<()> {
-    let mut table = new_table();
-    table.set_header(["", "promise", "what was seen"]);
+    println!();
     for finding in findings {
-        let mark = if finding.kept { "kept" } else { "BROKEN" };
-        table.add_row([mark, finding.promise, &finding.seen]);
+        let mark = if finding.kept { "kept  " } else { "BROKEN" };
+        println!("{mark}  {}\n        {}", finding.promise, finding.seen);
     }
-    println!("\n{table}");
     let broken = findings.iter().filter(|finding| !finding.kept).count();
     if stop::asked() && broken == 0 {
         return Ok(());

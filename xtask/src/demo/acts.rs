@@ -42,7 +42,7 @@ pub fn play(stage: &mut Stage) -> Result<Vec<Finding>> {
 
 fn steady(stage: &mut Stage) -> Result<Finding> {
     ui::step("act 1: traffic flows, the kernel forwards it, the daemon counts");
-    show::watch(&stage.shunt, &stage.traffic, Duration::from_secs(5))?;
+    show::watch(stage, Duration::from_secs(5))?;
     let page = stage.lab.client().curl(&format!("http://{GATEWAY}:{WEB}/who"))?;
     let tally = stage.traffic.tally();
     Ok(Finding {
@@ -59,7 +59,7 @@ fn a_backend_dies(stage: &mut Stage) -> Result<Finding> {
     let killed = Instant::now();
     wait_until("shunt takes backend2 out", Duration::from_secs(10), || backends_up(&stage.shunt) == Some(2))?;
     let (noticed, out) = (killed.elapsed(), stage.traffic.tally());
-    show::watch(&stage.shunt, &stage.traffic, Duration::from_secs(3))?;
+    show::watch(stage, Duration::from_secs(3))?;
     let after = stage.traffic.tally().since(&out);
     Ok(Finding {
         promise: "a dead backend is taken out, the next requests reach the other",
@@ -94,7 +94,7 @@ fn the_daemon_is_killed(stage: &mut Stage) -> Result<Finding> {
     let mut wrk = stage.lab.client().command("wrk");
     wrk.args(["-t1", "-c32", "-d8s", &format!("http://{GATEWAY}:{WEB}/index.html")]);
     let mut wrk = shunt_lab::Running::start("wrk", wrk, stage.lab.dir())?;
-    show::watch(&stage.shunt, &stage.traffic, Duration::from_secs(2))?;
+    show::watch(stage, Duration::from_secs(2))?;
     let (counted, before) = (total(&stage.shunt)?, stage.traffic.tally());
     stage.shunt.kill9();
     ui::note("killed; nobody is there but the kernel, for three seconds");
@@ -102,7 +102,7 @@ fn the_daemon_is_killed(stage: &mut Stage) -> Result<Finding> {
     let without = stage.traffic.tally().since(&before);
     stage.shunt.restart()?;
     ui::note("a new daemon has taken over the table and the flows");
-    show::watch(&stage.shunt, &stage.traffic, Duration::from_secs(2))?;
+    show::watch(stage, Duration::from_secs(2))?;
     wrk.wait(Duration::from_secs(20))?;
     let report = wrk.log();
     let after = stage.traffic.tally().since(&before);
@@ -135,7 +135,7 @@ fn a_route_is_added(stage: &mut Stage) -> Result<Finding> {
     wait_until("the new route answers", Duration::from_secs(5), || stage.lab.client().curl(&url).is_ok())?;
     let took = begin.elapsed();
     let page = String::from_utf8_lossy(&stage.lab.client().curl(&url)?).trim().to_owned();
-    show::watch(&stage.shunt, &stage.traffic, Duration::from_secs(2))?;
+    show::watch(stage, Duration::from_secs(2))?;
     let after = stage.traffic.tally().since(&before);
     Ok(Finding {
         promise: "a reload adds a route, the others do not notice",

@@ -10,20 +10,22 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use shunt_lab::Shunt;
 
-use super::traffic::Traffic;
+use super::{stage::Stage, traffic::Traffic};
 use crate::{bench::new_table, stop};
 
 const TICK: Duration = Duration::from_secs(1);
 
-/// Prints the state once a second, in place on a terminal, for `duration` or until somebody asks to stop.
-pub fn watch(shunt: &Shunt, traffic: &Traffic, duration: Duration) -> Result<()> {
+/// Prints the state once a second, in place on a terminal, for `duration`, or until the daemon is gone or somebody asks
+/// to stop.
+pub fn watch(stage: &mut Stage, duration: Duration) -> Result<()> {
     let end = Instant::now() + duration;
     let in_place = io::stdout().is_terminal();
     let mut drawn = 0;
-    while Instant::now() < end && !stop::asked() {
+    while Instant::now() < end && !stop::asked() && stage.daemon_lives() {
         // A view is refreshed by the clock; nothing waits for it.
         thread::sleep(TICK.min(end.saturating_duration_since(Instant::now())));
-        let text = routes(shunt, traffic).unwrap_or_else(|error| format!("no daemon to ask: {error:#}\n"));
+        let text =
+            routes(&stage.shunt, &stage.traffic).unwrap_or_else(|error| format!("no daemon to ask: {error:#}\n"));
         let mut out = io::stdout();
         if in_place && drawn > 0 {
             write!(out, "\x1b[{drawn}A\x1b[J")?;
@@ -33,14 +35,22 @@ pub fn watch(shunt: &Shunt, traffic: &Traffic, duration: Duration) -> Result<()>
         drawn = text.lines().count();
         if !in_place {
             // Into a file or a log one picture of each act is enough.
-            thread::sleep(end.saturating_duration_since(Instant::now()));
+            return sleep_until(end);
         }
     }
     Ok(())
 }
 
+/// In pieces, so that Ctrl-C is heard.
+fn sleep_until(end: Instant) -> Result<()> {
+    while Instant::now() < end && !stop::asked() {
+        thread::sleep(Duration::from_millis(100).min(end.saturating_duration_since(Instant::now())));
+    }
+    Ok(())
+}
+
 /// Which route runs on which engine, and what goes through it.
-pub fn routes(shunt: &Shunt, traffic: &Traffic) -> Result<String> {
+fn routes(shunt: &Shunt, traffic: &Traffic) -> Result<String> {
     let routes = shunt.cli_json(&["routes"])?;
     let mut table = new_table();
     table.set_header([

@@ -53,6 +53,10 @@ impl Stage {
         Ok(())
     }
 
+    pub fn daemon_lives(&mut self) -> bool {
+        self.shunt.process().is_ok_and(|process| process.ended().is_none())
+    }
+
     pub fn print_map(&self) {
         ui::note(&format!("client   {:<28} 10.88.1.2", self.lab.client().name()));
         ui::note(&format!("gateway  {:<28} 10.88.1.1, 10.88.2.1", self.lab.gateway().name()));
