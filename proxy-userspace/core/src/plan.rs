@@ -134,7 +134,7 @@ fn listens(config: &Config, index: usize) -> (Vec<Listen>, Vec<SharedListen>) {
     for &listen in &route.listen {
         let mut members: Vec<usize> = route.shares_port_with.to_vec();
         members.retain(|&other| config.routes[other].listen.contains(&listen));
-        if members.is_empty() {
+        if members.is_empty() && route.matches.client.is_empty() {
             own.push(listen);
             continue;
         }

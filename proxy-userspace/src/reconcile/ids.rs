@@ -61,10 +61,6 @@ impl Ids {
     pub fn id(&self, name: &RouteName) -> Option<u32> {
         self.by_name.get(name).copied()
     }
-
-    pub fn name(&self, id: u32) -> Option<&RouteName> {
-        self.by_id.get(&id)
-    }
 }
 
 impl Marks for Ids {

@@ -117,7 +117,8 @@ fn nft(config: &Config, route: &Route, capabilities: &Capabilities) -> Vec<Refus
     if let Some(reader) = siblings().find(|r| !needs(r).is_empty()) {
         refusals.push(Refusal::SharesPortWith(reader.name.clone()));
     }
-    if siblings().any(|sibling| overlaps_in_part(route, sibling)) {
+    let matches_on_range = !route.matches.client.is_empty() && route.listen.iter().any(|l| !l.ports.is_single());
+    if matches_on_range || siblings().any(|sibling| overlaps_in_part(route, sibling)) {
         refusals.push(Refusal::ClientMatchOnRange);
     }
     refusals.extend(addresses(route));

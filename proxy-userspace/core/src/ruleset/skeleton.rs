@@ -73,7 +73,7 @@ fn chains(mark: MarkLayout) -> Vec<(&'static str, Chain)> {
         ("cut", plain(vec![vec![tcp_any(tcp_flags::RST), S::Accept], vec![S::IsProtocol(Protocol::Tcp), S::RejectReset], vec![
             S::RejectUnreachable,
         ]])),
-        ("left-over", plain(vec![vec![S::RejectReset]])),
+        ("left-over", plain(vec![vec![S::IsProtocol(Protocol::Tcp), S::RejectReset]])),
     ]);
     chains.extend(n::REFUSALS.map(|(name, reason)| (name, plain(refuse(name, reason)))));
     chains
