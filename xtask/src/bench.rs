@@ -19,6 +19,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use metric::Group;
 use paths::{PathKind, RunningPath};
+pub use report::new_table;
 use report::{Machine, Report};
 use services::Services;
 use shunt_lab::{Lab, load};

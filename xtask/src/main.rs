@@ -3,6 +3,7 @@
 mod bench;
 mod cargo;
 mod checks;
+mod demo;
 mod root;
 mod setup;
 mod stop;
@@ -23,6 +24,8 @@ struct Cli {
 enum Task {
     /// Install the system packages that building and testing need (Debian, Ubuntu)
     Setup(setup::Options),
+    /// See shunt work in a lab of its own: traffic, a dying backend, a killed daemon, a reload
+    Demo(demo::Options),
     /// Build everything and run all tests, on this kernel, in network namespaces of their own
     Test(checks::TestOptions),
     /// Compare shunt with a hand-written nft rule, plain routing, HAProxy and nginx
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = stop::on_signals().and_then(|()| match cli.task {
         Task::Setup(options) => setup::run(&options),
+        Task::Demo(options) => demo::run(&options),
         Task::Test(options) => checks::test(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Ci(options) => checks::ci(&options),

@@ -2,24 +2,24 @@
 
 use std::{
     net::{Ipv6Addr, SocketAddr, UdpSocket},
-    os::fd::AsRawFd,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
-use anyhow::Result;
-use nix::sys::socket;
-
 use crate::host::Host;
+use anyhow::Result;
+
+/// How often an idle server looks whether it shall stop.
+const LOOK_UP: Duration = Duration::from_millis(50);
 
 /// Answers every datagram with its name, a colon and the datagram; from the address it was sent to only on hosts with one
 /// address per family.
 #[derive(Debug)]
 pub struct UdpServer {
-    socket: Arc<UdpSocket>,
     counts: Arc<Counts>,
     thread: Option<JoinHandle<()>>,
 }
@@ -34,13 +34,14 @@ struct Counts {
 impl UdpServer {
     /// Listens on `port` of `host`, both families.
     pub fn start(host: &Host, port: u16, name: &str) -> Result<Self> {
-        let socket = Arc::new(host.udp(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port))?);
+        let socket = host.udp(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port))?;
+        socket.set_read_timeout(Some(LOOK_UP))?;
         let counts = Arc::new(Counts::default());
         let thread = {
-            let (socket, counts, name) = (Arc::clone(&socket), Arc::clone(&counts), name.to_owned());
+            let (counts, name) = (Arc::clone(&counts), name.to_owned());
             thread::spawn(move || answer(&socket, &counts, &name))
         };
-        Ok(Self { socket, counts, thread: Some(thread) })
+        Ok(Self { counts, thread: Some(thread) })
     }
 
     /// Datagrams that came.
@@ -57,11 +58,8 @@ impl UdpServer {
 fn answer(socket: &UdpSocket, counts: &Counts, name: &str) {
     let mut buffer = vec![0; 64 * 1024];
     while !counts.stop.load(Ordering::Relaxed) {
-        // An ICMP error for an earlier answer shows up here as an error of this read.
+        // An ICMP error for an earlier answer shows up here as an error of this read, as does the timeout.
         let Ok((n, from)) = socket.recv_from(&mut buffer) else { continue };
-        if counts.stop.load(Ordering::Relaxed) {
-            return;
-        }
         counts.datagrams.fetch_add(1, Ordering::Relaxed);
         counts.bytes.fetch_add(n as u64, Ordering::Relaxed);
         let _ = socket.send_to(&[name.as_bytes(), b":", &buffer[..n]].concat(), from);
@@ -71,8 +69,6 @@ fn answer(socket: &UdpSocket, counts: &Counts, name: &str) {
 impl Drop for UdpServer {
     fn drop(&mut self) {
         self.counts.stop.store(true, Ordering::Relaxed);
-        // Answers ENOTCONN, and wakes the reader all the same.
-        let _ = socket::shutdown(self.socket.as_raw_fd(), socket::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
