@@ -55,7 +55,7 @@ pub struct ConnectionFilter {
 pub struct RouteState {
     pub ready: bool,
     pub config_file: String,
-    pub routes: Vec<view::Route>,
+    pub routes: Vec<Arc<view::Route>>,
     pub reconcile: view::ReconcileStatus,
     pub reloads_ok: u64,
     pub reloads_failed: u64,

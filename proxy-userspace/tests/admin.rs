@@ -131,7 +131,7 @@ fn owners() -> Control {
     let (routes, mut route_commands) = mpsc::channel(8);
     let (flows, mut flow_commands) = mpsc::channel(8);
     let stats = view::RouteStats { connections_active: 2, ..Default::default() };
-    let state = RouteState { ready: true, routes: vec![web()], ..Default::default() };
+    let state = RouteState { ready: true, routes: vec![Arc::new(web())], ..Default::default() };
     let (_, route_state) = watch::channel(Arc::new(state));
     let (_, flow_state) =
         watch::channel(Arc::new(FlowState { routes: HashMap::from([("web".into(), stats)]), ..Default::default() }));

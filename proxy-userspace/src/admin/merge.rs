@@ -1,6 +1,6 @@
 //! What two owners know, put together: routes and backends from one, their numbers from the other.
 
-use std::{collections::HashMap, net::SocketAddr, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use proxy_core::view;
 
@@ -27,9 +27,9 @@ pub(super) fn status(routes: &RouteState, flows: &FlowState, uptime: Duration) -
 
 pub(super) fn routes(routes: &RouteState, flows: &FlowState) -> Vec<view::Route> {
     let nothing = HashMap::new();
-    let with_numbers = |route: &view::Route| {
+    let with_numbers = |route: &Arc<view::Route>| {
         let active = flows.backends.get(&route.name).unwrap_or(&nothing);
-        let mut route = route.clone();
+        let mut route = view::Route::clone(route);
         route.stats = flows.routes.get(&route.name).cloned().unwrap_or_default();
         for backend in &mut route.backends {
             backend.connections_active = backend_active(backend, active);

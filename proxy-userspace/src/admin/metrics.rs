@@ -65,7 +65,7 @@ type Labels<'a, const N: usize> = [(&'a str, &'a str); N];
 impl Snapshots {
     /// Every route with its numbers; zero for one that has had no connection yet.
     fn measured(&self) -> impl Iterator<Item = (&view::Route, Option<&view::RouteStats>)> {
-        self.routes.routes.iter().map(|route| (route, self.flows.routes.get(&route.name)))
+        self.routes.routes.iter().map(|route| (&**route, self.flows.routes.get(&route.name)))
     }
 
     fn connections(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
