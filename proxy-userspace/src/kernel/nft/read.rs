@@ -91,7 +91,8 @@ fn read_table(socket: &mut NetlinkSocket) -> Result<Option<TableState>, NftError
         let attributes = Attributes::of_message(message.whole, INET.len());
         let flags = attributes.find(table::FLAGS).and_then(|flags| flags.be32()).unwrap_or(0);
         let owner = attributes.find(table::OWNER).and_then(|owner| owner.be32()).unwrap_or(0);
-        let locked = flags & table::F_OWNER != 0;
+        // When the owner dies the kernel takes its flag away and leaves the other (`nf_tables_release_owner`, v6.9).
+        let locked = flags & (table::F_OWNER | table::F_PERSIST) != 0;
         state = Some(TableState { locked, owned_by_other: locked && owner != 0 && owner != own });
     })?;
     match end {
