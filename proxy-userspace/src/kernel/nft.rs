@@ -55,7 +55,7 @@ pub trait Nft {
     /// A number that changes whenever anyone commits a change to any table of the namespace.
     fn generation(&mut self) -> Result<u32, NftError>;
 
-    /// The counters of a set's elements, in no order; of ranges, by their first key.
+    /// The counters of a set's elements, in the order of the keys; of ranges, by their first key.
     fn counters(&mut self, set: &str) -> Result<Vec<(Key, Counter)>, NftError>;
 }
 
