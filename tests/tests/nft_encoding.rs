@@ -17,7 +17,7 @@ use proxy_core::{
     diff::{Change, Snapshot},
     ruleset::*,
 };
-use proxy_userspace::kernel::nft::{KernelNft, MonitorNews, Nft, NftError, NftMonitor};
+use proxy_userspace::kernel::nft::{KernelNft, MemoryNft, MonitorNews, Nft, NftError, NftMonitor};
 use support::*;
 
 #[test]
@@ -311,6 +311,91 @@ fn fifty_thousand_elements_go_in_and_come_back_in_one_batch_each() {
         assert_eq!(counters.len(), 50_001);
         let packets: u64 = counters.iter().map(|(_, counter)| counter.packets).sum();
         assert_eq!(packets, 3 + (1..=50_000u64).sum::<u64>());
+    });
+}
+
+/// Batches that are refused and taken, on top of [`everything`], each on what the ones before left.
+fn batches() -> Vec<Vec<Change>> {
+    let (sets, chains) = (sets(), chains());
+    let spec = |set: &str| sets[set].spec.clone();
+    let mark = |mark| Key::new(&[KeyPart::Mark(mark)]);
+    let port = |port| Key::new(&[KeyPart::Port(port)]);
+    let add = |set: &str, key, element| Change::AddElement { set: set.into(), spec: spec(set), key, element };
+    let delete = |set: &str, key, last| Change::DeleteElement { set: set.into(), spec: spec(set), key, last };
+    let range = |first, last| add("ports", port(first), Element { last: Some(port(last)), ..element(Value::None) });
+    let goto = |name: &str| element(Value::Goto(name.into()));
+    let chain = |name: &str, base| Change::AddChain { name: name.into(), chain: Chain { base, rules: vec![] } };
+    let rule = |chain: &str, statement| Change::AddRules { chain: chain.into(), rules: vec![vec![statement]] };
+    vec![
+        install(&everything(), true),
+        vec![Change::AddTable { lock: true }],
+        // The same value again, another value, a missing one.
+        vec![add_host(&spec("be4p"), 0x800, "10.0.0.1")],
+        vec![add_host(&spec("be4p"), 0x800, "10.0.0.2"), add_host(&spec("be4p"), 0x900, "10.0.0.2")],
+        vec![delete("be4p", mark(0x900), None)],
+        vec![delete("be4p", mark(0x800), None), add_host(&spec("be4p"), 0x800, "10.0.0.2")],
+        vec![delete("be4p", mark(0x800), None), delete("be4p", mark(0x800), None)],
+        // Ranges: the same again, inside, around, over the border, beside.
+        vec![range(1000, 1999)],
+        vec![range(1100, 1200)],
+        vec![range(900, 2100)],
+        vec![range(1999, 2000)],
+        vec![range(999, 1000)],
+        vec![range(2000, 2000), range(998, 999)],
+        vec![delete("ports", port(60_000), Some(port(65_535)))],
+        vec![delete("ports", port(1000), Some(port(1500)))],
+        // Sets, made again as they are or otherwise.
+        vec![Change::AddSet { name: "be4p".into(), spec: spec("be4p") }],
+        vec![Change::AddSet { name: "be4p".into(), spec: spec("be6p") }],
+        vec![Change::DeleteSet { name: "be4p".into() }],
+        vec![Change::DeleteSet { name: "nowhere".into() }],
+        // Chains and what names them.
+        vec![chain("guard", None)],
+        vec![chain("pre", chains["pre"].base)],
+        vec![chain("pre", chains["output"].base)],
+        vec![add("lb", mark(0x2000), goto("nowhere"))],
+        vec![rule("guard", Statement::Jump("nowhere".into()))],
+        vec![rule("nowhere", Statement::Accept)],
+        vec![rule("guard", is_in(&[MARK], "be4p"))],
+        vec![rule("guard", Statement::VerdictMap { key: vec![MARK], map: "kill".into() })],
+        vec![rule("guard", Statement::SetTimeout("nowhere".into()))],
+        vec![Change::FlushChain { name: "nowhere".into() }],
+        vec![Change::DeleteChain { name: "guard".into() }],
+        vec![Change::DeleteChain { name: "route".into() }],
+        vec![Change::DeleteTimeout { name: "tcp-short".into() }],
+        vec![Change::FlushChain { name: "routed".into() }, Change::DeleteTimeout { name: "tcp-short".into() }],
+        vec![chain("new", None), add("lb", mark(0x2000), goto("new")), rule("new", Statement::Return)],
+        vec![delete("lb", mark(0x2000), None), Change::DeleteChain { name: "new".into() }],
+        vec![Change::DeleteTable],
+        vec![Change::DeleteTable],
+        vec![Change::AddSet { name: "be4p".into(), spec: spec("be4p") }],
+        vec![Change::AddTable { lock: false }],
+        vec![Change::AddTable { lock: true }],
+    ]
+}
+
+/// What a batch came to, without the words of it.
+fn outcome(result: Result<(), NftError>) -> Result<(), Vec<Option<usize>>> {
+    result.map_err(|error| match error {
+        NftError::Refused(refusals) => refusals.into_iter().map(|refusal| refusal.change).collect(),
+        NftError::CannotLock => vec![Some(0)],
+        other => panic!("{other}"),
+    })
+}
+
+#[test]
+fn the_twin_in_memory_takes_and_refuses_what_the_kernel_does() {
+    in_namespace(|| {
+        let mut kernel = KernelNft::open().expect("a netlink socket");
+        let mut memory = MemoryNft::new();
+        for (index, batch) in batches().into_iter().enumerate() {
+            let (by_kernel, by_memory) = (outcome(kernel.apply(&batch)), outcome(memory.apply(&batch)));
+            assert_eq!(by_memory, by_kernel, "batch {index}: {:?}", batch.last());
+            let ruleset = memory.ruleset().cloned();
+            let snapshot = kernel.snapshot().expect("a snapshot");
+            assert_eq!(snapshot.table, memory.snapshot().expect("a snapshot").table, "batch {index}");
+            assert_holds(&kernel, &snapshot, &ruleset.unwrap_or_default());
+        }
     });
 }
 

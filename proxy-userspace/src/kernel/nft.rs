@@ -23,7 +23,7 @@ use proxy_core::{
 };
 
 pub use error::{NftError, Refusal};
-pub use memory::MemoryNft;
+pub use memory::{MemoryNft, Owner};
 pub use monitor::{MonitorNews, NftMonitor};
 
 use self::{
