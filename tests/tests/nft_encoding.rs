@@ -7,7 +7,7 @@ mod random;
 #[path = "nft_encoding/support.rs"]
 mod support;
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, time::Instant};
 
 use everything::*;
 use nix::errno::Errno;
@@ -396,6 +396,78 @@ fn the_twin_in_memory_takes_and_refuses_what_the_kernel_does() {
             assert_eq!(snapshot.table, memory.snapshot().expect("a snapshot").table, "batch {index}");
             assert_holds(&kernel, &snapshot, &ruleset.unwrap_or_default());
         }
+    });
+}
+
+/// 50,000 routes of five elements each.
+fn many_routes() -> Vec<Change> {
+    let sets = sets();
+    let add = |set: &str, key: &[KeyPart], element| Change::AddElement {
+        set: set.into(),
+        spec: sets[set].spec.clone(),
+        key: Key::new(key),
+        element,
+    };
+    let route = |n: u32| {
+        let mark = KeyPart::Mark(0x10_0000 + n * 8);
+        let listen = KeyPart::Address(IpAddr::from((0x0a01_0000 + n / 100).to_be_bytes()));
+        let port = KeyPart::Port(u16::try_from(n % 100).expect("less than 100"));
+        let name = format!("route-{n}");
+        [
+            add("r4", &[listen, KeyPart::Protocol(Protocol::Tcp), port], element(Value::Mark(n)).comment(&name)),
+            add("be4", &[mark], element(endpoint("10.0.0.1:80")).comment("backend")),
+            add("acct", &[mark], element(Value::None)),
+            add("lb", &[mark], element(Value::Goto("guard".into()))),
+            add("slot4", &[mark, KeyPart::Slot(0)], element(endpoint("10.0.0.1:80"))),
+        ]
+    };
+    let mut changes: Vec<_> = (1..=50_000).flat_map(route).collect();
+    changes.sort_by(|one, other| set_name(one).cmp(set_name(other)));
+    changes
+}
+
+fn set_name(change: &Change) -> &str {
+    match change {
+        Change::AddElement { set, .. } => set,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// CPU time of this thread, the kernel's part included, and the most memory the process had: ms, MiB.
+fn used() -> (i64, i64) {
+    use nix::sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeValLike,
+    };
+    let usage = getrusage(UsageWho::RUSAGE_THREAD).expect("usage");
+    (usage.user_time().num_milliseconds() + usage.system_time().num_milliseconds(), usage.max_rss() / 1024)
+}
+
+#[test]
+#[ignore = "a measurement: run it alone, with --release --nocapture"]
+fn what_a_quarter_of_a_million_elements_cost() {
+    in_namespace(|| {
+        let mut nft = KernelNft::open().expect("a netlink socket");
+        nft.apply(&install(&everything(), true)).expect("the batch is taken");
+        let changes = many_routes();
+        let mut before = used();
+        let mut clock = Instant::now();
+        let mut lap = |what: &str| {
+            let after = used();
+            let wall = clock.elapsed().as_micros();
+            println!("{what}: {wall} µs, CPU {} ms, memory at most {} → {} MiB", after.0 - before.0, before.1, after.1);
+            (before, clock) = (used(), Instant::now());
+        };
+        nft.apply(&changes).expect("the batch is taken");
+        lap("250,000 elements in");
+        nft.apply(&[add_host(&sets()["be4p"].spec, 0x2000, "10.1.0.1")]).expect("the batch is taken");
+        lap("one element more");
+        nft.counters("r4").expect("counters");
+        lap("50,000 counters, maybe of a table that still grows");
+        nft.counters("r4").expect("counters");
+        lap("50,000 counters");
+        let elements: usize = nft.snapshot().expect("a snapshot").sets.values().map(|set| set.elements.len()).sum();
+        lap(&format!("a snapshot of {elements} elements"));
     });
 }
 

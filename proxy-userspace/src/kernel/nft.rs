@@ -3,6 +3,7 @@
 //! Rules are libnftnl's objects; everything else is written straight into the batch, since an object per element is
 //! what a table of hundreds of thousands of them cannot afford.
 
+mod atom;
 mod batch;
 mod element;
 mod error;
