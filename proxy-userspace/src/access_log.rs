@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[derive(Debug)]
-    struct Stuck(std::sync::mpsc::Receiver<()>);
+    struct Stuck(Receiver<()>);
 
     impl Write for Stuck {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -47,6 +47,7 @@ fn syn(id: u32) -> Entry {
         traffic_out: None,
         started_ns: None,
         stopped_ns: None,
+        event_ns: None,
     }
 }
 
@@ -281,6 +282,18 @@ fn a_dump_that_is_faster_than_its_event_counts_nothing_twice() {
     table.apply(&Event::New(syn(1)), at(2));
     table.end_dump(DumpKind::Full, at(2));
     assert_eq!(table.tally(ROUTE).map(|t| (t.active, t.seen)), Some((1, 1)));
+}
+
+#[test]
+fn a_connection_over_before_a_dump_found_it_counts_once() {
+    let mut table = table();
+    table.begin_dump(DumpKind::Full, at(4).mono, at(2));
+    table.observe(&ended_with(established(1, 6), End::FinishedClientFirst), at(2));
+    table.apply(&Event::New(syn(1)), at(2));
+    table.apply(&Event::Update(ended_with(established(1, 6), End::FinishedClientFirst)), at(2));
+    table.end_dump(DumpKind::Full, at(2));
+    table.apply(&Event::Destroy(ended_with(established(1, 6), End::FinishedClientFirst)), at(3));
+    assert_eq!(reason_counts(&table), (0, 1, 1));
 }
 
 #[test]
