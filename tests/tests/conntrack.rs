@@ -295,13 +295,13 @@ fn a_connection_is_told_from_its_first_packet_to_its_last_byte() {
 /// The counters of an entry once they have stopped.
 fn settled(conntrack: &mut NetlinkConntrack, id: u32) -> (Option<Traffic>, Option<Traffic>) {
     let deadline = Instant::now() + PATIENCE;
-    let mut last = None;
+    let mut last = (None, None);
     loop {
         let entries = dump(conntrack, ALL);
         let entry = entries.iter().find(|entry| entry.id == id).expect("still there");
-        let now = Some((entry.traffic_in, entry.traffic_out));
+        let now = (entry.traffic_in, entry.traffic_out);
         if now == last && entry.tcp_state == Some(TcpState::TimeWait) {
-            return now.expect("set");
+            return now;
         }
         assert!(Instant::now() < deadline);
         last = now;
@@ -673,4 +673,49 @@ fn a_new_tracker_adopts_the_flows_of_the_one_before() {
     assert_eq!(state.routes["web"].connections_active, 1);
     assert!(ids(&second).is_subset(&before));
     round_trip(&mut living, 10);
+}
+
+/// Nanoseconds this thread has run.
+fn cpu() -> f64 {
+    let spent = nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).expect("clock");
+    Duration::from(spent).as_nanos() as f64
+}
+
+/// Prints what events and dumps cost, the kernel's share included; run with optimisation to learn something.
+#[test]
+#[ignore = "a measurement"]
+fn cost_of_events_and_dumps() {
+    const FLOWS: u16 = 20_000;
+    let lab = Lab::new();
+    let longer = "echo 100 > /proc/sys/net/netfilter/nf_conntrack_udp_timeout";
+    run("ip", &["netns", "exec", &lab.net("g"), "sh", "-c", longer]);
+    lab.gateway(BUFFER, |conntrack| {
+        let (mut events, mut spent) = (0u32, 0.0);
+        // As many at a time as ten milliseconds bring at 60,000 events/s.
+        for first in (0..FLOWS).step_by(500) {
+            lab.inside("c", || {
+                for port in first..first + 500 {
+                    let socket = UdpSocket::bind(("0.0.0.0", 20_000 + port)).expect("bind");
+                    socket.send_to(b"x", "10.77.1.1:53").expect("send");
+                }
+            });
+            let started = cpu();
+            conntrack.drain(&mut |_| events += 1).expect("drain");
+            spent += cpu() - started;
+        }
+        println!("{:.0} ns per event read ({events} of {FLOWS})", spent / f64::from(events));
+        let (mut entries, started) = (0u32, cpu());
+        conntrack.dump(ALL, &mut |_| entries += 1).expect("dump");
+        println!("{:.0} ns per entry dumped ({entries})", (cpu() - started) / f64::from(entries.max(1)));
+        let started = cpu();
+        conntrack.dump(&[MarkFilter { value: 0x700, mask: 0x700 }], &mut |_| {}).expect("dump");
+        println!("{:.1} ms per dump that the kernel filters to nothing", (cpu() - started) / 1e6);
+        let keys: Vec<EntryKey> = dump(conntrack, ALL).iter().map(EntryKey::from).collect();
+        let started = cpu();
+        let found = conntrack.set_mark(&keys, 0x700, 0x700).expect("set mark");
+        println!("{:.0} ns per mark set ({found})", (cpu() - started) / f64::from(found as u32));
+        let started = cpu();
+        let found = conntrack.delete(&keys).expect("delete");
+        println!("{:.0} ns per delete ({found})", (cpu() - started) / f64::from(found as u32));
+    });
 }
