@@ -18,7 +18,7 @@ pub const TRANSPORT_HEADER: u32 = 2;
 /// `NFT_CMP_EQ`, `NFT_CMP_NEQ`
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
-/// `NFT_META_NFPROTO`, `NFT_META_L4PROTO`
+/// `NFT_META_IIF`, `NFT_META_NFPROTO`, `NFT_META_L4PROTO`
 pub const META_INPUT_INTERFACE: u32 = 4;
 pub const META_FAMILY: u32 = 15;
 pub const META_PROTOCOL: u32 = 16;
@@ -33,10 +33,9 @@ pub const STATUS_DNAT: u32 = 1 << 5;
 const FIB_ADDRESS_TYPE: u32 = 3;
 const FIB_DESTINATION: u32 = 1 << 1;
 pub const ROUTE_LOCAL: u32 = 2;
-/// `NFT_NG_INCREMENTAL`, `NFT_NG_RANDOM`
 /// `LOOPBACK_IFINDEX`: the same in every network namespace.
 pub const LOOPBACK_INDEX: u32 = 1;
-
+/// `NFT_NG_INCREMENTAL`, `NFT_NG_RANDOM`
 pub const NUMGEN_SEQUENCE: u32 = 0;
 pub const NUMGEN_RANDOM: u32 = 1;
 /// `NFT_NAT_DNAT`, `NF_NAT_RANGE_MAP_IPS`, `NF_NAT_RANGE_PROTO_SPECIFIED`
