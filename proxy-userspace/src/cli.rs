@@ -200,7 +200,7 @@ mod tests {
     fn wrong_usage_exits_2() {
         for line in ["backend web b sleeping", "connections --client nobody", "plan --format yaml", "fly", "kill"] {
             let arguments = std::iter::once("shunt").chain(line.split(' '));
-            assert_eq!(Cli::try_parse_from(arguments).unwrap_err().exit_code(), 2, "{line}");
+            assert_eq!(Cli::try_parse_from(arguments).expect_err("an error").exit_code(), 2, "{line}");
         }
     }
 }

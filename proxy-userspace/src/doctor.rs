@@ -51,7 +51,7 @@ pub struct Check {
 }
 
 impl Check {
-    fn new(name: impl Into<String>, why: &'static str) -> Unfound {
+    fn of(name: impl Into<String>, why: &'static str) -> Unfound {
         Unfound { name: name.into(), why }
     }
 }

@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn a_word_that_is_no_level_is_refused_with_the_word() {
-        let error = filter("loud").unwrap_err().to_string();
+        let error = filter("loud").expect_err("an error").to_string();
         assert!(error.contains("loud") && error.contains("warn"), "{error}");
         assert!(filter("").is_err());
         assert!(filter("info,x=loud").is_err());

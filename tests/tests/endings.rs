@@ -123,8 +123,7 @@ fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer)?;
         assert_eq!(answer, b"bye", "connection {nth} got its own bytes");
-        drop(stream);
-        server.wait_records(nth as usize, SOON)?;
+        assert_eq!(server.accepted(), nth);
     }
     shunt.wait_route("web", "five connections, five ends", REPORTED, |r| {
         (r["connections_total"] == 5 && r["terminations"]["finished_backend_first"] == 5 && r["connections_active"] == 0)

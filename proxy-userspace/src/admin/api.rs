@@ -51,8 +51,13 @@ fn asked<T>(query: Asked<T>, usage: &str) -> Result<T, Refusal> {
 }
 
 /// Sends a command to an owner and waits for its answer.
-async fn ask<C, T>(owner: &mpsc::Sender<C>, limit: Duration, command: impl FnOnce(Reply<T>) -> C) -> Result<T, Refusal> {
-    let stopping = || refusal(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping", "look at its log, start it again");
+async fn ask<C, T>(
+    owner: &mpsc::Sender<C>,
+    limit: Duration,
+    command: impl FnOnce(Reply<T>) -> C,
+) -> Result<T, Refusal> {
+    let stopping =
+        || refusal(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping", "look at its log, start it again");
     let (reply, answer) = oneshot::channel();
     let exchange = async {
         owner.send(command(reply)).await.map_err(|_| stopping())?;
@@ -161,15 +166,21 @@ pub(super) struct ExplainQuery {
 }
 
 /// `what`: a route's name, a connection's id, or `client:port`.
-pub(super) async fn explain(State(api): State<Api>, query: Asked<ExplainQuery>) -> Result<Json<view::Explain>, Refusal> {
+pub(super) async fn explain(
+    State(api): State<Api>,
+    query: Asked<ExplainQuery>,
+) -> Result<Json<view::Explain>, Refusal> {
     let ExplainQuery { what } = asked(query, "/v1/explain?what=ROUTE, a connection's id, or CLIENT:PORT")?;
     if has_route(&api, &what) {
         return explain_route(&api, what).await.map(Json);
     }
     let filter = match what.parse::<SocketAddr>() {
-        Ok(client) => {
-            ConnectionFilter { client: Some(client.ip()), client_port: Some(client.port()), limit: 1, ..Default::default() }
-        }
+        Ok(client) => ConnectionFilter {
+            client: Some(client.ip()),
+            client_port: Some(client.port()),
+            limit: 1,
+            ..Default::default()
+        },
         Err(_) => ConnectionFilter { id: Some(what.clone()), limit: 1, ..Default::default() },
     };
     let Some(connection) = find(&api, filter).await?.into_iter().next() else {
@@ -213,10 +224,14 @@ pub(super) struct BackendQuery {
     state: view::BackendAdmin,
 }
 
-pub(super) async fn backend(State(api): State<Api>, query: Asked<BackendQuery>) -> Result<Json<view::Backend>, Refusal> {
+pub(super) async fn backend(
+    State(api): State<Api>,
+    query: Asked<BackendQuery>,
+) -> Result<Json<view::Backend>, Refusal> {
     let query = asked(query, "/v1/backend?route=NAME&backend=NAME&state=ready, drain or down")?;
     known_route(&api, &query.route)?;
-    let set = |reply| RouteCommand::SetBackend { route: query.route, backend: query.backend, admin: query.state, reply };
+    let set =
+        |reply| RouteCommand::SetBackend { route: query.route, backend: query.backend, admin: query.state, reply };
     ask(&api.control.routes, ANSWER, set).await.map(Json)
 }
 

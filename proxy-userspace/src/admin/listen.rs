@@ -49,7 +49,10 @@ impl BindError {
             Self::Socket { .. } => "set admin.socket to a path in a folder that exists and is writable".to_owned(),
             Self::Address { source, address } => match source.kind() {
                 io::ErrorKind::AddrInUse => {
-                    format!("another program has it (ss -ltnp 'sport = :{}'): stop it, or change admin.listen, or set it to \"off\"", address.port())
+                    format!(
+                        "another program has it (ss -ltnp 'sport = :{}'): stop it, or change admin.listen, or set it to \"off\"",
+                        address.port()
+                    )
                 }
                 io::ErrorKind::AddrNotAvailable => "this machine has no such address: change admin.listen".to_owned(),
                 io::ErrorKind::PermissionDenied => {
@@ -202,7 +205,7 @@ mod tests {
     async fn a_second_daemon_is_told_the_pid_of_the_first() {
         let folder = Folder::new("second");
         let _first = Listeners::bind(None, &folder.socket()).await.expect("bind");
-        let error = Listeners::bind(None, &folder.socket()).await.unwrap_err();
+        let error = Listeners::bind(None, &folder.socket()).await.expect_err("an error");
         let said = error.to_string();
         assert!(said.contains(&format!("(pid {})", std::process::id())), "{said}");
         assert!(folder.socket().exists(), "the first one's socket must stay");
@@ -213,7 +216,7 @@ mod tests {
         let folder = Folder::new("foreign");
         fs::create_dir_all(folder.0.join("new")).expect("folder");
         let _foreign = StdUnixListener::bind(folder.socket()).expect("foreign");
-        let error = Listeners::bind(None, &folder.socket()).await.unwrap_err();
+        let error = Listeners::bind(None, &folder.socket()).await.expect_err("an error");
         assert!(matches!(error, BindError::AnotherDaemon { .. }), "{error}");
     }
 
@@ -231,7 +234,7 @@ mod tests {
         let folder = Folder::new("file");
         fs::create_dir_all(folder.0.join("new")).expect("folder");
         fs::write(folder.socket(), "precious").expect("file");
-        let error = Listeners::bind(None, &folder.socket()).await.unwrap_err();
+        let error = Listeners::bind(None, &folder.socket()).await.expect_err("an error");
         assert!(matches!(error, BindError::NotASocket { .. }), "{error}");
         assert_eq!(fs::read_to_string(folder.socket()).expect("file"), "precious");
     }
@@ -241,7 +244,7 @@ mod tests {
         let folder = Folder::new("tcp");
         let other = TcpListener::bind("127.0.0.1:0").await.expect("other");
         let address = other.local_addr().expect("address");
-        let error = Listeners::bind(Some(address), &folder.socket()).await.unwrap_err();
+        let error = Listeners::bind(Some(address), &folder.socket()).await.expect_err("an error");
         assert!(error.to_string().contains(&address.to_string()), "{error}");
         assert!(error.mend().contains("admin.listen"), "{}", error.mend());
         assert!(!folder.socket().exists(), "nothing stays behind");

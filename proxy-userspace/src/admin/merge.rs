@@ -1,6 +1,6 @@
 //! What two owners know, put together: routes and backends from one, their numbers from the other.
 
-use std::{sync::Arc, collections::HashMap, net::SocketAddr, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use proxy_core::view;
 
@@ -42,9 +42,7 @@ pub(super) fn routes(routes: &RouteState, flows: &FlowState) -> Vec<view::Route>
 /// Live connections to any of the backend's addresses, on its port where it has one.
 pub(super) fn backend_active(backend: &view::Backend, active: &HashMap<SocketAddr, u64>) -> u64 {
     match port(&backend.name) {
-        Some(port) => {
-            backend.addresses.iter().filter_map(|address| active.get(&SocketAddr::new(*address, port))).sum()
-        }
+        Some(port) => backend.addresses.iter().filter_map(|address| active.get(&SocketAddr::new(*address, port))).sum(),
         None => active.iter().filter(|(at, _)| backend.addresses.contains(&at.ip())).map(|(_, count)| count).sum(),
     }
 }

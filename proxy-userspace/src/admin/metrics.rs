@@ -83,7 +83,8 @@ impl Snapshots {
     }
 
     fn bytes(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
-        let help = "Bytes carried: in is client to backend, out is backend to client. Engine nft counts whole IP packets.";
+        let help =
+            "Bytes carried: in is client to backend, out is backend to client. Engine nft counts whole IP packets.";
         let mut metric = encoder.encode_descriptor("shunt", help, Some(&Unit::Bytes), MetricType::Counter)?;
         for (route, stats) in self.measured() {
             let (bytes_in, bytes_out) = stats.map_or((0, 0), |stats| (stats.bytes_in, stats.bytes_out));
@@ -133,7 +134,8 @@ impl Snapshots {
             }
         }
         let help = "Connections open now, by backend.";
-        let mut metric = encoder.encode_descriptor("shunt_backend_connections_active", help, None, MetricType::Gauge)?;
+        let mut metric =
+            encoder.encode_descriptor("shunt_backend_connections_active", help, None, MetricType::Gauge)?;
         for route in &self.routes.routes {
             let active = self.flows.backends.get(&route.name);
             for backend in &route.backends {

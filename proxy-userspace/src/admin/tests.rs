@@ -40,7 +40,7 @@ pub(super) fn route_state() -> RouteState {
     RouteState {
         ready: true,
         config_file: "/etc/shunt/shunt.toml".into(),
-        routes: vec![web],
+        routes: vec![Arc::new(web)],
         reconcile: view::ReconcileStatus { ok: 4, failed: 1, drift: 2, ..Default::default() },
         reloads_ok: 6,
         warnings: vec!["10.0.0.2:80 is down".into()],
@@ -115,7 +115,7 @@ fn answer_route(command: RouteCommand) {
             reply.send(Err(failure)).expect("a listener");
         }
         RouteCommand::SetBackend { route, backend, admin, reply } => {
-            let mut found = route_state().routes.remove(0).backends.remove(0);
+            let mut found = route_state().routes[0].backends[0].clone();
             assert_eq!((route.as_str(), backend.as_str()), ("web", "10.0.0.1:80"));
             found.admin = admin;
             reply.send(Ok(found)).expect("a listener");
@@ -157,7 +157,8 @@ async fn call(transport: Transport, method: Method, uri: &str, host: &str) -> (S
     let response = TowerToHyperService::new(router).call(request).await.expect("infallible");
     let status = response.status();
     let bytes = response.into_body().collect().await.expect("body").to_bytes();
-    let value = serde_json::from_slice(&bytes).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).into()));
+    let value =
+        serde_json::from_slice(&bytes).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).into()));
     (status, value)
 }
 

@@ -2,7 +2,6 @@
 
 mod locate;
 
-
 use std::{
     io::ErrorKind,
     path::{Path, PathBuf},
@@ -73,10 +72,10 @@ impl Client {
 
     async fn exchange(&self, method: Method, target: &str) -> Result<Bytes, Failure> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(&error))?;
-        let broken = |error: hyper::Error| {
-            Failure::new(format!("the daemon broke off: {error}"), "look at its log; try again")
-        };
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        let broken =
+            |error: hyper::Error| Failure::new(format!("the daemon broke off: {error}"), "look at its log; try again");
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         // Ends with the request: the runtime runs only while one is under way.
         tokio::spawn(connection);
         let request = Request::builder()
@@ -84,7 +83,9 @@ impl Client {
             .uri(target)
             .header("host", "localhost")
             .body(Empty::<Bytes>::new())
-            .map_err(|error| Failure::new(format!("\"{target}\" cannot be asked for: {error}"), "look at the arguments"))?;
+            .map_err(|error| {
+                Failure::new(format!("\"{target}\" cannot be asked for: {error}"), "look at the arguments")
+            })?;
         let response = sender.send_request(request).await.map_err(broken)?;
         let status = response.status();
         let bytes = response.into_body().collect().await.map_err(broken)?.to_bytes();

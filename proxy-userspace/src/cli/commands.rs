@@ -81,7 +81,9 @@ fn plan(file: &Path, format: PlanFormat) -> Result<Exit, Failure> {
     let mut capabilities = capability::probe();
     if !capabilities.net_admin {
         // A plan touches nothing: it is of use also to somebody who may not carry it out.
-        eprintln!("note: without CAP_NET_ADMIN the kernel cannot be asked; this is the plan for a kernel that has everything");
+        eprintln!(
+            "note: without CAP_NET_ADMIN the kernel cannot be asked; this is the plan for a kernel that has everything"
+        );
         capabilities.net_admin = true;
     }
     let plan = proxy_core::plan::plan(&config, &capabilities);
@@ -109,7 +111,11 @@ fn doctor(place: &Place, json: bool) -> Result<Exit, Failure> {
     };
     let socket = Client::new(place).map(|client| client.socket().to_owned()).ok();
     let report = doctor::examine(config.as_ref(), socket.as_deref());
-    if json { print_json(&report)? } else { print(&render::doctor(&report))? };
+    if json {
+        print_json(&report)?
+    } else {
+        print(&render::doctor(&report))?
+    };
     Ok(if report.can_run() { Exit::Fine } else { Exit::Missing })
 }
 

@@ -94,7 +94,7 @@ mod tests {
     #[test]
     fn the_mend_and_the_exit_code_survive_context() {
         let below = Failure::new("no nf_tables", "modprobe nf_tables").exit(Exit::Missing);
-        let error = Err::<(), _>(below).context("cannot start").unwrap_err();
+        let error = Err::<(), _>(below).context("cannot start").expect_err("an error");
         let failure = Failure::from(error);
         assert_eq!(failure.what, "cannot start: no nf_tables");
         assert_eq!((failure.mend.as_deref(), failure.exit), (Some("modprobe nf_tables"), Exit::Missing));

@@ -18,12 +18,14 @@ pub(super) fn checks(settings: &Settings) -> Option<Check> {
 
 /// `memory` in bytes.
 fn room(entries: u64, max: u64, memory: u64) -> Check {
-    let check = Check::new("conntrack table", "every forwarded connection takes an entry; a full table refuses new ones");
+    let check =
+        Check::of("conntrack table", "every forwarded connection takes an entry; a full table refuses new ones");
     let mebibytes = |bytes: u64| bytes >> 20;
     let found = format!("{entries} of {max} entries; full it takes some {} MiB", mebibytes(max.saturating_mul(ENTRY)));
     // An eighth of the memory, within what is usual.
     let fitting = (memory / 8 / ENTRY).clamp(65_536, 4_194_304).next_power_of_two() / 2;
-    let raise = |max: u64| format!("sysctl -w net.netfilter.nf_conntrack_max={max} (on the host: containers cannot set it)");
+    let raise =
+        |max: u64| format!("sysctl -w net.netfilter.nf_conntrack_max={max} (on the host: containers cannot set it)");
     if entries.saturating_mul(5) >= max.saturating_mul(4) {
         return check.warn(format!("{found}: nearly full"), raise(max.saturating_mul(2).max(fitting)));
     }

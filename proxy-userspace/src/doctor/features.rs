@@ -12,19 +12,28 @@ pub(super) fn checks(probe: &Probe) -> Vec<Check> {
         checks.extend(optional(nft));
     }
     checks.push(conntrack(probe));
-    let ipv6 = Check::new("IPv6", "routes that listen on IPv6 addresses");
-    checks.push(ipv6.either(probe.ipv6, "there", "switched off", "boot without ipv6.disable=1, if such routes are wanted"));
+    let ipv6 = Check::of("IPv6", "routes that listen on IPv6 addresses");
+    checks.push(ipv6.either(
+        probe.ipv6,
+        "there",
+        "switched off",
+        "boot without ipv6.disable=1, if such routes are wanted",
+    ));
     checks
 }
 
 fn nf_tables(probe: &Probe) -> Check {
-    let check = Check::new("nf_tables", "the nft engine is made of it: NAT, maps, fib, conntrack in the inet family");
+    let check = Check::of("nf_tables", "the nft engine is made of it: NAT, maps, fib, conntrack in the inet family");
     let modules = "modprobe -a nf_tables nft_chain_nat nft_nat nft_masq nft_fib_inet nft_reject_inet nft_ct nft_limit";
     match (probe.nf_tables, &probe.nft) {
         (None, _) => check.warn(NOT_ASKED, RUN_AS_ROOT),
         (Some(false), _) => check.missing("the kernel has none", modules),
-        (Some(true), None) => check.missing("it does not answer as expected", "look at dmesg; report it with shunt's version"),
-        (Some(true), Some(facts)) if facts.forwards() => check.ok("NAT, masquerade, fib, reject, limit in the inet family"),
+        (Some(true), None) => {
+            check.missing("it does not answer as expected", "look at dmesg; report it with shunt's version")
+        }
+        (Some(true), Some(facts)) if facts.forwards() => {
+            check.ok("NAT, masquerade, fib, reject, limit in the inet family")
+        }
         (Some(true), Some(facts)) => check.missing(
             format!("the kernel lacks {}", facts.missing().join(", ")),
             format!("{modules}; or a kernel built with those"),
@@ -33,11 +42,12 @@ fn nf_tables(probe: &Probe) -> Check {
 }
 
 fn optional(nft: &NftFacts) -> Vec<Check> {
-    let limits = Check::new("connection limits", "limits.connections and limits.connections_per_client in the nft engine");
-    let balance = Check::new("balancing", "routes with several backends in the nft engine");
-    let timeouts = Check::new("idle timeouts", "timeouts.idle and timeouts.half_closed as the kernel's own, per route");
-    let owner = Check::new("table ownership", "keeps others, and nft flush ruleset, from touching shunt's table");
-    let flowtable = Check::new("flowtable", "a faster path for established flows; not used by this build");
+    let limits =
+        Check::of("connection limits", "limits.connections and limits.connections_per_client in the nft engine");
+    let balance = Check::of("balancing", "routes with several backends in the nft engine");
+    let timeouts = Check::of("idle timeouts", "timeouts.idle and timeouts.half_closed as the kernel's own, per route");
+    let owner = Check::of("table ownership", "keeps others, and nft flush ruleset, from touching shunt's table");
+    let flowtable = Check::of("flowtable", "a faster path for established flows; not used by this build");
     vec![
         limits.either(nft.connlimit, "there", "absent (CONFIG_NFT_CONNLIMIT)", "modprobe nft_connlimit"),
         balance.either(
@@ -63,7 +73,7 @@ fn optional(nft: &NftFacts) -> Vec<Check> {
 }
 
 fn conntrack(probe: &Probe) -> Check {
-    let check = Check::new("conntrack", "where the numbers of every forwarded connection come from");
+    let check = Check::of("conntrack", "where the numbers of every forwarded connection come from");
     match probe.conntrack_netlink {
         None => check.warn(NOT_ASKED, RUN_AS_ROOT),
         Some(true) => check.ok("answers over netlink"),
@@ -73,7 +83,7 @@ fn conntrack(probe: &Probe) -> Check {
 
 /// All eBPF features in one line: they are there together or not at all.
 pub(super) fn ebpf(features: &[Feature]) -> Check {
-    let check = Check::new("eBPF", "the engines handoff and sockmap; the nft engine works without");
+    let check = Check::of("eBPF", "the engines handoff and sockmap; the nft engine works without");
     let names = |wanted: fn(&Result<bool, String>) -> bool| {
         let found: Vec<_> = features.iter().filter(|one| wanted(&one.supported)).map(|one| one.name).collect();
         found.join(", ")
@@ -83,7 +93,8 @@ pub(super) fn ebpf(features: &[Feature]) -> Check {
     match problem {
         Some(problem) => check.warn(format!("not known: {problem}"), "run shunt doctor with CAP_BPF, or as root"),
         None if absent.is_empty() => check.ok(names(|supported| *supported == Ok(true))),
-        None => check.warn(format!("absent: {absent}"), "a kernel built with CONFIG_BPF_SYSCALL and CONFIG_BPF_STREAM_PARSER"),
+        None => check
+            .warn(format!("absent: {absent}"), "a kernel built with CONFIG_BPF_SYSCALL and CONFIG_BPF_STREAM_PARSER"),
     }
 }
 

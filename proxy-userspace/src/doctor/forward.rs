@@ -12,7 +12,7 @@ use super::Check;
 /// One check per foreign chain in the way, or one that says there is none.
 pub(super) fn checks() -> Vec<Check> {
     let why = "forwarded packets pass every chain of the forward hook; one that drops them stops every nft route";
-    let new = || Check::new("forward chains", why);
+    let new = || Check::of("forward chains", why);
     let found = match chain::read() {
         Ok(found) => found,
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {

@@ -14,7 +14,8 @@ use super::Check;
 const OLDEST: (u32, u32) = (5, 2);
 
 pub(super) fn kernel_version() -> Check {
-    let check = Check::new("kernel", "NAT in the inet family came with 5.2, protected tables that outlive the daemon with 6.9");
+    let check =
+        Check::of("kernel", "NAT in the inet family came with 5.2, protected tables that outlive the daemon with 6.9");
     let release = uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
     match version(&release) {
         Some(found) if found >= OLDEST => check.ok(release),
@@ -29,19 +30,19 @@ fn version(release: &str) -> Option<(u32, u32)> {
 }
 
 pub(super) fn file_limit() -> Check {
-    let check = Check::new("open files", "the nft engine needs a few dozen, health checks one per backend while they run");
+    let check =
+        Check::of("open files", "the nft engine needs a few dozen, health checks one per backend while they run");
     match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok((soft, hard)) if soft < 1024 => check.warn(
-            format!("at most {soft}"),
-            format!("ulimit -n {}; systemd: LimitNOFILE=65536", hard.min(65_536)),
-        ),
+        Ok((soft, hard)) if soft < 1024 => {
+            check.warn(format!("at most {soft}"), format!("ulimit -n {}; systemd: LimitNOFILE=65536", hard.min(65_536)))
+        }
         Ok((soft, _)) => check.ok(format!("at most {soft}")),
         Err(errno) => check.ok(format!("not known: {errno}")),
     }
 }
 
 pub(super) fn running_daemon(socket: &Path) -> Check {
-    let check = Check::new("running daemon", "two daemons in one network namespace cannot share the table");
+    let check = Check::of("running daemon", "two daemons in one network namespace cannot share the table");
     let Ok(stream) = UnixStream::connect(socket) else {
         return check.ok(format!("none on {}", socket.display()));
     };

@@ -5,9 +5,10 @@ use crate::kernel::capability::{Probe, privileges};
 
 pub(super) fn checks(probe: &Probe) -> Vec<Check> {
     let held = privileges::effective();
-    let net_admin = Check::new("CAP_NET_ADMIN", "programs nftables, reads conntrack, sets the kernel's network settings");
-    let bpf = Check::new("CAP_BPF", "loads eBPF programs, which the engines handoff and sockmap need; nft does not");
-    let raw = Check::new("CAP_NET_RAW", "no engine of this build needs it");
+    let net_admin =
+        Check::of("CAP_NET_ADMIN", "programs nftables, reads conntrack, sets the kernel's network settings");
+    let bpf = Check::of("CAP_BPF", "loads eBPF programs, which the engines handoff and sockmap need; nft does not");
+    let raw = Check::of("CAP_NET_RAW", "no engine of this build needs it");
     let not_needed = "absent; not needed by the nft engine";
     vec![
         if probe.net_admin {

@@ -15,7 +15,8 @@ pub(super) fn checks(config: &Config, capabilities: &Capabilities) -> Vec<Check>
 }
 
 fn listen_addresses(config: &Config) -> Check {
-    let check = Check::new("listen addresses", "packets to an address this machine does not have must be routed here by others");
+    let check =
+        Check::of("listen addresses", "packets to an address this machine does not have must be routed here by others");
     let local: BTreeSet<IpAddr> = match getifaddrs() {
         Ok(interfaces) => interfaces
             .filter_map(|interface| {
@@ -31,7 +32,9 @@ fn listen_addresses(config: &Config) -> Check {
         None => check.ok("every one is on this machine"),
         Some(first) => check.warn(
             format!("{} not on this machine", some_of(&foreign)),
-            format!("ip address add {first} dev INTERFACE; or nothing, when they are routed to this machine on purpose"),
+            format!(
+                "ip address add {first} dev INTERFACE; or nothing, when they are routed to this machine on purpose"
+            ),
         ),
     }
 }
@@ -45,7 +48,10 @@ fn foreign<'a>(listens: impl Iterator<Item = &'a Listen>, local: &BTreeSet<IpAdd
 }
 
 fn features(config: &Config, capabilities: &Capabilities) -> Check {
-    let check = Check::new("features the routes use", "a route that needs what the kernel lacks gets another engine or is refused");
+    let check = Check::of(
+        "features the routes use",
+        "a route that needs what the kernel lacks gets another engine or is refused",
+    );
     type Uses = fn(&Route) -> bool;
     let uses: [(&str, bool, Uses); 4] = [
         ("limits need nft_connlimit", capabilities.nft_connlimit, |route| {
@@ -58,9 +64,13 @@ fn features(config: &Config, capabilities: &Capabilities) -> Check {
         }),
     ];
     for (what, there, uses) in uses {
-        let routes: Vec<_> = config.routes.iter().filter(|route| uses(route)).map(|route| route.name.to_string()).collect();
+        let routes: Vec<_> =
+            config.routes.iter().filter(|route| uses(route)).map(|route| route.name.to_string()).collect();
         if !there && !routes.is_empty() {
-            return check.warn(format!("{what}: {}", some_of(&routes)), "see the check of that feature above; shunt plan tells the consequence");
+            return check.warn(
+                format!("{what}: {}", some_of(&routes)),
+                "see the check of that feature above; shunt plan tells the consequence",
+            );
         }
     }
     check.ok("all there")

@@ -14,7 +14,8 @@ pub(super) fn checks(settings: &Settings, config: Option<&Config>) -> Vec<Check>
     let lost = settings.router_advertisements_lost();
     let forwards = settings.read(&Sysctl::new("net/ipv6/conf/all/forwarding")).is_ok_and(|value| value != "0");
     if !lost.is_empty() && !forwards {
-        let advertisements = Check::new("router advertisements", "a host that forwards IPv6 ignores them unless accept_ra is 2");
+        let advertisements =
+            Check::of("router advertisements", "a host that forwards IPv6 ignores them unless accept_ra is 2");
         checks.push(advertisements.warn("an interface depends on them", lost.join("; ")));
     }
     checks
@@ -30,7 +31,7 @@ pub(super) fn families(config: Option<&Config>) -> Routes {
 }
 
 fn check(settings: &Settings, need: &sysctl::Needed) -> Check {
-    let check = Check::new(need.name.to_string(), need.why);
+    let check = Check::of(need.name.to_string(), need.why);
     match settings.read(&need.name) {
         Ok(value) if value == need.value => check.ok(format!("{value}, as needed")),
         Ok(value) if settings.writable(&need.name) => {
@@ -46,7 +47,7 @@ fn check(settings: &Settings, need: &sysctl::Needed) -> Check {
 
 fn events(settings: &Settings) -> Check {
     let name = Sysctl::new("net/netfilter/nf_conntrack_events");
-    let check = Check::new(
+    let check = Check::of(
         name.to_string(),
         "with 0 only shunt's own connections send events; otherwise every connection of this machine does, which costs CPU",
     );
@@ -62,19 +63,22 @@ fn events(settings: &Settings) -> Check {
 
 /// Strict reverse-path filters, which drop a backend's answers when they take another way than the packets to it.
 pub(super) fn reverse_path(settings: &Settings, config: Option<&Config>) -> Check {
-    let check = Check::new("rp_filter", "strict reverse-path filters drop what takes another way back than the routing table says");
+    let check = Check::of(
+        "rp_filter",
+        "strict reverse-path filters drop what takes another way back than the routing table says",
+    );
     let strict = strict_interfaces(&settings.per_interface("ipv4", "rp_filter"));
     if strict.is_empty() {
         return check.ok("not strict on any interface");
     }
     let found = format!("strict on {}", strict.join(", "));
-    let transparent = config.is_some_and(|config| {
-        config.routes.iter().any(|route| route.source_address == SourceAddress::Client)
-    });
+    let transparent =
+        config.is_some_and(|config| config.routes.iter().any(|route| route.source_address == SourceAddress::Client));
     if !transparent {
         return check.ok(format!("{found}; matters with source_address = \"client\" only"));
     }
-    let mend = strict.iter().map(|interface| format!("sysctl -w net.ipv4.conf.{}.rp_filter=2", interface.replace('.', "/")));
+    let mend =
+        strict.iter().map(|interface| format!("sysctl -w net.ipv4.conf.{}.rp_filter=2", interface.replace('.', "/")));
     check.warn(
         format!("{found}, and a route has source_address = \"client\""),
         format!("if the backends' answers come by another interface: {}", mend.collect::<Vec<_>>().join("; ")),
@@ -83,10 +87,8 @@ pub(super) fn reverse_path(settings: &Settings, config: Option<&Config>) -> Chec
 
 /// The kernel takes the larger of the interface's value and that of `all` (`IN_DEV_MAXCONF`, v6.18); 1 is strict.
 fn strict_interfaces(values: &[(Sysctl, String)]) -> Vec<String> {
-    let named: Vec<_> = values
-        .iter()
-        .filter_map(|(name, value)| Some((name.interface()?, value.parse::<u8>().ok()?)))
-        .collect();
+    let named: Vec<_> =
+        values.iter().filter_map(|(name, value)| Some((name.interface()?, value.parse::<u8>().ok()?))).collect();
     let all = named.iter().find(|(interface, _)| *interface == "all").map_or(0, |(_, value)| *value);
     named
         .iter()

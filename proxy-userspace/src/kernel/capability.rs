@@ -13,8 +13,8 @@ pub mod privileges;
 
 use std::{io, path::Path};
 
-use nix::sched::{CloneFlags, unshare};
 pub use nft::NftFacts;
+use nix::sched::{CloneFlags, unshare};
 use proxy_core::capability::Capabilities;
 
 /// What the kernel answered, in more detail than a plan needs.
@@ -98,7 +98,14 @@ mod tests {
     use super::*;
 
     fn unprivileged() -> Probe {
-        Probe { net_admin: false, nf_tables: None, nft: None, conntrack_netlink: None, ipv6: true, scratch_namespace: false }
+        Probe {
+            net_admin: false,
+            nf_tables: None,
+            nft: None,
+            conntrack_netlink: None,
+            ipv6: true,
+            scratch_namespace: false,
+        }
     }
 
     #[test]

@@ -3,8 +3,7 @@
 mod record;
 
 use std::{
-    fmt,
-    fs,
+    fmt, fs,
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -35,7 +34,19 @@ impl Sysctl {
 
 impl fmt::Display for Sysctl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let swapped: String = self.0.chars().map(|c| if c == '/' { '.' } else if c == '.' { '/' } else { c }).collect();
+        let swapped: String = self
+            .0
+            .chars()
+            .map(|c| {
+                if c == '/' {
+                    '.'
+                } else if c == '.' {
+                    '/'
+                } else {
+                    c
+                }
+            })
+            .collect();
         f.write_str(&swapped)
     }
 }
@@ -69,17 +80,22 @@ impl SysctlError {
     /// The command or step that mends it, one line.
     pub fn mend(&self) -> String {
         match self {
-            Self::Read { name, source } if source.kind() == io::ErrorKind::NotFound => match name.0.contains("nf_conntrack") {
-                true => "modprobe nf_conntrack".to_owned(),
-                false => format!("this kernel has no {name}: use one with IP networking built in"),
-            },
+            Self::Read { name, source } if source.kind() == io::ErrorKind::NotFound => {
+                match name.0.contains("nf_conntrack") {
+                    true => "modprobe nf_conntrack".to_owned(),
+                    false => format!("this kernel has no {name}: use one with IP networking built in"),
+                }
+            }
             Self::Read { name, .. } => format!("run as root or with CAP_NET_ADMIN; then `sysctl {name}` must answer"),
             Self::Write { name, value, .. } => format!(
                 "run with CAP_NET_ADMIN, or set it where the network namespace is made: `sysctl -w {name}={value}` \
                  (containers: `--sysctl {name}={value}`)"
             ),
             Self::Record { path, .. } => {
-                format!("make {} writable for shunt, or set admin.socket elsewhere", path.parent().unwrap_or(path).display())
+                format!(
+                    "make {} writable for shunt, or set admin.socket elsewhere",
+                    path.parent().unwrap_or(path).display()
+                )
             }
             Self::RecordContent { path, .. } => format!("look into it, then remove it: rm {}", path.display()),
         }
@@ -228,7 +244,8 @@ impl Settings {
     }
 
     fn apply_one(&self, need: &Needed, from: &str, record: &Path) -> Result<(), SysctlError> {
-        let before: Vec<_> = need.follows.iter().flat_map(|(family, setting)| self.per_interface(family, setting)).collect();
+        let before: Vec<_> =
+            need.follows.iter().flat_map(|(family, setting)| self.per_interface(family, setting)).collect();
         // Recorded first: dying between the two leaves a record of a change that did not happen, which restore skips.
         record::remember(record, &[(need.name.clone(), record::Entry::main(from, need.value))])?;
         self.write(&need.name, need.value)?;

@@ -81,7 +81,7 @@ fn a_route_without_connections_is_there_with_zeros() {
 #[test]
 #[ignore = "a measurement"]
 fn cost_at_50_000_routes() {
-    let template = route_state().routes.remove(0);
+    let template = view::Route::clone(&route_state().routes[0]);
     let (mut routes, mut flows) = (RouteState::default(), FlowState::default());
     for number in 0..50_000 {
         let name = format!("route-{number}");
@@ -90,7 +90,7 @@ fn cost_at_50_000_routes() {
         flows.routes.insert(name.clone(), stats);
         flows.backends.insert(name.clone(), flow_state().backends.remove("web").expect("backends"));
         flows.ages.insert(name.clone(), AgeHistogram { counts: [1; AGE_BUCKETS.len() + 1], sum_seconds: 1.0 });
-        routes.routes.push(view::Route { name, ..template.clone() });
+        routes.routes.push(Arc::new(view::Route { name, ..template.clone() }));
     }
     let (routes, flows) = (Arc::new(routes), Arc::new(flows));
     let began = Instant::now();

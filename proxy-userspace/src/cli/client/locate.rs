@@ -20,10 +20,16 @@ pub(super) fn socket(place: &Place) -> Result<PathBuf, Failure> {
     match &place.config {
         Some(config) => {
             let text = fs::read_to_string(config).map_err(|error| {
-                Failure::new(format!("cannot read {}: {error}", config.display()), "name the daemon's file, or use --socket PATH")
+                Failure::new(
+                    format!("cannot read {}: {error}", config.display()),
+                    "name the daemon's file, or use --socket PATH",
+                )
             })?;
             in_text(&text, config).ok_or_else(|| {
-                Failure::new(format!("{}: admin.socket is not a path", config.display()), "mend it, or use --socket PATH")
+                Failure::new(
+                    format!("{}: admin.socket is not a path", config.display()),
+                    "mend it, or use --socket PATH",
+                )
             })
         }
         None => {

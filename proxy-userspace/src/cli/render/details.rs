@@ -25,7 +25,10 @@ pub(in crate::cli) fn status(status: &view::Status) -> String {
     line(&mut text, "routes", &status.routes.to_string());
     let (open, total) = (count(status.connections_active), count(status.connections_total));
     line(&mut text, "connections", &format!("{open} open, {total} in all"));
-    let applied = format!("{} changes applied, {} failed, {} foreign changes repaired", reconcile.ok, reconcile.failed, reconcile.drift);
+    let applied = format!(
+        "{} changes applied, {} failed, {} foreign changes repaired",
+        reconcile.ok, reconcile.failed, reconcile.drift
+    );
     line(&mut text, "ruleset", &applied);
     line(&mut text, "", &format!("last: {} messages in {:.1} ms", reconcile.last_changes, reconcile.last_apply_ms));
     if let Some(error) = &reconcile.last_error {
@@ -60,10 +63,13 @@ pub(in crate::cli) fn route(route: &view::Route) -> String {
     let oldest = seconds(stats.oldest_seconds);
     let new = rate(stats.connections_rate);
     line(&mut text, "connections", &format!("{open} open (oldest {oldest}), {total} in all, {new} new/s"));
-    for (label, total, rate) in [("in", stats.bytes_in, stats.bytes_in_rate), ("out", stats.bytes_out, stats.bytes_out_rate)] {
+    for (label, total, rate) in
+        [("in", stats.bytes_in, stats.bytes_in_rate), ("out", stats.bytes_out, stats.bytes_out_rate)]
+    {
         line(&mut text, label, &format!("{}, {}/s", bytes(total as f64), bytes(rate)));
     }
-    let ended: Vec<_> = stats.terminations.iter().map(|(reason, times)| format!("{reason} {}", count(*times))).collect();
+    let ended: Vec<_> =
+        stats.terminations.iter().map(|(reason, times)| format!("{reason} {}", count(*times))).collect();
     line(&mut text, "ended", if ended.is_empty() { "-".to_owned() } else { ended.join(", ") }.as_str());
     text.push('\n');
     text.push_str(&backends(&route.backends));
@@ -114,7 +120,9 @@ pub(in crate::cli) fn explain(explain: &view::Explain) -> String {
     }
     if let Some(one) = &explain.connection {
         line(&mut text, "connection", &format!("{}: {} → {} → {}", one.id, one.client, one.listen, one.backend));
-        let ends = one.expires_seconds.map_or("no timeout".to_owned(), |left| format!("ends in {} if nothing comes", seconds(left)));
+        let ends = one
+            .expires_seconds
+            .map_or("no timeout".to_owned(), |left| format!("ends in {} if nothing comes", seconds(left)));
         let (age, idle) = (seconds(one.age_seconds), seconds(one.idle_seconds));
         line(&mut text, "", &format!("{}, {age} old, idle for {idle}, {ends}", one.state));
         let carried = match one.metered {

@@ -102,7 +102,12 @@ fn a_connection_without_accounting_shows_no_false_bytes() {
 #[test]
 fn one_route_shows_its_backends_and_why_connections_ended() {
     let text = plain(&route(&web()));
-    for part in ["10.9.9.9:80, [fd00::9]:80 (tcp)", "finished_client_first 12, idle_timeout 1", "connect: refused", "oldest 1h1m"] {
+    for part in [
+        "10.9.9.9:80, [fd00::9]:80 (tcp)",
+        "finished_client_first 12, idle_timeout 1",
+        "connect: refused",
+        "oldest 1h1m",
+    ] {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
     let drained = plain(&backend(&backend_named("10.0.0.1:80", true, view::BackendAdmin::Drain)));
@@ -127,7 +132,8 @@ fn status_says_every_warning() {
         warnings: vec!["conntrack is nearly full".into(), "events were lost".into()],
     };
     let text = plain(&super::status(&status));
-    for part in ["not ready", "EPERM", "90 of 100", "5 lost", "3 reloads, 2 failed", "nearly full", "events were lost"] {
+    for part in ["not ready", "EPERM", "90 of 100", "5 lost", "3 reloads, 2 failed", "nearly full", "events were lost"]
+    {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
 }
@@ -151,6 +157,13 @@ fn an_explanation_has_every_refusal_and_every_hop() {
 #[test]
 fn a_reload_of_thousands_of_routes_stays_readable() {
     let names: Vec<_> = (0..5000).map(|number| format!("r{number}")).collect();
-    let text = reload(&view::Reload { added: names, changed: vec![], removed: vec![], unchanged: 1, apply_ms: 2.0, changes: 5 });
+    let text = reload(&view::Reload {
+        added: names,
+        changed: vec![],
+        removed: vec![],
+        unchanged: 1,
+        apply_ms: 2.0,
+        changes: 5,
+    });
     assert!(text.lines().count() < 30 && text.contains("and 4980 more"), "{text}");
 }

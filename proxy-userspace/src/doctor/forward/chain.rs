@@ -73,7 +73,9 @@ impl Chain {
 
     fn with_rules(self, rules: &[Vec<Expression>]) -> ForwardChain {
         let drops_all = |rule: &Vec<Expression>| {
-            rule.contains(&Expression::Drop) && !rule.contains(&Expression::Other) && !rule.contains(&Expression::DnatStatus)
+            rule.contains(&Expression::Drop)
+                && !rule.contains(&Expression::Other)
+                && !rule.contains(&Expression::DnatStatus)
         };
         ForwardChain {
             policy_drops: self.policy_drops,
@@ -118,8 +120,10 @@ fn classify(name: &str, data: &[u8]) -> Expression {
         "ct" if value(2).and_then(be32) == Some(NFT_CT_STATUS) => Expression::DnatStatus,
         // NFTA_IMMEDIATE_DATA { NFTA_DATA_VERDICT { NFTA_VERDICT_CODE } }
         "immediate" => {
-            let verdict = value(2).and_then(|data| attributes(data).find(|(kind, _)| *kind == 2)).map(|(_, value)| value);
-            let code = verdict.and_then(|verdict| attributes(verdict).find(|(kind, _)| *kind == 1)).map(|(_, code)| code);
+            let verdict =
+                value(2).and_then(|data| attributes(data).find(|(kind, _)| *kind == 2)).map(|(_, value)| value);
+            let code =
+                verdict.and_then(|verdict| attributes(verdict).find(|(kind, _)| *kind == 1)).map(|(_, code)| code);
             if code.and_then(be32) == Some(libc::NF_DROP as u32) { Expression::Drop } else { Expression::Other }
         }
         // NFTA_TARGET_NAME: what iptables-nft could not translate.
@@ -142,7 +146,10 @@ mod tests {
         let policy = Chain { policy_drops: true, ..chain() };
         assert!(policy.with_rules(&[vec![Other]]).is_in_the_way());
         assert!(chain().with_rules(&[vec![Other], vec![Neutral, Drop]]).is_in_the_way());
-        assert!(!chain().with_rules(&[vec![Neutral, Drop], vec![Other, Drop]]).is_in_the_way(), "a condition stands before it");
+        assert!(
+            !chain().with_rules(&[vec![Neutral, Drop], vec![Other, Drop]]).is_in_the_way(),
+            "a condition stands before it"
+        );
         assert!(!chain().with_rules(&[vec![DnatStatus, Other], vec![Drop]]).is_in_the_way());
         assert!(!chain().with_rules(&[]).is_in_the_way());
     }

@@ -8,7 +8,9 @@ use super::ForwardChain;
 pub(super) fn read() -> Vec<ForwardChain> {
     [("/proc/net/ip_tables_names", "iptables-legacy"), ("/proc/net/ip6_tables_names", "ip6tables-legacy")]
         .into_iter()
-        .filter(|(tables, _)| fs::read_to_string(tables).is_ok_and(|tables| tables.lines().any(|table| table == "filter")))
+        .filter(|(tables, _)| {
+            fs::read_to_string(tables).is_ok_and(|tables| tables.lines().any(|table| table == "filter"))
+        })
         .filter_map(|(_, program)| {
             // Asking only where the table is there: asking makes it.
             let listed = Command::new(program).args(["-S", "FORWARD"]).output().ok()?;
@@ -39,7 +41,9 @@ mod tests {
     fn policies_last_rules_and_the_accepting_rule_are_seen() {
         let in_the_way = |rules: &str| parse("iptables-legacy", rules).is_in_the_way();
         assert!(in_the_way("-P FORWARD DROP\n"));
-        assert!(in_the_way("-P FORWARD ACCEPT\n-A FORWARD -i a -j ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-port-unreachable\n"));
+        assert!(in_the_way(
+            "-P FORWARD ACCEPT\n-A FORWARD -i a -j ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-port-unreachable\n"
+        ));
         assert!(!in_the_way("-P FORWARD ACCEPT\n-A FORWARD -i a -j DROP\n"));
         assert!(!in_the_way("-P FORWARD DROP\n-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT\n"));
         assert!(!in_the_way(""));

@@ -7,7 +7,10 @@ use std::{
 };
 
 use nix::sys::{
-    socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt, socket, sockopt},
+    socket::{
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt, socket,
+        sockopt,
+    },
     time::TimeVal,
 };
 

@@ -84,8 +84,9 @@ pub(super) fn ask() -> io::Result<NftFacts> {
         return Err(io::Error::from_raw_os_error(code));
     }
     let known = |index: usize| !matches!(result(index), libc::ENOENT | libc::EOPNOTSUPP);
-    let expression =
-        |name: &str| EXPRESSIONS.iter().position(|known| *known == name).is_some_and(|index| known(first_expression + index));
+    let expression = |name: &str| {
+        EXPRESSIONS.iter().position(|known| *known == name).is_some_and(|index| known(first_expression + index))
+    };
     Ok(NftFacts {
         // Known types refuse the hook with EOPNOTSUPP, unknown ones are ENOENT (nft_chain_parse_hook, v6.18).
         nat_chain: result(3) != libc::ENOENT,

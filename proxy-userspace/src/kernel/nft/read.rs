@@ -37,6 +37,14 @@ impl<'a> Query<'a> {
     const fn dump(what: &'static str, message: u16, attributes: &'a [(u16, &'a str)]) -> Self {
         Self { what, message, flags: DUMP, attributes }
     }
+
+    /// Reading needs the same privilege as changing (`nfnetlink_rcv`).
+    fn refused(&self, errno: Errno) -> NftError {
+        match errno {
+            Errno::EPERM => NftError::NotPermitted,
+            errno => NftError::NotTold { what: self.what, errno },
+        }
+    }
 }
 
 /// How a request ended.
@@ -89,7 +97,7 @@ fn read_table(socket: &mut NetlinkSocket) -> Result<Option<TableState>, NftError
     match end {
         End::Complete => Ok(state),
         End::Refused(Errno::ENOENT) => Ok(None),
-        End::Refused(errno) => Err(NftError::NotTold { what: query.what, errno }),
+        End::Refused(errno) => Err(query.refused(errno)),
         End::Interrupted => Err(NftError::Interrupted),
     }
 }
@@ -216,7 +224,7 @@ pub fn generation(socket: &mut NetlinkSocket) -> Result<u32, NftError> {
         generation = attributes.find(generations::ID).and_then(|id| id.be32());
     })?;
     match end {
-        End::Refused(errno) => Err(NftError::NotTold { what: query.what, errno }),
+        End::Refused(errno) => Err(query.refused(errno)),
         End::Complete | End::Interrupted => generation.ok_or(NftError::Malformed(query.what)),
     }
 }
@@ -232,7 +240,7 @@ fn dump<T: Default>(
         match request(socket, query, |message| each(&mut collected, message))? {
             End::Complete => return Ok(collected),
             End::Interrupted | End::Refused(Errno::EINTR | Errno::EAGAIN) => {}
-            End::Refused(errno) => return Err(NftError::NotTold { what: query.what, errno }),
+            End::Refused(errno) => return Err(query.refused(errno)),
         }
     }
     Err(NftError::Interrupted)

@@ -45,11 +45,21 @@ pub(super) fn remember(path: &Path, entries: &[(Sysctl, Entry)]) -> Result<(), S
 /// One setting of the record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Restored {
-    PutBack { name: Sysctl, from: String, to: String },
+    PutBack {
+        name: Sysctl,
+        from: String,
+        to: String,
+    },
     /// Somebody else has changed it since: left alone.
-    Foreign { name: Sysctl, value: String, ours: String },
+    Foreign {
+        name: Sysctl,
+        value: String,
+        ours: String,
+    },
     /// It no longer exists: an interface that is gone.
-    Gone { name: Sysctl },
+    Gone {
+        name: Sysctl,
+    },
 }
 
 /// Puts back what shunt changed, where it still has the value shunt gave it, and removes the record.

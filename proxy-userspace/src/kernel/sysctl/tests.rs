@@ -85,7 +85,7 @@ fn a_broken_record_is_an_error_that_names_the_file() {
     let tree = Tree::new("broken", &[(FORWARD, "0"), (ACCT, "1")]);
     fs::create_dir_all(tree.root.join("run")).expect("folder");
     fs::write(tree.record(), "no json").expect("record");
-    let error = tree.settings().apply(&ipv4(), &tree.record()).unwrap_err();
+    let error = tree.settings().apply(&ipv4(), &tree.record()).expect_err("an error");
     assert!(error.mend().contains("restore.json"), "{error}");
     assert_eq!(tree.value(FORWARD), "0");
 }
