@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use shunt_tests::lab::{
+use shunt_lab::{
     BACKEND_SIDE, CLIENT, GATEWAY, Lab, kernel, link, pattern,
     scripted::{Behaviour, Ended, Start, TcpServer, UdpServer},
     wait_until,

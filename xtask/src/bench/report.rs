@@ -77,24 +77,25 @@ impl Report {
         cells.into_iter().map(row).collect()
     }
 
-    /// For the terminal: one table of values, one of ratios, one of scale.
+    /// For the terminal, as Markdown: the values, their ratios, the scale.
     pub fn tables(&self) -> String {
-        let ratio = |cell: &Cell| cell.to_rule.map(ratio_text);
-        let plain = |cell: &Cell| cell.to_plain.map(ratio_text);
-        let mut text = String::new();
+        let measured = |path| self.rows.iter().any(|row| row.paths.contains_key(&path));
+        let mut tables = Vec::new();
         if !self.rows.is_empty() {
-            text += &format!(
-                "Median of {} rounds ± half the range\n{}\n\n",
-                self.rounds,
-                self.table(|c| Some(value_text(c.value)))
-            );
-            text += &format!("Ratio to the hand-written nft rule\n{}\n\n", self.table(ratio));
-            text += &format!("Ratio to plain routing\n{}\n", self.table(plain));
+            let title = format!("Median of {} rounds of {} s each ± half the range", self.rounds, self.seconds);
+            tables.push((title, self.table(|cell| Some(value_text(cell.value)))));
+        }
+        if measured(PathKind::Rule) {
+            let table = self.table(|cell| cell.to_rule.map(ratio_text));
+            tables.push(("Ratio to the hand-written nft rule".to_owned(), table));
+        }
+        if measured(PathKind::Plain) {
+            tables.push(("Ratio to plain routing".to_owned(), self.table(|cell| cell.to_plain.map(ratio_text))));
         }
         if !self.scale.is_empty() {
-            text += &format!("\nshunt with many routes\n{}\n", ScaleRow::table(&self.scale));
+            tables.push(("shunt with many routes".to_owned(), ScaleRow::table(&self.scale)));
         }
-        text
+        tables.iter().map(|(title, table)| format!("{title}\n\n{table}\n\n")).collect()
     }
 
     fn table(&self, show: impl Fn(&Cell) -> Option<String>) -> Table {

@@ -69,15 +69,17 @@ impl Samples {
         self.0.iter().map(|(metric, paths)| (*metric, cells_of(*metric, paths))).collect()
     }
 
-    /// The kernel memory of both ends is in every path's number; with plain routing it is all there is.
+    /// The kernel memory of both ends is in every path's number; with plain routing it is all there is. Without that
+    /// one the others say nothing.
     fn subtract_the_ends(&mut self) {
-        let Some(paths) = self.0.get_mut(&Metric::KernelPerConnection) else { return };
-        let Some(ends) = paths.get(&PathKind::Plain).cloned() else { return };
+        let Some(mut paths) = self.0.remove(&Metric::KernelPerConnection) else { return };
+        let Some(ends) = paths.remove(&PathKind::Plain) else { return };
         for values in paths.values_mut() {
             for (value, end) in values.iter_mut().zip(&ends) {
                 *value -= end;
             }
         }
+        self.0.insert(Metric::KernelPerConnection, paths);
     }
 }
 
