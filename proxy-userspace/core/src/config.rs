@@ -37,8 +37,7 @@ use source::{Place, Source};
 pub fn parse(text: &str, file: &Path) -> Result<Config, Problems> {
     let (table, mistakes) = DeTable::parse_recoverable(text);
     let source = Source::new(text, file, !mistakes.is_empty());
-    for mistake in &mistakes {
-        let (offset, message) = syntax::describe(text, mistake);
+    for (offset, message) in syntax::describe(text, &mistakes) {
         source.mistake(offset, message);
     }
     let config = config(&source, table.get_ref());

@@ -191,7 +191,7 @@ fn port(text: &str) -> Result<u16, String> {
 /// A mistyped address rather than a name: no top-level domain is a number.
 fn looks_numeric(host: &str) -> bool {
     let last = host.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
-    last.bytes().all(|b| b.is_ascii_digit())
+    !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit())
 }
 
 /// A host name (RFC 1123 §2.1, and `_`, which service discovery uses); lower-case. Errors say what is wrong with it.

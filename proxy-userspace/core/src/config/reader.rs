@@ -180,6 +180,10 @@ impl<'a> Field<'a> {
         };
         match self.value {
             DeValue::String(text) if never && text == "never" => Some(None),
+            DeValue::String(text) if text == "never" => {
+                self.reject("\"never\" is not allowed here; a duration such as \"30s\" is expected".to_owned());
+                None
+            }
             DeValue::String(text) => self.parse_duration(text, min, max, never).map(Some),
             DeValue::Integer(number) => {
                 self.reject(format!("{number} has no unit; write \"{number}s\" for seconds ({})", value::UNITS));

@@ -67,22 +67,31 @@ impl<'a> Source<'a> {
     /// What was found, in the order of the file.
     ///
     /// Where the text is broken, problems in the lines of the mistakes and those without a place of their own are left
-    /// out: they may be about the guess.
+    /// out: they may be about the guess. A broken `[header]` puts every key after it into the wrong table, so then only
+    /// the mistakes are told.
     pub fn into_problems(self) -> Vec<Problem> {
         let mut problems = self.problems.take();
         let mistakes = self.mistakes.take();
         if self.broken {
-            problems.retain(|(offset, problem)| *offset > 0 && !mistakes.contains_key(&problem.line));
+            let header = mistakes.keys().any(|line| self.line_text(*line).trim_start().starts_with('['));
+            problems.retain(|(offset, problem)| !header && *offset > 0 && !mistakes.contains_key(&problem.line));
             problems.extend(mistakes.into_values());
         }
         problems.sort_by_key(|(offset, _)| *offset);
         problems.into_iter().map(|(_, problem)| problem).collect()
     }
 
+    fn line_text(&self, line: usize) -> &str {
+        self.text.get(self.line_start(line)..).and_then(|rest| rest.lines().next()).unwrap_or_default()
+    }
+
+    fn line_start(&self, line: usize) -> usize {
+        line.checked_sub(1).and_then(|index| self.line_starts.get(index)).copied().unwrap_or_default()
+    }
+
     fn position(&self, offset: usize) -> (usize, usize) {
         let line = self.line(offset);
-        let start = line.checked_sub(1).and_then(|index| self.line_starts.get(index)).copied().unwrap_or_default();
-        let before = self.text.get(start..offset).unwrap_or_default();
+        let before = self.text.get(self.line_start(line)..offset).unwrap_or_default();
         (line, before.chars().count() + 1)
     }
 }
