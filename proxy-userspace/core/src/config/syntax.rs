@@ -6,24 +6,35 @@ use toml::de::Error;
 
 use super::source::quoted;
 
-/// Where each mistake is, and what it is. Mistakes that only follow from the one before them are left out.
-pub(super) fn describe(text: &str, mistakes: &[Error]) -> Vec<(usize, String)> {
-    let mut told: Vec<(usize, String)> = Vec::new();
-    for mistake in mistakes {
-        let reason = mistake.message();
-        let span = mistake.span().unwrap_or(text.len()..text.len());
-        told.push((span.start, message(text, reason, span.clone())));
-        // An array that is not closed takes the keys after it for its items, to the end of the file.
-        if reason.starts_with("missing comma between array elements") && begins_a_key(text, span.start) {
+/// One mistake and where it is.
+#[derive(Debug)]
+pub(super) struct Mistake {
+    pub offset: usize,
+    pub message: String,
+    /// What comes after it was taken for something it is not: a header that is broken puts every key after it into the
+    /// wrong table, an array that is not closed takes them for its items.
+    pub misleads: bool,
+}
+
+/// The mistakes, less those that only follow from one before them.
+pub(super) fn describe(text: &str, errors: &[Error]) -> Vec<Mistake> {
+    let mut mistakes = Vec::new();
+    for error in errors {
+        let reason = error.message();
+        let span = error.span().unwrap_or(text.len()..text.len());
+        let offset = span.start;
+        let (before, after) = line_around(text, offset);
+        let header = before.trim_start().starts_with('[') && reason != "duplicate key";
+        let first_of_line = before.trim().is_empty();
+        let array = reason.starts_with("missing comma between array elements")
+            && first_of_line
+            && (after.starts_with('[') || after.contains('='));
+        mistakes.push(Mistake { offset, message: message(text, reason, span), misleads: header || array });
+        if array {
             break;
         }
     }
-    told
-}
-
-fn begins_a_key(text: &str, at: usize) -> bool {
-    let (before, after) = line_around(text, at);
-    before.trim().is_empty() && (after.starts_with('[') || after.contains('='))
+    mistakes
 }
 
 /// The line that holds the byte at `at`, in two parts.
@@ -52,5 +63,6 @@ fn message(text: &str, reason: &str, span: Range<usize>) -> String {
 }
 
 fn is_word(text: &str) -> bool {
-    text.starts_with(|c: char| c.is_ascii_alphabetic()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b))
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b))
 }

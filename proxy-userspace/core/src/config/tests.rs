@@ -1,11 +1,14 @@
 //! What the configuration module promises.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop there")]
+
 mod arbitrary;
 mod example;
 mod keys;
 mod measure;
 mod messages;
 mod sharing;
+mod syntax;
 
 use std::path::Path;
 

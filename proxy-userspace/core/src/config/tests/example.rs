@@ -65,7 +65,10 @@ fn the_empty_file_is_all_defaults() {
     assert_eq!(
         config,
         Config {
-            admin: Admin { listen: Some("127.0.0.1:9900".parse().unwrap()), socket: PathBuf::from("/run/shunt/admin.sock") },
+            admin: Admin {
+                listen: Some("127.0.0.1:9900".parse().unwrap()),
+                socket: PathBuf::from("/run/shunt/admin.sock")
+            },
             log: Log { level: "info".to_owned(), format: LogFormat::Text, access: AccessLog::All },
             kernel: Kernel { mark_mask: MarkMask::DEFAULT, lock_table: true },
             routes: Vec::new(),
@@ -148,10 +151,13 @@ fn the_example_is_read_as_it_is_meant() {
 fn the_example_that_is_shipped_is_valid_as_it_is_and_with_every_setting_turned_on() {
     good(EXAMPLE);
     // Settings that are off stand behind `#` without a space; prose stands behind `# `.
-    let on: String = EXAMPLE.lines().map(|line| match line.strip_prefix('#') {
-        Some(setting) if !setting.is_empty() && !setting.starts_with([' ', ':']) => format!("{setting}\n"),
-        _ => format!("{line}\n"),
-    }).collect();
+    let on: String = EXAMPLE
+        .lines()
+        .map(|line| match line.strip_prefix('#') {
+            Some(setting) if !setting.is_empty() && !setting.starts_with([' ', ':']) => format!("{setting}\n"),
+            _ => format!("{line}\n"),
+        })
+        .collect();
     assert!(good(&on).routes.len() > good(EXAMPLE).routes.len());
 }
 
@@ -163,12 +169,24 @@ fn defaults_reach_every_route_and_a_route_overrides_them_key_by_key() {
     ] {
         let route = |lines: &str| (*good(&format!("{defaults}{}", route_with(lines))).routes[0]).clone();
         let plain = route("");
-        assert_eq!((plain.balance, plain.engine, plain.keepalive), (Balance::Maglev, EngineChoice::Forced(Engine::Copy), Keepalive::Extended));
-        assert_eq!((plain.timeouts.connect, plain.timeouts.idle, plain.timeouts.drain), (seconds(5), None, seconds(30)));
-        assert_eq!((plain.limits.connections, plain.limits.connections_per_client), (NonZeroU32::new(7), NonZeroU32::new(3)));
+        assert_eq!(
+            (plain.balance, plain.engine, plain.keepalive),
+            (Balance::Maglev, EngineChoice::Forced(Engine::Copy), Keepalive::Extended)
+        );
+        assert_eq!(
+            (plain.timeouts.connect, plain.timeouts.idle, plain.timeouts.drain),
+            (seconds(5), None, seconds(30))
+        );
+        assert_eq!(
+            (plain.limits.connections, plain.limits.connections_per_client),
+            (NonZeroU32::new(7), NonZeroU32::new(3))
+        );
 
         let own = route("balance = \"random\"\nengine = \"auto\"\ntimeouts.idle = \"1m\"\nlimits.connections = 0");
-        assert_eq!((own.balance, own.engine, own.keepalive), (Balance::Random, EngineChoice::Auto, Keepalive::Extended));
+        assert_eq!(
+            (own.balance, own.engine, own.keepalive),
+            (Balance::Random, EngineChoice::Auto, Keepalive::Extended)
+        );
         assert_eq!((own.timeouts.connect, own.timeouts.idle), (seconds(5), Some(seconds(60))));
         assert_eq!((own.limits.connections, own.limits.connections_per_client), (None, NonZeroU32::new(3)));
     }
@@ -179,19 +197,28 @@ fn values_are_read_in_every_form_they_may_have() {
     let route = |lines: &str| (*good(&route_with(lines)).routes[0]).clone();
     let timeouts = route("timeouts = { connect = \"500ms\", idle = \"1d\", half_closed = \"never\", lifetime = \"1h30m\", drain = \"0s\" }").timeouts;
     assert_eq!(timeouts.connect, Duration::from_millis(500));
-    assert_eq!((timeouts.idle, timeouts.half_closed, timeouts.lifetime), (Some(seconds(86_400)), None, Some(seconds(5400))));
+    assert_eq!(
+        (timeouts.idle, timeouts.half_closed, timeouts.lifetime),
+        (Some(seconds(86_400)), None, Some(seconds(5400)))
+    );
     assert_eq!(timeouts.drain, Duration::ZERO);
     for zero in ["0", "\"0\"", "\"0/second\""] {
         assert_eq!(route(&format!("limits.rate_per_client = {zero}")).limits.rate_per_client, None);
     }
     let count = NonZeroU32::new(5).unwrap();
     for (text, per) in [("second", RateUnit::Second), ("minute", RateUnit::Minute), ("hour", RateUnit::Hour)] {
-        assert_eq!(route(&format!("limits.rate_per_client = \"5/{text}\"")).limits.rate_per_client, Some(Rate { count, per }));
+        assert_eq!(
+            route(&format!("limits.rate_per_client = \"5/{text}\"")).limits.rate_per_client,
+            Some(Rate { count, per })
+        );
     }
     for mask in ["0xffff0000", "\"0xffff0000\"", "4294901760", "\"4294901760\""] {
         assert_eq!(good(&format!("kernel.mark_mask = {mask}")).kernel.mark_mask.bits(), 0xffff_0000);
     }
-    assert_eq!(route("allow = [\"10.0.0.1\", \"fd00::1\", \"0.0.0.0/0\"]").allow, networks(&["10.0.0.1/32", "fd00::1/128", "0.0.0.0/0"]));
+    assert_eq!(
+        route("allow = [\"10.0.0.1\", \"fd00::1\", \"0.0.0.0/0\"]").allow,
+        networks(&["10.0.0.1/32", "fd00::1/128", "0.0.0.0/0"])
+    );
 }
 
 #[test]

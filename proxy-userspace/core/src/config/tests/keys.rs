@@ -8,7 +8,8 @@ use super::{super::keys::*, *};
 fn with_and_without(table: &str, key: &Key) -> (String, String) {
     let line = format!("{} = {}\n", key.name, key.example);
     let required = |others: &[(&str, &str)]| {
-        let lines = others.iter().filter(|(name, _)| *name != key.name).map(|(name, value)| format!("{name} = {value}\n"));
+        let lines =
+            others.iter().filter(|(name, _)| *name != key.name).map(|(name, value)| format!("{name} = {value}\n"));
         lines.collect::<String>()
     };
     let plain = route_with("");
@@ -34,7 +35,10 @@ fn with_and_without(table: &str, key: &Key) -> (String, String) {
             };
             (format!("{plain}[{table}]\n"), others.to_owned())
         }
-        "route.backends" => ("[[route]]\nname = \"a\"\nlisten = [\"0.0.0.0:81\"]\n[[route.backends]]\n".to_owned(), required(&[("address", "\"a\"")])),
+        "route.backends" => (
+            "[[route]]\nname = \"a\"\nlisten = [\"0.0.0.0:81\"]\n[[route.backends]]\n".to_owned(),
+            required(&[("address", "\"a\"")]),
+        ),
         "route.tls.certificates" => (
             format!("{plain}tls.mode = \"terminate\"\n[[route.tls.certificates]]\n"),
             required(&[("cert", "\"a\""), ("key", "\"b\"")]),
@@ -148,13 +152,19 @@ fn the_manual_has_every_key_and_its_default() {
             "route" | "route.backends" | "route.tls.certificates" => format!("[[{path}]]"),
             _ => format!("[{path}]"),
         };
-        let section = manual.split("\n## ").find(|section| section.lines().next().is_some_and(|line| line.contains(&format!("`{heading}`"))));
+        let section = manual
+            .split("\n## ")
+            .find(|section| section.lines().next().is_some_and(|line| line.contains(&format!("`{heading}`"))));
         let section = section.unwrap_or_else(|| panic!("docs/configuration.md has no heading `{heading}`"));
         for key in table.keys {
             let row = section.lines().find(|line| line.starts_with(&format!("| `{}` |", key.name)));
             let row = row.unwrap_or_else(|| panic!("docs/configuration.md: {heading} lacks {}", key.name));
             if let Some(default) = key.default {
-                assert!(row.contains(&format!("`{default}`")), "docs/configuration.md: {heading} {}: its default is {default}", key.name);
+                assert!(
+                    row.contains(&format!("`{default}`")),
+                    "docs/configuration.md: {heading} {}: its default is {default}",
+                    key.name
+                );
             }
         }
     }

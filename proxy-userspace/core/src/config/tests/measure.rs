@@ -24,7 +24,8 @@ fn names_on_one_port() -> String {
 fn one_range_over_all_ports() -> String {
     let wide = "[[route]]\nname = \"wide\"\nmatch.client = [\"10.0.0.0/8\"]\nlisten = [\"0.0.0.0:1-65535\"]\nbackends = [\"10.0.0.1\"]\n";
     (1..=ROUTES).fold(format!("admin.listen = \"off\"\n{wide}"), |mut text, n| {
-        let _ = write!(text, "[[route]]\nname = \"route-{n}\"\nlisten = [\"0.0.0.0:{n}\"]\nbackends = [\"10.99.0.1\"]\n\n");
+        let _ =
+            write!(text, "[[route]]\nname = \"route-{n}\"\nlisten = [\"0.0.0.0:{n}\"]\nbackends = [\"10.99.0.1\"]\n\n");
         text
     })
 }
@@ -42,7 +43,11 @@ fn memory() -> (u64, u64) {
 #[test]
 #[ignore = "a measurement, of use in a release build only"]
 fn fifty_thousand_routes() {
-    for (what, text) in [("simple", simple()), ("names on one port", names_on_one_port()), ("one range over all", one_range_over_all_ports())] {
+    for (what, text) in [
+        ("simple", simple()),
+        ("names on one port", names_on_one_port()),
+        ("one range over all", one_range_over_all_ports()),
+    ] {
         let before = memory();
         let mut times = Vec::new();
         for _ in 0..4 {
@@ -51,7 +56,12 @@ fn fifty_thousand_routes() {
             times.push(start.elapsed());
         }
         let config = good(&text);
-        println!("{what}: {} routes, {} KiB of text, {times:?}, MiB (now, peak) {before:?} -> {:?}", config.routes.len(), text.len() / 1024, memory());
+        println!(
+            "{what}: {} routes, {} KiB of text, {times:?}, MiB (now, peak) {before:?} -> {:?}",
+            config.routes.len(),
+            text.len() / 1024,
+            memory()
+        );
     }
 }
 
@@ -59,7 +69,10 @@ fn fifty_thousand_routes() {
 #[ignore = "a measurement, of use in a release build only"]
 fn fifty_thousand_routes_that_all_overlap() {
     let text = (1..=ROUTES).fold(String::new(), |mut text, n| {
-        let _ = write!(text, "[[route]]\nname = \"route-{n}\"\nlisten = [\"0.0.0.0:{n}-65535\"]\nbackends = [\"10.99.0.1\"]\n\n");
+        let _ = write!(
+            text,
+            "[[route]]\nname = \"route-{n}\"\nlisten = [\"0.0.0.0:{n}-65535\"]\nbackends = [\"10.99.0.1\"]\n\n"
+        );
         text
     });
     let start = Instant::now();
