@@ -309,6 +309,8 @@ fn set_of(statement: &Statement) -> Option<(&str, bool)> {
         | Statement::Jump(_)
         | Statement::Goto(_)
         | Statement::Return
+        | Statement::SetMark(_)
+        | Statement::NotFromLoopback
         | Statement::Accept => None,
     }
 }
