@@ -107,6 +107,19 @@ fn every_key_makes_a_difference() {
 }
 
 #[test]
+fn every_key_of_a_route_is_in_its_fingerprint() {
+    let fingerprint = |config: &Config| config.routes.last().map(|route| route.fingerprint);
+    for (path, table) in all_tables().into_iter().filter(|(path, _)| path.starts_with("route")) {
+        for key in table.keys.iter().filter(|key| !key.required) {
+            let (with, without) = with_and_without(&path, key);
+            if let Ok(without) = read(&without) {
+                assert_ne!(fingerprint(&good(&with)), fingerprint(&without), "{path}.{}", key.name);
+            }
+        }
+    }
+}
+
+#[test]
 fn every_default_is_what_an_absent_key_means() {
     for (path, table) in all_tables() {
         for key in table.keys {
