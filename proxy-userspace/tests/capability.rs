@@ -33,6 +33,39 @@ fn the_probe_finds_what_this_kernel_has_and_leaves_nothing() {
     assert_eq!(after, "");
 }
 
+/// The lines of the kernel's own configuration, where it tells them.
+fn kernel_config() -> Option<String> {
+    let output = std::process::Command::new("zcat").arg("/proc/config.gz").output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[test]
+fn the_probe_agrees_with_the_kernels_configuration() {
+    let Some(config) = kernel_config() else {
+        println!("skipped: this kernel has no /proc/config.gz");
+        return;
+    };
+    let nft = in_namespace(probe_details).nft.expect("facts");
+    for (option, found) in [
+        ("CONFIG_NFT_NAT", nft.nat && nft.nat_chain),
+        ("CONFIG_NFT_MASQ", nft.masquerade),
+        ("CONFIG_NFT_FIB_INET", nft.fib),
+        ("CONFIG_NFT_CT", nft.ct),
+        ("CONFIG_NFT_LIMIT", nft.limit),
+        ("CONFIG_NFT_NUMGEN", nft.numgen),
+        ("CONFIG_NFT_HASH", nft.hash),
+        ("CONFIG_NFT_CONNLIMIT", nft.connlimit),
+        ("CONFIG_NF_CONNTRACK_TIMEOUT", nft.ct_timeout),
+        ("CONFIG_NF_FLOW_TABLE_INET", nft.flowtable),
+    ] {
+        let value = config.lines().find_map(|line| line.strip_prefix(option)?.strip_prefix('='));
+        // A module (=m) may be missing on disk: either answer is right.
+        if value != Some("m") {
+            assert_eq!(found, value == Some("y"), "{option}");
+        }
+    }
+}
+
 /// `shunt doctor --json` as an ordinary user in a fresh network namespace, with the given capabilities.
 fn doctor(capabilities: &str) -> (Option<i32>, serde_json::Value) {
     let output = std::process::Command::new("unshare")

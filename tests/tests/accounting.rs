@@ -66,7 +66,7 @@ backends = ["10.88.2.2:80"]
     let mut stream = lab.client().connect("10.88.1.1:80".parse::<SocketAddr>()?)?;
     stream.set_nodelay(true)?;
     let payload = |v: &serde_json::Value, way: &str| -> Option<u64> {
-        Some(v[format!("bytes_{way}")].as_u64()? - 40 * v[format!("packets_{way}")].as_u64()? - 4)
+        v[format!("bytes_{way}")].as_u64()?.checked_sub(40 * v[format!("packets_{way}")].as_u64()? + 4)
     };
     for nth in 1..=3 {
         pattern::send(&mut stream, 9, CHUNK)?;

@@ -93,7 +93,7 @@ name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80", "10.88.2.3:80"]
 "#)?;
-    let mut held: Vec<_> = (0..2).map(|_| lab.client().connect("10.88.1.1:80".parse::<SocketAddr>()?)).collect::<Result<_, _>>()?;
+    let mut held: Vec<_> = (0..2).map(|_| lab.client().connect(SocketAddr::from(([10, 88, 1, 1], 80)))).collect::<Result<_, _>>()?;
     ensure!(shunt.cli(&["backend", "web", "10.88.2.3:80", "drain"])?.status.success());
     for _ in 0..10 {
         assert_eq!(who(&lab, "10.88.1.1:80")?, "b1");

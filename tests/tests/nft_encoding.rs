@@ -7,7 +7,7 @@ mod random;
 #[path = "nft_encoding/support.rs"]
 mod support;
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, time::Instant};
 
 use everything::*;
 use nix::errno::Errno;
@@ -17,7 +17,7 @@ use proxy_core::{
     diff::{Change, Snapshot},
     ruleset::*,
 };
-use proxy_userspace::kernel::nft::{KernelNft, MonitorNews, Nft, NftError, NftMonitor};
+use proxy_userspace::kernel::nft::{KernelNft, MemoryNft, MonitorNews, Nft, NftError, NftMonitor};
 use support::*;
 
 #[test]
@@ -311,6 +311,163 @@ fn fifty_thousand_elements_go_in_and_come_back_in_one_batch_each() {
         assert_eq!(counters.len(), 50_001);
         let packets: u64 = counters.iter().map(|(_, counter)| counter.packets).sum();
         assert_eq!(packets, 3 + (1..=50_000u64).sum::<u64>());
+    });
+}
+
+/// Batches that are refused and taken, on top of [`everything`], each on what the ones before left.
+fn batches() -> Vec<Vec<Change>> {
+    let (sets, chains) = (sets(), chains());
+    let spec = |set: &str| sets[set].spec.clone();
+    let mark = |mark| Key::new(&[KeyPart::Mark(mark)]);
+    let port = |port| Key::new(&[KeyPart::Port(port)]);
+    let add = |set: &str, key, element| Change::AddElement { set: set.into(), spec: spec(set), key, element };
+    let delete = |set: &str, key, last| Change::DeleteElement { set: set.into(), spec: spec(set), key, last };
+    let range = |first, last| add("ports", port(first), Element { last: Some(port(last)), ..element(Value::None) });
+    let goto = |name: &str| element(Value::Goto(name.into()));
+    let chain = |name: &str, base| Change::AddChain { name: name.into(), chain: Chain { base, rules: vec![] } };
+    let rule = |chain: &str, statement| Change::AddRules { chain: chain.into(), rules: vec![vec![statement]] };
+    vec![
+        install(&everything(), true),
+        vec![Change::AddTable { lock: true }],
+        // The same value again, another value, a missing one.
+        vec![add_host(&spec("be4p"), 0x800, "10.0.0.1")],
+        vec![add_host(&spec("be4p"), 0x800, "10.0.0.2"), add_host(&spec("be4p"), 0x900, "10.0.0.2")],
+        vec![delete("be4p", mark(0x900), None)],
+        vec![delete("be4p", mark(0x800), None), add_host(&spec("be4p"), 0x800, "10.0.0.2")],
+        vec![delete("be4p", mark(0x800), None), delete("be4p", mark(0x800), None)],
+        // Ranges: the same again, inside, around, over the border, beside.
+        vec![range(1000, 1999)],
+        vec![range(1100, 1200)],
+        vec![range(900, 2100)],
+        vec![range(1999, 2000)],
+        vec![range(999, 1000)],
+        vec![range(2000, 2000), range(998, 999)],
+        vec![delete("ports", port(60_000), Some(port(65_535)))],
+        vec![delete("ports", port(1000), Some(port(1500)))],
+        // Sets, made again as they are or otherwise.
+        vec![Change::AddSet { name: "be4p".into(), spec: spec("be4p") }],
+        vec![Change::AddSet { name: "be4p".into(), spec: spec("be6p") }],
+        vec![Change::DeleteSet { name: "be4p".into() }],
+        vec![Change::DeleteSet { name: "nowhere".into() }],
+        // Chains and what names them.
+        vec![chain("guard", None)],
+        vec![chain("pre", chains["pre"].base)],
+        vec![chain("pre", chains["output"].base)],
+        vec![add("lb", mark(0x2000), goto("nowhere"))],
+        vec![rule("guard", Statement::Jump("nowhere".into()))],
+        vec![rule("nowhere", Statement::Accept)],
+        vec![rule("guard", is_in(&[MARK], "be4p"))],
+        vec![rule("guard", Statement::VerdictMap { key: vec![MARK], map: "kill".into() })],
+        vec![rule("guard", Statement::SetTimeout("nowhere".into()))],
+        vec![Change::FlushChain { name: "nowhere".into() }],
+        vec![Change::DeleteChain { name: "guard".into() }],
+        vec![Change::DeleteChain { name: "route".into() }],
+        vec![Change::DeleteTimeout { name: "tcp-short".into() }],
+        vec![Change::FlushChain { name: "routed".into() }, Change::DeleteTimeout { name: "tcp-short".into() }],
+        vec![chain("new", None), add("lb", mark(0x2000), goto("new")), rule("new", Statement::Return)],
+        vec![delete("lb", mark(0x2000), None), Change::DeleteChain { name: "new".into() }],
+        vec![Change::DeleteTable],
+        vec![Change::DeleteTable],
+        vec![Change::AddSet { name: "be4p".into(), spec: spec("be4p") }],
+        vec![Change::AddTable { lock: false }],
+        vec![Change::AddTable { lock: true }],
+    ]
+}
+
+/// What a batch came to, without the words of it.
+fn outcome(result: Result<(), NftError>) -> Result<(), Vec<Option<usize>>> {
+    result.map_err(|error| match error {
+        NftError::Refused(refusals) => refusals.into_iter().map(|refusal| refusal.change).collect(),
+        NftError::CannotLock => vec![Some(0)],
+        other => panic!("{other}"),
+    })
+}
+
+#[test]
+fn the_twin_in_memory_takes_and_refuses_what_the_kernel_does() {
+    in_namespace(|| {
+        let mut kernel = KernelNft::open().expect("a netlink socket");
+        let mut memory = MemoryNft::new();
+        for (index, batch) in batches().into_iter().enumerate() {
+            let (by_kernel, by_memory) = (outcome(kernel.apply(&batch)), outcome(memory.apply(&batch)));
+            assert_eq!(by_memory, by_kernel, "batch {index}: {:?}", batch.last());
+            let ruleset = memory.ruleset().cloned();
+            let snapshot = kernel.snapshot().expect("a snapshot");
+            assert_eq!(snapshot.table, memory.snapshot().expect("a snapshot").table, "batch {index}");
+            assert_holds(&kernel, &snapshot, &ruleset.unwrap_or_default());
+        }
+    });
+}
+
+/// 50,000 routes of five elements each.
+fn many_routes() -> Vec<Change> {
+    let sets = sets();
+    let add = |set: &str, key: &[KeyPart], element| Change::AddElement {
+        set: set.into(),
+        spec: sets[set].spec.clone(),
+        key: Key::new(key),
+        element,
+    };
+    let route = |n: u32| {
+        let mark = KeyPart::Mark(0x10_0000 + n * 8);
+        let listen = KeyPart::Address(IpAddr::from((0x0a01_0000 + n / 100).to_be_bytes()));
+        let port = KeyPart::Port(u16::try_from(n % 100).expect("less than 100"));
+        let name = format!("route-{n}");
+        [
+            add("r4", &[listen, KeyPart::Protocol(Protocol::Tcp), port], element(Value::Mark(n)).comment(&name)),
+            add("be4", &[mark], element(endpoint("10.0.0.1:80")).comment("backend")),
+            add("acct", &[mark], element(Value::None)),
+            add("lb", &[mark], element(Value::Goto("guard".into()))),
+            add("slot4", &[mark, KeyPart::Slot(0)], element(endpoint("10.0.0.1:80"))),
+        ]
+    };
+    let mut changes: Vec<_> = (1..=50_000).flat_map(route).collect();
+    changes.sort_by(|one, other| set_name(one).cmp(set_name(other)));
+    changes
+}
+
+fn set_name(change: &Change) -> &str {
+    match change {
+        Change::AddElement { set, .. } => set,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// CPU time of this thread, the kernel's part included, and the most memory the process had: ms, MiB.
+fn used() -> (i64, i64) {
+    use nix::sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeValLike,
+    };
+    let usage = getrusage(UsageWho::RUSAGE_THREAD).expect("usage");
+    (usage.user_time().num_milliseconds() + usage.system_time().num_milliseconds(), usage.max_rss() / 1024)
+}
+
+#[test]
+#[ignore = "a measurement: run it alone, with --release --nocapture"]
+fn what_a_quarter_of_a_million_elements_cost() {
+    in_namespace(|| {
+        let mut nft = KernelNft::open().expect("a netlink socket");
+        nft.apply(&install(&everything(), true)).expect("the batch is taken");
+        let changes = many_routes();
+        let mut before = used();
+        let mut clock = Instant::now();
+        let mut lap = |what: &str| {
+            let after = used();
+            let wall = clock.elapsed().as_micros();
+            println!("{what}: {wall} µs, CPU {} ms, memory at most {} → {} MiB", after.0 - before.0, before.1, after.1);
+            (before, clock) = (used(), Instant::now());
+        };
+        nft.apply(&changes).expect("the batch is taken");
+        lap("250,000 elements in");
+        nft.apply(&[add_host(&sets()["be4p"].spec, 0x2000, "10.1.0.1")]).expect("the batch is taken");
+        lap("one element more");
+        nft.counters("r4").expect("counters");
+        lap("50,000 counters, maybe of a table that still grows");
+        nft.counters("r4").expect("counters");
+        lap("50,000 counters");
+        let elements: usize = nft.snapshot().expect("a snapshot").sets.values().map(|set| set.elements.len()).sum();
+        lap(&format!("a snapshot of {elements} elements"));
     });
 }
 

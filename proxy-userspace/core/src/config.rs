@@ -35,12 +35,8 @@ use source::{Place, Source};
 /// # Errors
 /// Everything that is wrong with the text, in its order.
 pub fn parse(text: &str, file: &Path) -> Result<Config, Problems> {
-    let (table, mistakes) = DeTable::parse_recoverable(text);
-    let source = Source::new(text, file, !mistakes.is_empty());
-    for mistake in &mistakes {
-        let (offset, message) = syntax::describe(text, mistake);
-        source.mistake(offset, message);
-    }
+    let (table, errors) = DeTable::parse_recoverable(text);
+    let source = Source::new(text, file, syntax::describe(text, &errors));
     let config = config(&source, table.get_ref());
     let problems = source.into_problems();
     match config {
@@ -72,7 +68,9 @@ fn routes(root: &Section<'_>, defaults: &Defaults, admin: Option<SocketAddr>) ->
         let line = source.line(section.offset);
         if let Some(name) = section.given("name").filter(|name| name.is_text(route.name.as_str())) {
             match names.get(&route.name) {
-                Some(first) => name.reject(format!("\"{}\" is the name of the route in line {first} already", route.name)),
+                Some(first) => {
+                    name.reject(format!("\"{}\" is the name of the route in line {first} already", route.name))
+                }
                 None => drop(names.insert(route.name.clone(), line)),
             }
         }

@@ -77,6 +77,8 @@ pub struct Entry {
     pub started_ns: Option<u64>,
     /// Wall-clock end, in `Destroy` events, with `nf_conntrack_timestamp`.
     pub stopped_ns: Option<u64>,
+    /// Wall-clock time of the event itself, with `nf_conntrack_timestamp` (v6.14+).
+    pub event_ns: Option<u64>,
 }
 
 impl Entry {

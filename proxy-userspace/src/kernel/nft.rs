@@ -3,6 +3,7 @@
 //! Rules are libnftnl's objects; everything else is written straight into the batch, since an object per element is
 //! what a table of hundreds of thousands of them cannot afford.
 
+mod atom;
 mod batch;
 mod element;
 mod error;
@@ -23,7 +24,7 @@ use proxy_core::{
 };
 
 pub use error::{NftError, Refusal};
-pub use memory::MemoryNft;
+pub use memory::{MemoryNft, Owner};
 pub use monitor::{MonitorNews, NftMonitor};
 
 use self::{
@@ -55,7 +56,7 @@ pub trait Nft {
     /// A number that changes whenever anyone commits a change to any table of the namespace.
     fn generation(&mut self) -> Result<u32, NftError>;
 
-    /// The counters of a set's elements, in no order; of ranges, by their first key.
+    /// The counters of a set's elements, in the order of the keys; of ranges, by their first key.
     fn counters(&mut self, set: &str) -> Result<Vec<(Key, Counter)>, NftError>;
 }
 

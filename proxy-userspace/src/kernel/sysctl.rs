@@ -3,11 +3,13 @@
 mod record;
 
 use std::{
+    collections::BTreeMap,
     fmt, fs,
     io::{self, Write},
     path::{Path, PathBuf},
 };
 
+use record::{Entry, Pair};
 pub use record::{Restored, restore};
 use thiserror::Error;
 
@@ -244,21 +246,19 @@ impl Settings {
     }
 
     fn apply_one(&self, need: &Needed, from: &str, record: &Path) -> Result<(), SysctlError> {
-        let before: Vec<_> =
-            need.follows.iter().flat_map(|(family, setting)| self.per_interface(family, setting)).collect();
+        let follows = need.follows.iter().flat_map(|(family, setting)| self.per_interface(family, setting));
+        let before: Vec<_> = follows.filter(|(name, _)| *name != need.name).collect();
+        let pair = Pair { was: from.to_owned(), set: need.value.to_owned() };
+        let mut entry = Entry { pair, followed: BTreeMap::new() };
         // Recorded first: dying between the two leaves a record of a change that did not happen, which restore skips.
-        record::remember(record, &[(need.name.clone(), record::Entry::main(from, need.value))])?;
+        record::remember(record, &need.name, &entry)?;
         self.write(&need.name, need.value)?;
-        let followed: Vec<_> = before
+        // Also those that did not change: writing the old value of this setting will change them.
+        entry.followed = before
             .into_iter()
-            .filter(|(name, _)| *name != need.name)
-            // Also those that did not change: writing the old value of the main setting will change them.
-            .filter_map(|(name, was)| {
-                let now = self.read(&name).ok()?;
-                Some((name, record::Entry::followed(&was, &now)))
-            })
+            .filter_map(|(name, was)| self.read(&name).ok().map(|set| (name, Pair { was, set })))
             .collect();
-        record::remember(record, &followed)
+        if entry.followed.is_empty() { Ok(()) } else { record::remember(record, &need.name, &entry) }
     }
 
     /// A router does not accept router advertisements unless `accept_ra` is 2 (`ipv6_accept_ra`, v6.18): interfaces that

@@ -113,7 +113,20 @@ impl<C: Conntrack> Task<C> {
             }
             self.work();
         }
-        self.drain();
+        self.close();
+    }
+
+    /// Logs what has ended, and lets go of those entries, so that the next daemon does not count them again.
+    fn close(&mut self) {
+        self.rest_until = None;
+        if self.routed {
+            self.dump();
+        }
+        let now = self.clock.now();
+        let over = self.table.report_all(now);
+        if let Err(error) = self.conntrack.delete(&over) {
+            self.failed(&error);
+        }
         self.log_ended();
     }
 

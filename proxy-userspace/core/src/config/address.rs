@@ -17,7 +17,10 @@ pub(super) fn listen(text: &str) -> Result<Listen, String> {
     };
     let address = match host {
         "" | "*" => {
-            return Err(format!("{}: write \"0.0.0.0:{ports}\" for every IPv4 address, \"[::]:{ports}\" for every IPv6 address", quoted(text)));
+            return Err(format!(
+                "{}: write \"0.0.0.0:{ports}\" for every IPv4 address, \"[::]:{ports}\" for every IPv6 address",
+                quoted(text)
+            ));
         }
         _ => own_address(text, host)?,
     };
@@ -44,7 +47,10 @@ pub(super) fn target(text: &str) -> Result<Target, String> {
     let (host, ports) = split(text)?;
     let port = match ports {
         Some(range) if range.split_once('-').is_some_and(|(first, last)| port(first).is_ok() && port(last).is_ok()) => {
-            return Err(format!("{}: a backend has one port, or none to keep the port that the client dialled", quoted(text)));
+            return Err(format!(
+                "{}: a backend has one port, or none to keep the port that the client dialled",
+                quoted(text)
+            ));
         }
         Some(text) => Some(port(text)?),
         None => None,
@@ -67,7 +73,9 @@ pub(super) fn target(text: &str) -> Result<Target, String> {
 
 /// `10.0.0.0/8`, or an address alone.
 pub(super) fn network(text: &str) -> Result<IpNet, String> {
-    let malformed = || format!("{} is not a network; address/prefix is expected, such as \"10.0.0.0/8\" or \"fd00::/8\"", quoted(text));
+    let malformed = || {
+        format!("{} is not a network; address/prefix is expected, such as \"10.0.0.0/8\" or \"fd00::/8\"", quoted(text))
+    };
     let (address, prefix) = match text.split_once('/') {
         Some((address, prefix)) => (address, Some(prefix)),
         None => (text, None),
@@ -88,7 +96,11 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
     let network = IpNet::new(address, prefix).map_err(|_| malformed())?;
     if network.trunc() != network {
         let alone = IpNet::from(address);
-        return Err(format!("{} has bits beyond its prefix; write \"{}\" or \"{alone}\"", quoted(text), network.trunc()));
+        return Err(format!(
+            "{} has bits beyond its prefix; write \"{}\" or \"{alone}\"",
+            quoted(text),
+            network.trunc()
+        ));
     }
     Ok(network)
 }
@@ -141,7 +153,9 @@ fn split(text: &str) -> Result<(&str, Option<&str>), String> {
         return Ok((text, None));
     }
     match text.rsplit_once(':') {
-        Some((host, _)) if host.contains(':') => Err(format!("{}: an IPv6 address with a port is written [address]:port", quoted(text))),
+        Some((host, _)) if host.contains(':') => {
+            Err(format!("{}: an IPv6 address with a port is written [address]:port", quoted(text)))
+        }
         Some((host, port)) => Ok((host, Some(port))),
         None => Ok((text, None)),
     }
@@ -150,7 +164,9 @@ fn split(text: &str) -> Result<(&str, Option<&str>), String> {
 /// An address of this machine; never a name, which could change under the listener.
 fn own_address(text: &str, host: &str) -> Result<IpAddr, String> {
     let address: IpAddr = host.parse().map_err(|_| match host_name(host, false) {
-        Ok(_) if !looks_numeric(host) => format!("{}: {} is a name; an IP address is expected", quoted(text), quoted(host)),
+        Ok(_) if !looks_numeric(host) => {
+            format!("{}: {} is a name; an IP address is expected", quoted(text), quoted(host))
+        }
         _ => format!("{}: {} is not an IP address", quoted(text), quoted(host)),
     })?;
     match mapped(address) {
@@ -191,7 +207,7 @@ fn port(text: &str) -> Result<u16, String> {
 /// A mistyped address rather than a name: no top-level domain is a number.
 fn looks_numeric(host: &str) -> bool {
     let last = host.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
-    last.bytes().all(|b| b.is_ascii_digit())
+    !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit())
 }
 
 /// A host name (RFC 1123 §2.1, and `_`, which service discovery uses); lower-case. Errors say what is wrong with it.

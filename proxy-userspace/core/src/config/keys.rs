@@ -32,8 +32,15 @@ pub(super) struct Key {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
     Bool,
-    Integer { min: u64, max: u64 },
-    Duration { min: Duration, max: Duration, never: bool },
+    Integer {
+        min: u64,
+        max: u64,
+    },
+    Duration {
+        min: Duration,
+        max: Duration,
+        never: bool,
+    },
     Choice(&'static [&'static str]),
     Rate,
     AdminListen,
@@ -136,14 +143,17 @@ tables! {
 
     ADMIN: "Where the daemon can be asked and steered." {
         key("listen", Kind::AdminListen, "\"[::1]:9901\"",
-            "Address and port of the dashboard, /metrics, /healthz, /readyz and the JSON API; \"off\" for none of them.").default("\"127.0.0.1:9900\""),
+            "Address and port of the dashboard, /metrics, /healthz, /readyz and the JSON API; \"off\" for none of \
+             them.").default("\"127.0.0.1:9900\""),
         key("socket", Kind::File, "\"/run/other.sock\"",
-            "The Unix socket that the command line talks to. Mode 0660; at most 107 bytes.").default("\"/run/shunt/admin.sock\""),
+            "The Unix socket that the command line talks to. Mode 0660; at most 107 \
+             bytes.").default("\"/run/shunt/admin.sock\""),
     }
 
     LOG: "What is logged, and how." {
         key("level", Kind::LogFilter, "\"info,shunt::health=debug\"",
-            "trace, debug, info, warn, error or off; or several, separated by commas, each for one module: module=level.").default("\"info\""),
+            "trace, debug, info, warn, error or off; or several, separated by commas, each for one module: \
+             module=level.").default("\"info\""),
         key("format", choice::<super::LogFormat>(), "\"json\"",
             "Text for people or JSON for machines.").default("\"text\""),
         key("access", choice::<super::AccessLog>(), "\"errors\"",
@@ -152,9 +162,11 @@ tables! {
 
     KERNEL: "How shunt shares the kernel with other software on the machine." {
         key("mark_mask", Kind::MarkMask, "\"0xffff0000\"",
-            "The bits of the conntrack mark that shunt may use: one contiguous run of 8 to 32 bits. Leave the bits that other software uses out of it.").default("\"0xffffff00\""),
+            "The bits of the conntrack mark that shunt may use: one contiguous run of 8 to 32 bits. Leave the \
+             bits that other software uses out of it.").default("\"0xffffff00\""),
         key("lock_table", Kind::Bool, "false",
-            "Ask the kernel to refuse changes by others to shunt's own nftables table (Linux 6.9 and later).").default("true"),
+            "Ask the kernel to refuse changes by others to shunt's own nftables table (Linux 6.9 and \
+             later).").default("true"),
     }
 
     DEFAULTS: "Settings for every route; a route overrides them key by key." {
@@ -174,25 +186,31 @@ tables! {
         key("name", Kind::RouteName, "\"web\"",
             "Unique; 1 to 63 of a–z, 0–9 and -. The route label of every metric.").required(),
         key("listen", Kind::List(&Kind::Listen), "[\"0.0.0.0:443\", \"[::]:443\", \"10.0.0.1:30000-30999\"]",
-            "Addresses of this machine, each with a port or a port range. 0.0.0.0 is every IPv4 address, [::] every IPv6 address and no IPv4 one.").required(),
+            "Addresses of this machine, each with a port or a port range. 0.0.0.0 is every IPv4 address, [::] \
+             every IPv6 address and no IPv4 one.").required(),
         key("protocol", choice::<super::Protocol>(), "\"udp\"",
             "The transport protocol.").default("\"tcp\""),
         key("match", Kind::Table(&MATCH), "{ client = [\"10.0.0.0/8\"] }",
-            "What tells this route apart from others on the same port. The most specific match wins, then the order of the file; a route without match is the default of its port."),
+            "What tells this route apart from others on the same port. The most specific match wins, then the \
+             order of the file; a route without match is the default of its port."),
         key("backends", Kind::List(&Kind::Backend), "[\"10.0.0.2:8080\", { address = \"10.0.0.3:8080\", weight = 2 }]",
-            "Who serves the route. An address or name without a port keeps the port that the client dialled.").required(),
+            "Who serves the route. An address or name without a port keeps the port that the client \
+             dialled.").required(),
         key("balance", choice::<super::Balance>(), "\"maglev\"",
             "How new connections are shared among the backends.").default("\"round-robin\""),
         key("engine", choice::<super::EngineChoice>(), "\"nft\"",
-            "Who moves the bytes. auto takes the cheapest that can serve the route on this kernel.").default("\"auto\""),
+            "Who moves the bytes. auto takes the cheapest that can serve the route on this \
+             kernel.").default("\"auto\""),
         key("source_address", choice::<super::SourceAddress>(), "\"client\"",
-            "Whose address the backend sees. client needs the backends' return path to run through this machine.").default("\"gateway\""),
+            "Whose address the backend sees. client needs the backends' return path to run through this \
+             machine.").default("\"gateway\""),
         key("allow", Kind::List(&Kind::Network), "[\"10.0.0.0/8\"]",
             "Clients that may connect; empty is everyone.").default("[]"),
         key("deny", Kind::List(&Kind::Network), "[\"10.9.0.0/16\"]",
             "Clients that may not connect, even where allow has them.").default("[]"),
         key("keepalive", choice::<super::Keepalive>(), "\"extended\"",
-            "What the idle limit is multiplied by: standard 1, extended 6, immortal: no idle limit.").default("\"standard\""),
+            "What the idle limit is multiplied by: standard 1, extended 6, immortal: no idle \
+             limit.").default("\"standard\""),
         key("limits", Kind::Table(&LIMITS), "{ connections = 1000 }",
             "How much of the route may be used at once. 0 or absent is unlimited."),
         key("timeouts", Kind::Table(&TIMEOUTS), "{ connect = \"5s\" }",
@@ -209,7 +227,8 @@ tables! {
 
     MATCH: "What tells a route apart from others on the same port." {
         key("sni", Kind::List(&Kind::Sni), "[\"shop.example.com\", \"*.shop.example.com\"]",
-            "Server names of the TLS ClientHello. *.example.com stands for one or more labels before .example.com.").default("[]"),
+            "Server names of the TLS ClientHello. *.example.com stands for one or more labels before \
+             .example.com.").default("[]"),
         key("alpn", Kind::List(&Kind::Alpn), "[\"h2\"]",
             "Protocols that the TLS ClientHello offers.").default("[]"),
         key("client", Kind::List(&Kind::Network), "[\"10.0.0.0/8\"]",
@@ -266,13 +285,15 @@ tables! {
         key("mode", choice::<super::TlsMode>(), "\"terminate\"",
             "passthrough: the backend holds the certificate. terminate: TLS ends here.").required(),
         key("certificates", Kind::Tables(&CERTIFICATE), "[{ cert = \"api.pem\", key = \"api.key\" }]",
-            "Chosen by the names inside them; the first is the default. Read again when the files change. Only with mode = \"terminate\", and required there."),
+            "Chosen by the names inside them; the first is the default. Read again when the files change. Only \
+             with mode = \"terminate\", and required there."),
         key("min_version", choice::<super::TlsVersion>(), "\"1.3\"",
             "The oldest TLS version spoken. Only with mode = \"terminate\".").default("\"1.2\""),
         key("alpn", Kind::List(&Kind::Alpn), "[\"h2\", \"http/1.1\"]",
             "Protocols offered to the client, best first. Only with mode = \"terminate\".").default("[]"),
         key("client_ca", Kind::File, "\"clients.pem\"",
-            "PEM file of the authorities that sign client certificates; present: a client certificate is required. Only with mode = \"terminate\"."),
+            "PEM file of the authorities that sign client certificates; present: a client certificate is \
+             required. Only with mode = \"terminate\"."),
     }
 
     CERTIFICATE: "A certificate chain and its key." {
@@ -295,7 +316,8 @@ tables! {
 
     PROXY_PROTOCOL: "PROXY headers, from a proxy in front of this one or to the backends." {
         key("accept_from", Kind::List(&Kind::Network), "[\"10.0.0.0/8\"]",
-            "Networks whose connections must begin with a PROXY header, v1 or v2. From anywhere else a header is never interpreted.").default("[]"),
+            "Networks whose connections must begin with a PROXY header, v1 or v2. From anywhere else a header is \
+             never interpreted.").default("[]"),
         key("send", choice::<super::ProxyVersion>(), "\"v2\"",
             "Begin every connection to a backend with a header of this version."),
     }

@@ -42,6 +42,15 @@ struct Spot {
 /// for the same could not be told apart.
 type Atom<'a> = (&'a str, &'a str, Option<IpNet>);
 
+/// What needs no second line.
+#[derive(Default)]
+struct Reported {
+    /// The earlier and the later route.
+    pairs: HashSet<(usize, usize)>,
+    /// A route and the index in its `listen`.
+    claims: HashSet<(usize, usize)>,
+}
+
 pub(super) struct Overlaps<'a> {
     source: &'a Source<'a>,
     routes: &'a [Route],
@@ -53,7 +62,12 @@ pub(super) struct Overlaps<'a> {
 }
 
 impl<'a> Overlaps<'a> {
-    pub fn find(source: &'a Source<'a>, routes: &'a [Route], labels: &'a [(String, usize)], mut claims: Vec<Claim>) -> Self {
+    pub fn find(
+        source: &'a Source<'a>,
+        routes: &'a [Route],
+        labels: &'a [(String, usize)],
+        mut claims: Vec<Claim>,
+    ) -> Self {
         claims.sort_unstable();
         let mut spots: Vec<Spot> = Vec::new();
         let mut start = 0;
@@ -96,7 +110,7 @@ impl<'a> Overlaps<'a> {
 
     /// Reports every route that could not be told apart from one before it.
     pub fn report_conflicts(&self) {
-        let mut reported = HashSet::new();
+        let mut reported = Reported::default();
         let mut atoms: HashMap<usize, HashMap<Atom<'_>, &Claim>> = HashMap::new();
         for here in 0..self.spots.len() {
             let Some(spot) = self.spots.get(here) else { continue };
@@ -115,7 +129,8 @@ impl<'a> Overlaps<'a> {
             for there in spot.neighbours.iter().filter(|there| **there < here) {
                 let Some(theirs) = atoms.get(there) else { continue };
                 let (small, large) = if own.len() < theirs.len() { (&own, theirs) } else { (theirs, &own) };
-                let mut pairs: Vec<_> = small.iter().filter_map(|(atom, a)| Some((*a, *large.get(atom)?, *atom))).collect();
+                let mut pairs: Vec<_> =
+                    small.iter().filter_map(|(atom, a)| Some((*a, *large.get(atom)?, *atom))).collect();
                 pairs.sort_unstable_by_key(|(a, b, atom)| (a.offset.max(b.offset), *atom));
                 for (a, b, atom) in pairs {
                     self.report(a, b, atom, &mut reported);
@@ -135,21 +150,24 @@ impl<'a> Overlaps<'a> {
         let client = or_any(matches.client.iter().map(|network| Some(*network)).collect(), None);
         let all = sni.into_iter().flat_map(move |sni| {
             let client = client.clone();
-            alpn.clone().into_iter().flat_map(move |alpn| client.clone().into_iter().map(move |client| (sni, alpn, client)))
+            alpn.clone()
+                .into_iter()
+                .flat_map(move |alpn| client.clone().into_iter().map(move |client| (sni, alpn, client)))
         });
         all.take(MATCH_COMBINATIONS)
     }
 
-    /// One line per pair of routes, at the later one.
-    fn report(&self, a: &Claim, b: &Claim, atom: Atom<'_>, reported: &mut HashSet<(usize, usize)>) {
+    /// One line per listen address of the later route, and one per pair of routes.
+    fn report(&self, a: &Claim, b: &Claim, atom: Atom<'_>, reported: &mut Reported) {
         let (first, later) = if (a.route, a.item) < (b.route, b.item) { (a, b) } else { (b, a) };
         if first.route == later.route {
             let message = format!("{} overlaps listen[{}], {}", spot_name(later), first.item, spot_name(first));
             return self.reject(later, message);
         }
-        if !reported.insert((first.route, later.route)) {
+        if reported.claims.contains(&(later.route, later.item)) || !reported.pairs.insert((first.route, later.route)) {
             return;
         }
+        reported.claims.insert((later.route, later.item));
         let Some((label, line)) = self.labels.get(first.route) else { return };
         let how = match later.listen == first.listen {
             true => format!("{} is claimed by {label} (line {line}) too", spot_name(later)),
@@ -169,7 +187,10 @@ impl<'a> Overlaps<'a> {
             let same_address = address == admin.ip()
                 || ((address.is_unspecified() || admin.ip().is_unspecified()) && address.is_ipv4() == admin.is_ipv4());
             if claim.protocol == Protocol::Tcp && same_address && (ports.first..=ports.last).contains(&admin.port()) {
-                self.reject(claim, format!("{} takes admin.listen, {admin}, away; give one of them another port", spot_name(claim)));
+                self.reject(
+                    claim,
+                    format!("{} takes admin.listen, {admin}, away; give one of them another port", spot_name(claim)),
+                );
             }
         }
     }

@@ -39,7 +39,13 @@ pub(super) struct Field<'a> {
 }
 
 impl<'a> Section<'a> {
-    pub fn open(source: &'a Source<'a>, place: Place<'a>, offset: usize, spec: &'static Table, table: &'a DeTable<'a>) -> Self {
+    pub fn open(
+        source: &'a Source<'a>,
+        place: Place<'a>,
+        offset: usize,
+        spec: &'static Table,
+        table: &'a DeTable<'a>,
+    ) -> Self {
         let section = Self { source, place, offset, spec, table: Some(table) };
         for (key, _) in table.iter() {
             if spec.position(key.get_ref()).is_none() {
@@ -89,7 +95,15 @@ impl<'a> Section<'a> {
     pub fn child(&self, name: &'static str) -> Option<Section<'_>> {
         let kind = self.key(name)?.kind;
         let given = self.given(name).and_then(|field| field.section());
-        given.or_else(|| Some(Section { source: self.source, place: self.place, offset: self.offset, spec: kind.table()?, table: None }))
+        given.or_else(|| {
+            Some(Section {
+                source: self.source,
+                place: self.place,
+                offset: self.offset,
+                spec: kind.table()?,
+                table: None,
+            })
+        })
     }
 
     /// Reports a problem with a key, at its value if it has one, else at the header of the section.
@@ -166,7 +180,8 @@ impl<'a> Field<'a> {
             Kind::Integer { min, max } => (min, max),
             _ => (0, u64::from(u32::MAX)),
         };
-        let value = u64::from_str_radix(integer.as_str(), integer.radix()).ok().filter(|value| (min..=max).contains(value));
+        let value =
+            u64::from_str_radix(integer.as_str(), integer.radix()).ok().filter(|value| (min..=max).contains(value));
         if value.is_none() {
             self.reject(format!("{integer} is out of range ({min}–{max})"));
         }
@@ -180,6 +195,10 @@ impl<'a> Field<'a> {
         };
         match self.value {
             DeValue::String(text) if never && text == "never" => Some(None),
+            DeValue::String(text) if text == "never" => {
+                self.reject("\"never\" is not allowed here; a duration such as \"30s\" is expected".to_owned());
+                None
+            }
             DeValue::String(text) => self.parse_duration(text, min, max, never).map(Some),
             DeValue::Integer(number) => {
                 self.reject(format!("{number} has no unit; write \"{number}s\" for seconds ({})", value::UNITS));
@@ -278,7 +297,10 @@ impl<'a> Field<'a> {
             index += 1;
             let item = read(field)?;
             if let Some(first) = seen.insert(identity(&item), here) {
-                field.reject(format!("{} is in this list already, at [{first}]; nothing may be in it twice", field.shown()));
+                field.reject(format!(
+                    "{} is in this list already, at [{first}]; nothing may be in it twice",
+                    field.shown()
+                ));
             }
             Some(item)
         })
@@ -350,7 +372,11 @@ fn expected(key: &Key, kind: Kind) -> String {
         Kind::File => "a file name".to_owned(),
         Kind::List(_) => format!("an array such as {}", key.example),
         Kind::Tables(_) if key.name == "route" => "[[route]], in double brackets,".to_owned(),
-        Kind::Table(_) | Kind::Tables(_) => format!("{} {}", if matches!(kind, Kind::Table(_)) { "a table such as" } else { "an array such as" }, key.example),
+        Kind::Table(_) | Kind::Tables(_) => format!(
+            "{} {}",
+            if matches!(kind, Kind::Table(_)) { "a table such as" } else { "an array such as" },
+            key.example
+        ),
     }
 }
 

@@ -9,9 +9,7 @@ use super::{
     sections::{Defaults, limits, timeouts},
     source::quoted,
     tls,
-    types::{
-        Backend, Health, Listen, Match, Protocol, ProxyProtocol, Route, RouteName, TlsMode,
-    },
+    types::{Backend, Health, Listen, Match, Protocol, ProxyProtocol, Route, RouteName, TlsMode},
 };
 
 /// The most (server name, protocol, client network) combinations that one `match` may stand for.
@@ -23,7 +21,12 @@ const NEEDS_TCP: &str = "needs protocol = \"tcp\"; this route is udp";
 ///
 /// `None` only when a problem has been reported; a route may be returned in spite of problems, so that it can still be
 /// compared with the others.
-pub(super) fn route(section: &Section<'_>, index: usize, defaults: &Defaults, claims: &mut Vec<Claim>) -> Option<Route> {
+pub(super) fn route(
+    section: &Section<'_>,
+    index: usize,
+    defaults: &Defaults,
+    claims: &mut Vec<Claim>,
+) -> Option<Route> {
     let name = section.given("name").and_then(|field| name(&field));
     let known = section.source.count();
     let protocol = section.value("protocol", Field::choice)?;
@@ -62,7 +65,8 @@ pub(super) fn route(section: &Section<'_>, index: usize, defaults: &Defaults, cl
 
 fn name(field: &Field<'_>) -> Option<RouteName> {
     field.parse(|text| {
-        RouteName::new(text).ok_or_else(|| format!("{} is not a route name; 1 to 63 of a–z, 0–9 and - are allowed", quoted(text)))
+        RouteName::new(text)
+            .ok_or_else(|| format!("{} is not a route name; 1 to 63 of a–z, 0–9 and - are allowed", quoted(text)))
     })
 }
 
@@ -145,20 +149,29 @@ fn check_together(section: &Section<'_>, route: &Route) {
         needs_tcp(section);
     }
     let Match { sni, alpn, client } = &route.matches;
-    let combinations = [sni.len(), alpn.len(), client.len()].iter().fold(1usize, |all, n| all.saturating_mul((*n).max(1)));
+    let combinations =
+        [sni.len(), alpn.len(), client.len()].iter().fold(1usize, |all, n| all.saturating_mul((*n).max(1)));
     if combinations > MATCH_COMBINATIONS {
         let message = format!(
             "{} sni × {} alpn × {} client are {combinations} combinations; at most {MATCH_COMBINATIONS} are allowed in one route",
-            sni.len(), alpn.len(), client.len()
+            sni.len(),
+            alpn.len(),
+            client.len()
         );
         section.reject_key("match", message);
     }
     let terminates = route.tls.as_ref().is_some_and(|tls| tls.mode == TlsMode::Terminate);
     if route.backend_tls.is_some() && !terminates {
         if route.tls.is_some() {
-            section.reject_key("backend_tls", "TLS is passed through to the backend already; it needs tls.mode = \"terminate\"".to_owned());
+            section.reject_key(
+                "backend_tls",
+                "TLS is passed through to the backend already; it needs tls.mode = \"terminate\"".to_owned(),
+            );
         } else if !sni.is_empty() || !alpn.is_empty() {
-            section.reject_key("backend_tls", "a route that matches by sni or alpn passes TLS through unless tls.mode = \"terminate\"".to_owned());
+            section.reject_key(
+                "backend_tls",
+                "a route that matches by sni or alpn passes TLS through unless tls.mode = \"terminate\"".to_owned(),
+            );
         }
     }
     if route.health.is_some() {

@@ -67,7 +67,9 @@ fn kind(kind: Kind) -> Value {
         Kind::Backend => json!({ "anyOf": [{ "type": "string", "minLength": 1 }, table(&BACKEND)] }),
         Kind::Network => pattern("^[0-9a-fA-F:.]+(/[0-9]+)?$"),
         Kind::Alpn => json!({ "type": "string", "minLength": 1, "maxLength": 255 }),
-        Kind::LogFilter | Kind::Target | Kind::Sni | Kind::ServerName | Kind::File => json!({ "type": "string", "minLength": 1 }),
+        Kind::LogFilter | Kind::Target | Kind::Sni | Kind::ServerName | Kind::File => {
+            json!({ "type": "string", "minLength": 1 })
+        }
         Kind::List(item) => json!({ "type": "array", "items": self::kind(*item), "uniqueItems": true }),
         Kind::Table(below) => table(below),
         Kind::Tables(below) => json!({ "type": "array", "items": table(below) }),

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::problem::Problem;
+use super::{problem::Problem, syntax::Mistake};
 
 /// The text of a file, its lines, and the problems found in it so far.
 pub(super) struct Source<'a> {
@@ -17,28 +17,21 @@ pub(super) struct Source<'a> {
     line_starts: Vec<usize>,
     /// With the offset of what they are about.
     problems: RefCell<Vec<(usize, Problem)>>,
-    /// Mistakes in the TOML itself, one per line: the first is the cause of those after it.
-    mistakes: RefCell<BTreeMap<usize, (usize, Problem)>>,
-    broken: bool,
+    /// In the TOML itself.
+    mistakes: Vec<Mistake>,
 }
 
 impl<'a> Source<'a> {
-    /// `broken`: the text is not TOML, and what is read is a guess at what was meant.
-    pub fn new(text: &'a str, file: &'a Path, broken: bool) -> Self {
+    /// With `mistakes`, what is read is a guess at what was meant.
+    pub fn new(text: &'a str, file: &'a Path, mistakes: Vec<Mistake>) -> Self {
         let after_newline = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at + 1);
         let line_starts = std::iter::once(0).chain(after_newline).collect();
-        Self { file, text, line_starts, problems: RefCell::default(), mistakes: RefCell::default(), broken }
+        Self { file, text, line_starts, problems: RefCell::default(), mistakes }
     }
 
     pub fn report(&self, offset: usize, key: String, message: String) {
         let (line, column) = self.position(offset);
         self.problems.borrow_mut().push((offset, Problem { line, column, key, message }));
-    }
-
-    pub fn mistake(&self, offset: usize, message: String) {
-        let (line, column) = self.position(offset);
-        let problem = Problem { line, column, key: String::new(), message };
-        self.mistakes.borrow_mut().entry(line).or_insert((offset, problem));
     }
 
     /// How many problems were found so far.
@@ -47,7 +40,7 @@ impl<'a> Source<'a> {
     }
 
     pub fn is_broken(&self) -> bool {
-        self.broken
+        !self.mistakes.is_empty()
     }
 
     pub fn has_problems(&self) -> bool {
@@ -66,14 +59,25 @@ impl<'a> Source<'a> {
 
     /// What was found, in the order of the file.
     ///
-    /// Where the text is broken, problems in the lines of the mistakes and those without a place of their own are left
-    /// out: they may be about the guess.
-    pub fn into_problems(self) -> Vec<Problem> {
+    /// Where there are mistakes in the TOML, problems that may only be about the guess are left out: those in the same
+    /// lines, those after a mistake that misleads, and those without a place of their own.
+    pub fn into_problems(mut self) -> Vec<Problem> {
         let mut problems = self.problems.take();
-        let mistakes = self.mistakes.take();
-        if self.broken {
-            problems.retain(|(offset, problem)| *offset > 0 && !mistakes.contains_key(&problem.line));
-            problems.extend(mistakes.into_values());
+        let mut broken_lines = BTreeMap::new();
+        let mut readable = usize::MAX;
+        for Mistake { offset, message, misleads } in std::mem::take(&mut self.mistakes) {
+            let (line, column) = self.position(offset);
+            // The first mistake of a line is the cause of those after it.
+            broken_lines.entry(line).or_insert((offset, Problem { line, column, key: String::new(), message }));
+            if misleads {
+                readable = readable.min(offset);
+            }
+        }
+        if !broken_lines.is_empty() {
+            problems.retain(|(offset, problem)| {
+                (1..readable).contains(offset) && !broken_lines.contains_key(&problem.line)
+            });
+            problems.extend(broken_lines.into_values());
         }
         problems.sort_by_key(|(offset, _)| *offset);
         problems.into_iter().map(|(_, problem)| problem).collect()
@@ -92,9 +96,18 @@ impl<'a> Source<'a> {
 pub(super) enum Place<'a> {
     Root,
     /// A route, by its name as written, or by its place among the routes while it has none.
-    Route { name: Option<&'a str>, index: usize },
-    Key { parent: &'a Place<'a>, name: &'a str },
-    Index { parent: &'a Place<'a>, index: usize },
+    Route {
+        name: Option<&'a str>,
+        index: usize,
+    },
+    Key {
+        parent: &'a Place<'a>,
+        name: &'a str,
+    },
+    Index {
+        parent: &'a Place<'a>,
+        index: usize,
+    },
 }
 
 impl fmt::Display for Place<'_> {

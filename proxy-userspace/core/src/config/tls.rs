@@ -29,7 +29,8 @@ pub(super) fn tls(section: &Section<'_>) -> Option<Tls> {
 fn needs_certificates(section: &Section<'_>) {
     let example = "{ cert = \"api.pem\", key = \"api.key\" }";
     match section.given("certificates") {
-        None => section.reject_missing("certificates", &format!("mode = \"terminate\" needs at least one, such as [{example}]")),
+        None => section
+            .reject_missing("certificates", &format!("mode = \"terminate\" needs at least one, such as [{example}]")),
         Some(field) if field.is_empty_list() => {
             field.reject(format!("[] is empty; mode = \"terminate\" needs at least one, such as {example}"));
         }

@@ -16,7 +16,8 @@ const UNIT_MILLISECONDS: [(&str, u64); 5] =
 
 /// `500ms`, `5s`, `30m`, `4h`, `1d`, and sums of them: `1h30m`. Integers only.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    let malformed = || format!("{} is not a duration; a number and a unit ({UNITS}) are expected, such as \"30s\"", quoted(text));
+    let malformed =
+        || format!("{} is not a duration; a number and a unit ({UNITS}) are expected, such as \"30s\"", quoted(text));
     let mut total = Duration::ZERO;
     let mut rest = text;
     while !rest.is_empty() || text.is_empty() {
@@ -52,7 +53,8 @@ pub(super) fn show_duration(duration: Duration) -> String {
 
 /// `N/second`, `N/minute` or `N/hour`; `None` is zero: unlimited.
 pub(super) fn rate(text: &str) -> Result<Option<Rate>, String> {
-    let malformed = || format!("{} is not a rate; N/second, N/minute or N/hour is expected, such as \"300/minute\"", quoted(text));
+    let malformed =
+        || format!("{} is not a rate; N/second, N/minute or N/hour is expected, such as \"300/minute\"", quoted(text));
     if text == "0" {
         return Ok(None);
     }
@@ -66,7 +68,8 @@ pub(super) fn rate(text: &str) -> Result<Option<Rate>, String> {
         "hour" => RateUnit::Hour,
         _ => return Err(malformed()),
     };
-    let count: u32 = count.parse().map_err(|_| format!("{}: {} is out of range (0–{})", quoted(text), quoted(count), u32::MAX))?;
+    let count: u32 =
+        count.parse().map_err(|_| format!("{}: {} is out of range (0–{})", quoted(text), quoted(count), u32::MAX))?;
     Ok(NonZeroU32::new(count).map(|count| Rate { count, per }))
 }
 
@@ -77,7 +80,8 @@ pub(super) fn mark_mask(text: &str) -> Result<MarkMask, String> {
         None => text.parse(),
     };
     let number = number.map_err(|_| format!("{} is not a mask of 32 bits, such as \"0xffffff00\"", quoted(text)))?;
-    MarkMask::new(number).ok_or_else(|| format!("{} is not one contiguous run of 8 to 32 bits, such as \"0xffffff00\"", quoted(text)))
+    MarkMask::new(number)
+        .ok_or_else(|| format!("{} is not one contiguous run of 8 to 32 bits, such as \"0xffffff00\"", quoted(text)))
 }
 
 const LEVELS: [&str; 6] = ["trace", "debug", "info", "warn", "error", "off"];
@@ -91,7 +95,11 @@ pub(super) fn log_filter(text: &str) -> Result<String, String> {
         }
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b':' | b'-' | b'.');
         if module.is_empty() || !module.bytes().all(plain) {
-            return Err(format!("{}: {} is not the name of a module, such as \"shunt::health\"", quoted(text), quoted(module)));
+            return Err(format!(
+                "{}: {} is not the name of a module, such as \"shunt::health\"",
+                quoted(text),
+                quoted(module)
+            ));
         }
     }
     Ok(text.to_owned())

@@ -15,7 +15,7 @@ pub struct Snapshot {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TableState {
-    /// `NFT_TABLE_F_OWNER`
+    /// Locked by a daemon, living or dead: an orphan can be taken over.
     pub locked: bool,
     /// A live process other than the reader owns the table.
     pub owned_by_other: bool,

@@ -7,7 +7,7 @@ use std::{collections::HashSet, net::IpAddr, time::Duration};
 
 use super::{
     record::{EntryKey, FlowId, Now, Record},
-    table::{FlowTable, close, touch},
+    table::{FlowTable, close, report, touch},
     timers::deadline,
 };
 use crate::{config::Protocol, reason::Reason};
@@ -48,6 +48,18 @@ impl FlowTable {
     /// Draining routes without an active flow.
     pub fn drained(&self) -> Vec<u32> {
         self.draining().filter(|(_, _, active)| *active == 0).map(|(id, ..)| id).collect()
+    }
+
+    /// Reports every ended connection as it is known now; returns the entries that linger.
+    pub fn report_all(&mut self, now: Now) -> Vec<EntryKey> {
+        let mut over = Vec::new();
+        for record in self.flows.values_mut().filter(|record| !record.state.is_active()) {
+            if let Some(tally) = self.tallies.get(&record.route) {
+                report(record, tally, now, &mut self.ended);
+                over.push(record.key());
+            }
+        }
+        over
     }
 
     fn draining(&self) -> impl Iterator<Item = (u32, Duration, u64)> {

@@ -25,6 +25,7 @@ impl FlowTable {
     /// A dump begins. `next`: when the one after it is due ([`Now::mono`]).
     pub fn begin_dump(&mut self, kind: DumpKind, next: Duration, now: Now) {
         self.timers.restart(next);
+        self.dumping = self.dumping.wrapping_add(1);
         self.lost_before = self.counts.lost;
         self.dump_gap = next.saturating_sub(now.mono);
         if kind == DumpKind::Full {
@@ -55,7 +56,7 @@ impl FlowTable {
                 return;
             }
             self.insert(entry, now);
-            self.backdate(id, entry, now);
+            self.adopt(id, entry, now);
         }
         self.keep(id);
         self.advance(id, entry, now);
@@ -98,8 +99,9 @@ impl FlowTable {
     }
 
     /// An adopted flow has been silent for as long as its timeout has run.
-    fn backdate(&mut self, id: FlowId, entry: &Entry, now: Now) {
+    fn adopt(&mut self, id: FlowId, entry: &Entry, now: Now) {
         let Some(record) = self.flows.get_mut(&id) else { return };
+        record.adopted_by = Some(self.dumping);
         let Some(tally) = self.tallies.get(&record.route).filter(|tally| tally.info.kernel_timeouts) else { return };
         let (Some(limit), Some(left)) = (tally.info.idle, entry.timeout) else { return };
         let idle = limit.saturating_sub(Duration::from_secs(u64::from(left)));

@@ -15,8 +15,9 @@ use crate::{
     reason::Reason,
 };
 
+/// What happens in the kernel.
 #[derive(Debug, Clone)]
-enum Step {
+enum Happening {
     /// A first packet; a client port that is in use does nothing.
     Begin {
         port: u16,
@@ -34,6 +35,11 @@ enum Step {
     Destroy {
         port: u16,
     },
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Kernel(Happening),
     /// The table reads some of what is queued.
     Deliver {
         count: usize,
@@ -42,8 +48,11 @@ enum Step {
     Overrun {
         count: usize,
     },
+    /// The kernel goes on after the queue was read and before the entries are, and again before it is read once more.
     Dump {
         full: bool,
+        before: Vec<Happening>,
+        after: Vec<Happening>,
     },
     Kill {
         port: u16,
@@ -55,17 +64,25 @@ enum Step {
     },
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn happening() -> impl Strategy<Value = Happening> {
     let port = 1u16..12;
     prop_oneof![
-        4 => (port.clone(), any::<bool>()).prop_map(|(port, udp)| Step::Begin { port, udp }),
-        3 => (port.clone(), 1u64..100).prop_map(|(port, count)| Step::Packets { port, count }),
-        3 => (port.clone(), 1usize..8).prop_map(|(port, end)| Step::End { port, end }),
-        3 => port.clone().prop_map(|port| Step::Destroy { port }),
+        4 => (port.clone(), any::<bool>()).prop_map(|(port, udp)| Happening::Begin { port, udp }),
+        3 => (port.clone(), 1u64..100).prop_map(|(port, count)| Happening::Packets { port, count }),
+        3 => (port.clone(), 1usize..8).prop_map(|(port, end)| Happening::End { port, end }),
+        3 => port.prop_map(|port| Happening::Destroy { port }),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let meanwhile = || prop::collection::vec(happening(), 0..5);
+    prop_oneof![
+        12 => happening().prop_map(Step::Kernel),
         4 => (1usize..8).prop_map(|count| Step::Deliver { count }),
         1 => (1usize..6).prop_map(|count| Step::Overrun { count }),
-        2 => any::<bool>().prop_map(|full| Step::Dump { full }),
-        1 => port.prop_map(|port| Step::Kill { port }),
+        2 => (any::<bool>(), meanwhile(), meanwhile())
+            .prop_map(|(full, before, after)| Step::Dump { full, before, after }),
+        1 => (1u16..12).prop_map(|port| Step::Kill { port }),
         1 => Just(Step::Repeat),
         1 => (1u64..40).prop_map(|seconds| Step::Wait { seconds }),
     ]
@@ -131,6 +148,7 @@ impl Kernel {
             traffic_out: Some(Traffic::default()),
             started_ns: None,
             stopped_ns: None,
+            event_ns: None,
         };
         let told = Entry { traffic_in: None, traffic_out: None, ..entry.clone() };
         self.entries.insert(port, entry);
@@ -142,12 +160,10 @@ impl Kernel {
         self.queue.push_back(event);
     }
 
-    fn run(&mut self, step: Step) {
-        self.now.mono += Duration::from_millis(10);
-        self.now.wall += Duration::from_millis(10);
-        match step {
-            Step::Begin { port, udp } => self.begin(port, udp),
-            Step::Packets { port, count } => {
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Begin { port, udp } => self.begin(port, udp),
+            Happening::Packets { port, count } => {
                 // What is over carries nothing any more.
                 let layout = self.table.layout();
                 if let Some(entry) = self.entries.get_mut(&port).filter(|entry| lives(layout, entry)) {
@@ -159,12 +175,20 @@ impl Kernel {
                     }
                 }
             }
-            Step::End { port, end } => self.end(port, End::ALL[end]),
-            Step::Destroy { port } => {
+            Happening::End { port, end } => self.end(port, End::ALL[end]),
+            Happening::Destroy { port } => {
                 if let Some(entry) = self.entries.remove(&port) {
                     self.tell(Event::Destroy(entry));
                 }
             }
+        }
+    }
+
+    fn run(&mut self, step: Step) {
+        self.now.mono += Duration::from_millis(10);
+        self.now.wall += Duration::from_millis(10);
+        match step {
+            Step::Kernel(happening) => self.happen(happening),
             Step::Deliver { count } => self.deliver(count),
             Step::Overrun { count } => {
                 let kept = self.queue.len().saturating_sub(count);
@@ -172,7 +196,9 @@ impl Kernel {
                 self.queue.push_back(Event::Lost);
                 self.lossless = false;
             }
-            Step::Dump { full } => self.dump(if full { DumpKind::Full } else { DumpKind::Live }),
+            Step::Dump { full, before, after } => {
+                self.dump_meanwhile(if full { DumpKind::Full } else { DumpKind::Live }, before, after);
+            }
             Step::Kill { port } => self.kill(port),
             Step::Repeat => {
                 // Only where no loss explains it: a table that misses events must believe what it is told.
@@ -228,7 +254,12 @@ impl Kernel {
     }
 
     fn dump(&mut self, kind: DumpKind) {
+        self.dump_meanwhile(kind, Vec::new(), Vec::new());
+    }
+
+    fn dump_meanwhile(&mut self, kind: DumpKind, before: Vec<Happening>, after: Vec<Happening>) {
         self.deliver(usize::MAX);
+        before.into_iter().for_each(|happening| self.happen(happening));
         self.table.begin_dump(kind, self.now.mono + Duration::from_secs(2), self.now);
         let layout = self.table.layout();
         for entry in self.entries.values() {
@@ -236,6 +267,8 @@ impl Kernel {
                 self.table.observe(entry, self.now);
             }
         }
+        after.into_iter().for_each(|happening| self.happen(happening));
+        self.deliver(usize::MAX);
         self.table.end_dump(kind, self.now);
     }
 
@@ -263,7 +296,7 @@ impl Kernel {
             assert_eq!(seen, self.begun);
         }
         for port in self.entries.keys().copied().collect::<Vec<_>>() {
-            self.run(Step::Destroy { port });
+            self.happen(Happening::Destroy { port });
         }
         self.deliver(usize::MAX);
         self.table.take_ended(&mut self.ended);
@@ -279,7 +312,7 @@ fn lives(layout: MarkLayout, entry: &Entry) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_connection_ends_once_and_the_table_agrees_with_the_kernel(steps in prop::collection::vec(step(), 1..120)) {

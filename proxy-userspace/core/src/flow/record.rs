@@ -25,6 +25,14 @@ pub struct Now {
     pub wall: Duration,
 }
 
+impl Now {
+    /// The same clocks at an earlier moment, told in nanoseconds since the epoch.
+    pub(super) fn back_to(self, wall_ns: Option<u64>) -> Self {
+        let ago = wall_ns.map_or(Duration::ZERO, |ns| self.wall.saturating_sub(Duration::from_nanos(ns)));
+        Self { mono: self.mono.saturating_sub(ago), wall: self.wall.saturating_sub(ago) }
+    }
+}
+
 /// Names a connection while conntrack keeps it: `CTA_ID` and a hash of the client's tuple. The same after a restart
 /// of the daemon. The kernel may give it again to a later connection of the same client address and port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -199,12 +207,12 @@ pub struct Record {
     pub(super) expires: Option<Duration>,
     /// The last full dump that had the entry.
     pub(super) generation: u32,
+    /// The dump that added it, before its `New` was heard: that event may still be on its way.
+    pub(super) adopted_by: Option<u32>,
 }
 
 impl Record {
     pub(super) fn new(entry: &Entry, route: u32, now: Now) -> Self {
-        let started = entry.started_ns.map(Duration::from_nanos);
-        let age = started.map_or(Duration::ZERO, |started| now.wall.saturating_sub(started));
         Self {
             id: FlowId::of(entry),
             route,
@@ -212,7 +220,7 @@ impl Record {
             client: entry.client(),
             listen: entry.listen(),
             backend: entry.backend(),
-            start: now.mono.saturating_sub(age),
+            start: now.back_to(entry.started_ns).mono,
             last_activity: now.mono,
             traffic_in: Traffic::default(),
             traffic_out: Traffic::default(),
@@ -223,6 +231,7 @@ impl Record {
             },
             expires: None,
             generation: 0,
+            adopted_by: None,
         }
     }
 

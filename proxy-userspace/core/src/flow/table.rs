@@ -41,6 +41,8 @@ pub struct FlowTable {
     pub(super) stale: bool,
     /// [`Counts::lost`] when the present dump began.
     pub(super) lost_before: u64,
+    /// Dumps begun.
+    pub(super) dumping: u32,
     /// Full dumps begun.
     pub(super) generation: u32,
     /// Records that have the present generation.
@@ -69,6 +71,7 @@ impl FlowTable {
             counts: Counts::default(),
             stale: true,
             lost_before: 0,
+            dumping: 0,
             generation: 0,
             current: 0,
             untracked: 0,
@@ -204,10 +207,16 @@ impl FlowTable {
 
     fn on_new(&mut self, entry: &Entry, now: Now) {
         let id = FlowId::of(entry);
+        let now = now.back_to(entry.event_ns);
+        if let Some(record) = self.flows.get_mut(&id)
+            && record.adopted_by.take() == Some(self.dumping)
+        {
+            return;
+        }
         match self.flows.get(&id).map(|record| record.state) {
             // The id is given again and the end of its former owner was lost.
             Some(State::Closing { .. }) => self.remove(id, None, now),
-            // A dump was faster than the event.
+            // The kernel does not say it twice.
             Some(State::Dialing | State::Established | State::HalfClosed { .. }) => return,
             None => {}
         }
@@ -222,7 +231,7 @@ impl FlowTable {
     }
 
     fn on_update(&mut self, entry: &Entry, now: Now) {
-        self.advance(FlowId::of(entry), entry, now);
+        self.advance(FlowId::of(entry), entry, now.back_to(entry.event_ns));
     }
 
     fn on_destroy(&mut self, entry: &Entry, now: Now) {
@@ -295,10 +304,10 @@ impl FlowTable {
         let mut now = now;
         let mut reason = Reason::KernelExpired;
         if let Some(entry) = last {
-            if let Some(stopped) = entry.stopped_ns.map(Duration::from_nanos) {
-                let ago = now.wall.saturating_sub(stopped);
-                now = Now { mono: now.mono.saturating_sub(ago).max(record.start), wall: now.wall.saturating_sub(ago) };
+            if entry.started_ns.is_some() {
+                record.start = now.back_to(entry.started_ns).mono;
             }
+            now = now.back_to(entry.stopped_ns.or(entry.event_ns));
             let moved = meter(&mut record, entry, tally);
             let since = if moved { record.last_activity.max(self.last_dump) } else { record.last_activity };
             let idle = now.mono.saturating_sub(since);

@@ -47,6 +47,7 @@ fn syn(id: u32) -> Entry {
         traffic_out: None,
         started_ns: None,
         stopped_ns: None,
+        event_ns: None,
     }
 }
 
@@ -284,6 +285,18 @@ fn a_dump_that_is_faster_than_its_event_counts_nothing_twice() {
 }
 
 #[test]
+fn a_connection_over_before_a_dump_found_it_counts_once() {
+    let mut table = table();
+    table.begin_dump(DumpKind::Full, at(4).mono, at(2));
+    table.observe(&ended_with(established(1, 6), End::FinishedClientFirst), at(2));
+    table.apply(&Event::New(syn(1)), at(2));
+    table.apply(&Event::Update(ended_with(established(1, 6), End::FinishedClientFirst)), at(2));
+    table.end_dump(DumpKind::Full, at(2));
+    table.apply(&Event::Destroy(ended_with(established(1, 6), End::FinishedClientFirst)), at(3));
+    assert_eq!(reason_counts(&table), (0, 1, 1));
+}
+
+#[test]
 fn a_dump_of_the_next_connection_under_an_id_does_not_end_the_one_before_twice() {
     let mut table = table();
     table.apply(&Event::New(syn(1)), at(1));
@@ -492,4 +505,59 @@ fn kernel_timestamps_are_exact() {
     table.apply(&Event::Destroy(last), at(1));
     let line = &ended(&mut table)[0];
     assert_eq!((line.duration, line.at), (Duration::from_micros(700), stopped));
+}
+
+/// Nanoseconds this thread has run.
+fn cpu() -> f64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat");
+    text.split(' ').next().and_then(|ns| ns.parse().ok()).expect("number")
+}
+
+/// Prints what one event and one entry of a dump cost; run with optimisation to learn something.
+#[test]
+#[ignore = "a measurement"]
+fn cost_of_events_and_dumps() {
+    const FLOWS: u32 = 200_000;
+    let mut table = FlowTable::new(layout(), 262_144);
+    table.set_routes(&RouteTable::from([(ROUTE, Arc::new(info()))]), at(0));
+    dump(&mut table, DumpKind::Full, &[], 0);
+    // Ids are a keyed hash.
+    let id = |n: u32| n.wrapping_mul(0x9e37_79b9);
+    let events: Vec<[Event; 3]> = (1..=FLOWS)
+        .map(|n| {
+            let update = ended_with(established(id(n), 0), End::FinishedClientFirst);
+            let last = ended_with(established(id(n), 5), End::FinishedClientFirst);
+            [Event::New(syn(id(n))), Event::Update(update), Event::Destroy(last)]
+        })
+        .collect();
+    let mut lines = Vec::new();
+    let per = |name: &str, count: u32, work: &mut dyn FnMut()| {
+        let started = cpu();
+        work();
+        println!("{:.0} ns per {name}", (cpu() - started) / f64::from(count));
+    };
+    per("event, few flows", FLOWS * 3, &mut || {
+        for (n, three) in events.iter().enumerate() {
+            three.iter().for_each(|event| table.apply(event, at(1)));
+            if n % 1000 == 0 {
+                table.take_ended(&mut lines);
+                lines.clear();
+            }
+        }
+    });
+    per("first New, many flows", FLOWS, &mut || events.iter().for_each(|[new, ..]| table.apply(new, at(1))));
+    let entries: Vec<Entry> = (1..=FLOWS).map(|n| established(id(n), 3)).collect();
+    per("entry of a dump", FLOWS, &mut || dump(&mut table, DumpKind::Full, &entries, 2));
+    // As in the middle of a long run: the oldest goes, the next comes.
+    per("event, many flows", FLOWS * 3, &mut || {
+        for (n, [new, update, last]) in events.iter().enumerate() {
+            table.apply(update, at(3));
+            table.apply(last, at(3));
+            table.apply(new, at(3));
+            if n % 1000 == 0 {
+                table.take_ended(&mut lines);
+                lines.clear();
+            }
+        }
+    });
 }

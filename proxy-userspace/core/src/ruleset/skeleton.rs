@@ -246,7 +246,8 @@ impl TimeoutPolicy {
     /// Of a UDP route that says nothing about timeouts: 2 min (RFC 4787 REQ-5), 30 s until the first answer.
     pub const UDP_STANDARD: Self = Self::udp(120);
 
-    /// Seconds. `TIME_WAIT` and `CLOSE` hold a source port of the gateway for nothing but a late FIN: 10 s.
+    /// Seconds. `TIME_WAIT` is as long as Linux backends keep theirs (`TCP_TIMEWAIT_LEN`): given out again sooner, the
+    /// gateway's source port would meet the backend's memory of its last use, and the new connection would wait a second.
     pub const fn tcp(connect: u32, idle: u32, half_closed: u32) -> Self {
         Self::Tcp {
             syn_sent: connect,
@@ -254,7 +255,7 @@ impl TimeoutPolicy {
             fin_wait: half_closed,
             close_wait: half_closed,
             last_ack: 30,
-            time_wait: 10,
+            time_wait: 60,
             close: 10,
         }
     }

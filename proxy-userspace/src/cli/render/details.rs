@@ -60,9 +60,12 @@ pub(in crate::cli) fn route(route: &view::Route) -> String {
     line(&mut text, "listens on", &format!("{} ({})", route.listen.join(", "), route.protocol));
     line(&mut text, "engine", &format!("{}, {}, mark {:#x}", route.engine, route.balance, route.mark));
     let (open, total) = (count(stats.connections_active), count(stats.connections_total));
-    let oldest = seconds(stats.oldest_seconds);
+    let oldest = match stats.connections_active {
+        0 => String::new(),
+        _ => format!(" (oldest {})", seconds(stats.oldest_seconds)),
+    };
     let new = rate(stats.connections_rate);
-    line(&mut text, "connections", &format!("{open} open (oldest {oldest}), {total} in all, {new} new/s"));
+    line(&mut text, "connections", &format!("{open} open{oldest}, {total} in all, {new} new/s"));
     for (label, total, rate) in
         [("in", stats.bytes_in, stats.bytes_in_rate), ("out", stats.bytes_out, stats.bytes_out_rate)]
     {

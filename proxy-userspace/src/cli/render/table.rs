@@ -73,6 +73,8 @@ impl<const N: usize> Table<N> {
                 };
                 text.push_str(&format!("{gap}{before}{style}{shown}{style:#}{after}"));
             }
+            // An empty last cell leaves the gap before it.
+            text.truncate(text.trim_end_matches(' ').len());
             text.push('\n');
         }
         text

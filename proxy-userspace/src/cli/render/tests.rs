@@ -110,6 +110,7 @@ fn one_route_shows_its_backends_and_why_connections_ended() {
     ] {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
+    assert!(text.lines().all(|line| line.trim_end() == line), "{text}");
     let drained = plain(&backend(&backend_named("10.0.0.1:80", true, view::BackendAdmin::Drain)));
     assert!(drained.contains("drain"), "{drained}");
 }

@@ -11,7 +11,7 @@ use proxy_core::{
 use super::wire::{Attributes, CT_DELETE, CT_NEW, Message, NFGENMSG, NLM_F_CREATE, cta};
 
 /// The highest attribute number looked at.
-const SLOTS: usize = cta::TIMESTAMP as usize + 1;
+const SLOTS: usize = cta::TIMESTAMP_EVENT as usize + 1;
 
 /// The event a message tells. `None`: not conntrack's, not shunt's (no bit of `id_mask` in its mark), or malformed.
 pub fn event(message: &Message<'_>, id_mask: u32) -> Option<Event> {
@@ -52,6 +52,7 @@ pub fn entry(payload: &[u8], id_mask: u32) -> Option<Entry> {
         traffic_out: traffic(slot(cta::COUNTERS_REPLY)),
         started_ns: find(stamp, cta::TIMESTAMP_START).and_then(be64),
         stopped_ns: find(stamp, cta::TIMESTAMP_STOP).and_then(be64),
+        event_ns: be64(slot(cta::TIMESTAMP_EVENT)),
     })
 }
 
@@ -129,3 +130,7 @@ fn be32(bytes: &[u8]) -> Option<u32> {
 fn be64(bytes: &[u8]) -> Option<u64> {
     bytes.try_into().ok().map(u64::from_be_bytes)
 }
+
+#[cfg(test)]
+#[path = "parse_tests.rs"]
+mod tests;

@@ -34,6 +34,7 @@ pub mod cta {
     pub const TIMESTAMP: u16 = 20;
     pub const MARK_MASK: u16 = 21;
     pub const STATUS_MASK: u16 = 26;
+    pub const TIMESTAMP_EVENT: u16 = 27;
 
     pub const TUPLE_IP: u16 = 1;
     pub const TUPLE_PROTO: u16 = 2;

@@ -134,8 +134,14 @@ fn put_data(writer: &mut Writer, set: &str, data: Option<Data>, value: &Value) -
     let mut bytes = [0u8; 20];
     let length = match (data, value) {
         (None, Value::None) => return Ok(()),
-        (Some(Data::Verdict), Value::Goto(chain)) => return Ok(put_verdict(writer, verdict::GOTO, chain)),
-        (Some(Data::Verdict), Value::Jump(chain)) => return Ok(put_verdict(writer, verdict::JUMP, chain)),
+        (Some(Data::Verdict), Value::Goto(chain)) => {
+            put_verdict(writer, verdict::GOTO, chain);
+            return Ok(());
+        }
+        (Some(Data::Verdict), Value::Jump(chain)) => {
+            put_verdict(writer, verdict::JUMP, chain);
+            return Ok(());
+        }
         (Some(Data::Mark), Value::Mark(mark)) => fill(&mut bytes, &[&mark.to_ne_bytes()]),
         (Some(Data::Ipv4), Value::Address(IpAddr::V4(address))) => fill(&mut bytes, &[&address.octets()]),
         (Some(Data::Ipv6), Value::Address(IpAddr::V6(address))) => fill(&mut bytes, &[&address.octets()]),

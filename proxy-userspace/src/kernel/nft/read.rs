@@ -1,10 +1,13 @@
 //! Reading the table back. A dump that another process's change interrupts is begun again.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use nix::errno::Errno;
 use proxy_core::{
-    diff::{ChainState, ElementState, Fingerprint, SetState, Snapshot, TableState},
+    diff::{ChainState, Fingerprint, SetState, Snapshot, TableState},
     ruleset::{Base, ChainKind, Counter, Hook, Key, SetKind, SetSpec, TABLE},
 };
 
@@ -22,6 +25,8 @@ use crate::kernel::netlink::{Attributes, Message, NetlinkSocket, SyscallError, W
 /// How often one dump, and all of them together, are begun again.
 const DUMP_TRIES: usize = 32;
 const SNAPSHOT_TRIES: usize = 8;
+/// How long a hash table that grows is left alone.
+const GROWING: Duration = Duration::from_millis(2);
 
 const DUMP: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
 
@@ -62,7 +67,7 @@ pub fn snapshot(socket: &mut NetlinkSocket) -> Result<Snapshot, NftError> {
         let generation_after = generation(socket)?;
         match snapshot {
             // A set that vanished between two dumps is an error only if nothing else changed.
-            Ok(_) | Err(NftError::NotTold { .. }) if generation_before != generation_after => {
+            Ok(_) | Err(NftError::NotTold { .. } | NftError::Interrupted) if generation_before != generation_after => {
                 generation_before = generation_after;
             }
             result => return result,
@@ -91,7 +96,8 @@ fn read_table(socket: &mut NetlinkSocket) -> Result<Option<TableState>, NftError
         let attributes = Attributes::of_message(message.whole, INET.len());
         let flags = attributes.find(table::FLAGS).and_then(|flags| flags.be32()).unwrap_or(0);
         let owner = attributes.find(table::OWNER).and_then(|owner| owner.be32()).unwrap_or(0);
-        let locked = flags & table::F_OWNER != 0;
+        // When the owner dies the kernel takes its flag away and leaves the other (`nf_tables_release_owner`, v6.9).
+        let locked = flags & (table::F_OWNER | table::F_PERSIST) != 0;
         state = Some(TableState { locked, owned_by_other: locked && owner != 0 && owner != own });
     })?;
     match end {
@@ -117,20 +123,51 @@ fn read_timeouts(socket: &mut NetlinkSocket, snapshot: &mut Snapshot) -> Result<
     Ok(())
 }
 
+/// A set as the kernel describes it.
+struct Described {
+    name: String,
+    spec: Option<SetSpec>,
+    size: Size,
+}
+
+/// How many elements a dump of the set must have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Size {
+    /// The packet path adds and expires them.
+    Changing,
+    /// `NFTA_SET_COUNT`
+    Known(usize),
+    /// Before v6.17.
+    Untold,
+}
+
+fn describe(message: &Message<'_>) -> Option<Described> {
+    let attributes = Attributes::of_message(message.whole, INET.len());
+    if !is_ours(attributes, set::TABLE) {
+        return None;
+    }
+    let name = attributes.find(set::NAME)?.text()?.to_owned();
+    let spec = sets::parse(attributes);
+    let count = attributes.find(set::COUNT).and_then(|count| count.be32());
+    let size = match (spec.as_ref().map(|spec| spec.kind), count) {
+        (Some(SetKind::Hash), Some(count)) => Size::Known(count as usize),
+        (Some(SetKind::Hash), None) => Size::Untold,
+        // A tree is not rebuilt while it is dumped, and the kernel counts its borders, not its ranges.
+        (Some(SetKind::Interval | SetKind::Dynamic { .. }) | None, _) => Size::Changing,
+    };
+    Some(Described { name, spec, size })
+}
+
 fn read_sets(socket: &mut NetlinkSocket, snapshot: &mut Snapshot) -> Result<(), NftError> {
     let names = [(set::TABLE, TABLE)];
-    let found: Vec<(String, Option<SetSpec>)> =
-        dump(socket, &Query::dump("the sets", msg::GET_SET, &names), |sets: &mut Vec<_>, message| {
-            let attributes = Attributes::of_message(message.whole, INET.len());
-            if let Some(name) = attributes.find(set::NAME).and_then(|name| name.text())
-                && is_ours(attributes, set::TABLE)
-            {
-                sets.push((name.to_owned(), sets::parse(attributes)));
-            }
-        })?;
-    for (name, spec) in found {
+    let query = Query::dump("the sets", msg::GET_SET, &names);
+    let found = dump(socket, &query, |sets: &mut Vec<_>, message| sets.extend(describe(message)))?;
+    for Described { name, spec, size } in found {
         let elements = match &spec {
-            Some(spec) if !matches!(spec.kind, SetKind::Dynamic { .. }) => read_elements(socket, &name, spec)?,
+            Some(spec) if !matches!(spec.kind, SetKind::Dynamic { .. }) => {
+                let read = |elements: &mut Elements, attributes: Attributes<'_>| elements.read(spec, attributes);
+                dump_elements(socket, &name, size, read, |elements| elements.finish(spec), HashMap::len)?
+            }
             _ => HashMap::new(),
         };
         snapshot.sets.insert(name, SetState { spec, elements });
@@ -138,17 +175,39 @@ fn read_sets(socket: &mut NetlinkSocket, snapshot: &mut Snapshot) -> Result<(), 
     Ok(())
 }
 
-fn read_elements(
+/// Dumps a set until all of it was told. A hash table that is growing while it is dumped, as it does for some
+/// milliseconds after a big batch, leaves elements out and tells others twice (`nft_rhash_walk` counts how many it has
+/// told, and the order changes), and the kernel does not say so.
+fn dump_elements<T: Default, U>(
     socket: &mut NetlinkSocket,
     name: &str,
-    spec: &SetSpec,
-) -> Result<HashMap<Key, ElementState>, NftError> {
+    size: Size,
+    read: impl Fn(&mut T, Attributes<'_>),
+    finish: impl Fn(T) -> U,
+    count: impl Fn(&U) -> usize,
+) -> Result<U, NftError> {
     let names = [(element::LIST_TABLE, TABLE), (element::LIST_SET, name)];
     let query = Query::dump("the elements of a set", msg::GET_ELEMENT, &names);
-    let elements = dump(socket, &query, |elements: &mut Elements, message| {
-        elements.read(spec, Attributes::of_message(message.whole, INET.len()));
-    })?;
-    Ok(elements.finish(spec))
+    let mut before = None;
+    for _ in 0..DUMP_TRIES {
+        let (messages, elements) = dump(socket, &query, |(messages, elements): &mut (usize, T), message| {
+            *messages += 1;
+            read(elements, Attributes::of_message(message.whole, INET.len()));
+        })?;
+        let elements = finish(elements);
+        let counted = count(&elements);
+        let whole = match size {
+            Size::Changing => true,
+            Size::Known(wanted) => counted == wanted,
+            // One message is told at one moment. Of more, two that agree are as good as it gets.
+            Size::Untold => messages <= 1 || before.replace(counted) == Some(counted),
+        };
+        if whole {
+            return Ok(elements);
+        }
+        std::thread::sleep(GROWING);
+    }
+    Err(NftError::Interrupted)
 }
 
 fn read_chains(socket: &mut NetlinkSocket, snapshot: &mut Snapshot) -> Result<(), NftError> {
@@ -209,11 +268,31 @@ fn is_ours(attributes: Attributes<'_>, table: u16) -> bool {
     attributes.find(table).and_then(|name| name.text()) == Some(TABLE)
 }
 
-pub fn counters(socket: &mut NetlinkSocket, set: &str) -> Result<Vec<(Key, Counter)>, NftError> {
-    let names = [(element::LIST_TABLE, TABLE), (element::LIST_SET, set)];
-    dump(socket, &Query::dump("the counters of a set", msg::GET_ELEMENT, &names), |counters, message| {
-        read_counters(Attributes::of_message(message.whole, INET.len()), counters);
-    })
+/// In the order of the keys.
+pub fn counters(socket: &mut NetlinkSocket, name: &str) -> Result<Vec<(Key, Counter)>, NftError> {
+    let names = [(set::TABLE, TABLE), (set::NAME, name)];
+    let query = Query { what: "a set", message: msg::GET_SET, flags: REQUEST, attributes: &names };
+    for _ in 0..SNAPSHOT_TRIES {
+        let mut described = None;
+        let end = request(socket, &query, |message| described = describe(message))?;
+        let size = match (end, described) {
+            (End::Complete, Some(described)) => described.size,
+            (End::Complete | End::Interrupted, _) => return Err(NftError::Malformed(query.what)),
+            (End::Refused(errno), _) => return Err(query.refused(errno)),
+        };
+        let read = |counters: &mut Vec<_>, attributes: Attributes<'_>| read_counters(attributes, counters);
+        let finish = |mut counters: Vec<(Key, Counter)>| {
+            counters.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+            counters.dedup_by(|(one, _), (other, _)| one == other);
+            counters
+        };
+        match dump_elements(socket, name, size, read, finish, Vec::len) {
+            // The size is asked for again: the set may have changed after it was told.
+            Err(NftError::Interrupted) => {}
+            result => return result,
+        }
+    }
+    Err(NftError::Interrupted)
 }
 
 pub fn generation(socket: &mut NetlinkSocket) -> Result<u32, NftError> {

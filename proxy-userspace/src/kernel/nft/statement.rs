@@ -4,67 +4,23 @@ use std::net::IpAddr;
 
 use nftnl_sys as sys;
 use proxy_core::{
-    config::{Protocol, RateUnit},
+    config::Protocol,
     diff::Fingerprint,
     ruleset::{Direction, Family, Load, Over, Rule, Statement},
 };
 
 use super::{
     NftError,
+    atom::{
+        self, CT_DIRECTION, CT_EVENTS, CT_MARK, CT_STATUS, FIRST, LOOPBACK_INDEX, META_FAMILY, META_INPUT_INTERFACE, META_PROTOCOL, NETWORK_HEADER,
+        NUMGEN_RANDOM, NUMGEN_SEQUENCE, ROUTE_LOCAL, STATUS_DNAT, TRANSPORT_HEADER,
+    },
     expression::{Expression, RuleObject},
     uapi::{register, verdict},
 };
 
-/// The first register, where keys begin and results go.
-const FIRST: u32 = register(0);
 /// The word `jhash` reads its input from, behind the widest key that has a slot in it.
 const HASH_INPUT: u32 = 6;
-
-const IPPROTO_TCP: u8 = 6;
-/// `enum nft_payload_bases`
-const NETWORK_HEADER: u32 = 1;
-const TRANSPORT_HEADER: u32 = 2;
-/// `NFT_CMP_EQ`, `NFT_CMP_NEQ`
-const EQUAL: u32 = 0;
-const NOT_EQUAL: u32 = 1;
-/// `NFT_META_NFPROTO`, `NFT_META_L4PROTO`
-const META_FAMILY: u32 = 15;
-/// `NFT_META_IIF`
-const META_INPUT_INTERFACE: u32 = libc::NFT_META_IIF as u32;
-/// `LOOPBACK_IFINDEX`: the same in every network namespace.
-const LOOPBACK_INDEX: u32 = 1;
-const META_PROTOCOL: u32 = 16;
-/// `NFT_CT_DIRECTION`, `NFT_CT_STATUS`, `NFT_CT_MARK`, `NFT_CT_EVENTMASK`
-const CT_DIRECTION: u32 = 1;
-const CT_STATUS: u32 = 2;
-const CT_MARK: u32 = 3;
-const CT_EVENTS: u32 = 18;
-/// `IPS_DST_NAT`
-const STATUS_DNAT: u32 = 1 << 5;
-/// `NFT_FIB_RESULT_ADDRTYPE`, `NFTA_FIB_F_DADDR`, `RTN_LOCAL`
-const FIB_ADDRESS_TYPE: u32 = 3;
-const FIB_DESTINATION: u32 = 1 << 1;
-const ROUTE_LOCAL: u32 = 2;
-/// `NFT_NG_INCREMENTAL`, `NFT_NG_RANDOM`
-const NUMGEN_SEQUENCE: u32 = 0;
-const NUMGEN_RANDOM: u32 = 1;
-/// `NFT_NAT_DNAT`, `NF_NAT_RANGE_MAP_IPS`, `NF_NAT_RANGE_PROTO_SPECIFIED`
-const NAT_DNAT: u32 = 1;
-const NAT_ADDRESS: u32 = 1;
-const NAT_PORT: u32 = 2;
-/// `NFT_LOOKUP_F_INV`
-const LOOKUP_INVERTED: u32 = 1;
-/// `NFT_DYNSET_OP_ADD`, `NFT_DYNSET_OP_UPDATE`
-const DYNSET_ADD: u32 = 0;
-const DYNSET_UPDATE: u32 = 1;
-/// `NFT_CONNLIMIT_F_INV`, `NFT_LIMIT_F_INV`: "over"
-const OVER: u32 = 1;
-/// `NFT_REJECT_TCP_RST`, `NFT_REJECT_ICMPX_UNREACH`, `NFT_REJECT_ICMPX_PORT_UNREACH`
-const REJECT_RESET: u32 = 1;
-const REJECT_ICMPX: u32 = 2;
-const REJECT_PORT_UNREACHABLE: u8 = 1;
-/// `NFT_OBJECT_CT_TIMEOUT`
-const OBJECT_TIMEOUT: u32 = super::uapi::object::TYPE_CT_TIMEOUT;
 
 /// A rule of `chain`, ready to be sent.
 pub fn rule_object(table: &str, chain: &str, rule: &Rule) -> Result<RuleObject, NftError> {
@@ -142,11 +98,11 @@ impl Builder {
                 self.compare(false, &LOOPBACK_INDEX.to_ne_bytes());
             }
             Statement::SetMark(mark) => {
-                self.immediate(&mark.to_ne_bytes());
+                self.push(atom::immediate(&mark.to_ne_bytes()));
                 self.set_ct(CT_MARK);
             }
             Statement::SetMarkFrom { key, map } => {
-                self.look_up(key, map, Some(FIRST))?;
+                self.look_up(key, map, FIRST)?;
                 self.set_ct(CT_MARK);
             }
             Statement::SetMarkBits { keep, bits } => {
@@ -155,21 +111,21 @@ impl Builder {
                 self.set_ct(CT_MARK);
             }
             Statement::SetEvents(events) => {
-                self.immediate(&events.to_ne_bytes());
+                self.push(atom::immediate(&events.to_ne_bytes()));
                 self.set_ct(CT_EVENTS);
             }
-            Statement::SetTimeout(name) => self.set_timeout(name)?,
+            Statement::SetTimeout(name) => self.push(atom::timeout(name)?),
             Statement::Dnat { family, key, map, port } => self.dnat(*family, key, map, *port)?,
             Statement::Masquerade => self.push(Expression::new(c"masq")),
-            Statement::VerdictMap { key, map } => self.look_up(key, map, Some(libc::NFT_REG_VERDICT as u32))?,
-            Statement::CountOver(count) => self.push(connections_over(*count)),
+            Statement::VerdictMap { key, map } => self.look_up(key, map, libc::NFT_REG_VERDICT as u32)?,
+            Statement::CountOver(count) => self.push(atom::connections_over(*count)),
             Statement::Update { set, key, over } => self.update(set, key, *over)?,
-            Statement::RejectReset => self.push(reject(REJECT_RESET, 0)),
-            Statement::RejectUnreachable => self.push(reject(REJECT_ICMPX, REJECT_PORT_UNREACHABLE)),
-            Statement::Jump(chain) => self.verdict(verdict::JUMP, Some(chain))?,
-            Statement::Goto(chain) => self.verdict(verdict::GOTO, Some(chain))?,
-            Statement::Return => self.verdict(verdict::RETURN, None)?,
-            Statement::Accept => self.verdict(verdict::ACCEPT, None)?,
+            Statement::RejectReset => self.push(atom::reject_reset()),
+            Statement::RejectUnreachable => self.push(atom::reject_unreachable()),
+            Statement::Jump(chain) => self.push(atom::verdict(verdict::JUMP, Some(chain))?),
+            Statement::Goto(chain) => self.push(atom::verdict(verdict::GOTO, Some(chain))?),
+            Statement::Return => self.push(atom::verdict(verdict::RETURN, None)?),
+            Statement::Accept => self.push(atom::verdict(verdict::ACCEPT, None)?),
         }
         Ok(())
     }
@@ -198,8 +154,8 @@ impl Builder {
     }
 
     fn tcp_flags(&mut self, mask: u8, value: u8, equal: bool) {
-        if self.protocol != Some(IPPROTO_TCP) {
-            self.match_protocol(IPPROTO_TCP);
+        if self.protocol != Some(Protocol::Tcp.number()) {
+            self.match_protocol(Protocol::Tcp.number());
         }
         self.payload(TRANSPORT_HEADER, 13, 1, FIRST);
         self.bitwise(FIRST, &[mask], &[0]);
@@ -207,12 +163,7 @@ impl Builder {
     }
 
     fn destination_is_local(&mut self, local: bool) {
-        self.push(
-            Expression::new(c"fib")
-                .u32(sys::NFTNL_EXPR_FIB_RESULT, FIB_ADDRESS_TYPE)
-                .u32(sys::NFTNL_EXPR_FIB_FLAGS, FIB_DESTINATION)
-                .u32(sys::NFTNL_EXPR_FIB_DREG, FIRST),
-        );
+        self.push(atom::destination_type());
         self.compare(local, &ROUTE_LOCAL.to_ne_bytes());
     }
 
@@ -250,69 +201,31 @@ impl Builder {
 
     fn member(&mut self, key: &[Load], set: &str, negate: bool) -> Result<(), NftError> {
         self.load_key(key);
-        let flags = if negate { LOOKUP_INVERTED } else { 0 };
-        let lookup = lookup(set)?.u32(sys::NFTNL_EXPR_LOOKUP_FLAGS, flags);
-        self.push(lookup);
+        self.push(atom::lookup(set, None, negate)?);
         Ok(())
     }
 
-    fn look_up(&mut self, key: &[Load], map: &str, result: Option<u32>) -> Result<(), NftError> {
+    fn look_up(&mut self, key: &[Load], map: &str, result: u32) -> Result<(), NftError> {
         self.load_key(key);
-        let mut lookup = lookup(map)?.u32(sys::NFTNL_EXPR_LOOKUP_FLAGS, 0);
-        if let Some(register) = result {
-            lookup = lookup.u32(sys::NFTNL_EXPR_LOOKUP_DREG, register);
-        }
-        self.push(lookup);
+        self.push(atom::lookup(map, Some(result), false)?);
         Ok(())
     }
 
-    fn set_timeout(&mut self, name: &str) -> Result<(), NftError> {
-        let reference = Expression::new(c"objref")
-            .u32(sys::NFTNL_EXPR_OBJREF_IMM_TYPE, OBJECT_TIMEOUT)
-            .name(sys::NFTNL_EXPR_OBJREF_IMM_NAME, name)?;
-        self.push(reference);
-        Ok(())
-    }
-
+    /// The port lies behind the address in what the map yields.
     fn dnat(&mut self, family: Family, key: &[Load], map: &str, port: bool) -> Result<(), NftError> {
-        self.look_up(key, map, Some(FIRST))?;
-        let mut nat = Expression::new(c"nat")
-            .u32(sys::NFTNL_EXPR_NAT_TYPE, NAT_DNAT)
-            .u32(sys::NFTNL_EXPR_NAT_FAMILY, u32::from(family_number(family)))
-            .u32(sys::NFTNL_EXPR_NAT_REG_ADDR_MIN, FIRST)
-            .u32(sys::NFTNL_EXPR_NAT_REG_ADDR_MAX, FIRST)
-            .u32(sys::NFTNL_EXPR_NAT_FLAGS, if port { NAT_ADDRESS | NAT_PORT } else { NAT_ADDRESS });
-        if port {
-            let register = register(words(address_bytes(family)));
-            nat = nat.u32(sys::NFTNL_EXPR_NAT_REG_PROTO_MIN, register).u32(sys::NFTNL_EXPR_NAT_REG_PROTO_MAX, register);
-        }
-        self.push(nat);
+        self.look_up(key, map, FIRST)?;
+        let port = port.then(|| register(words(address_bytes(family))));
+        self.push(atom::dnat(family_number(family), port));
         Ok(())
     }
 
     fn update(&mut self, set: &str, key: &Load, over: Over) -> Result<(), NftError> {
         self.load_key(std::slice::from_ref(key));
-        let (operation, limit) = match over {
-            Over::Connections(count) => (DYNSET_ADD, connections_over(count)),
-            Over::Rate { count, per, burst } => (DYNSET_UPDATE, rate_over(count, per, burst)),
+        let (update, limit) = match over {
+            Over::Connections(count) => (false, atom::connections_over(count)),
+            Over::Rate { count, per, burst } => (true, atom::rate_over(count, per, burst)),
         };
-        let dynset = Expression::new(c"dynset")
-            .u32(sys::NFTNL_EXPR_DYNSET_SREG_KEY, FIRST)
-            .u32(sys::NFTNL_EXPR_DYNSET_OP, operation)
-            .name(sys::NFTNL_EXPR_DYNSET_SET_NAME, set)?
-            .nested(sys::NFTNL_EXPR_DYNSET_EXPR, limit);
-        self.push(dynset);
-        Ok(())
-    }
-
-    fn verdict(&mut self, code: i32, chain: Option<&str>) -> Result<(), NftError> {
-        let mut verdict = Expression::new(c"immediate")
-            .u32(sys::NFTNL_EXPR_IMM_DREG, libc::NFT_REG_VERDICT as u32)
-            .u32(sys::NFTNL_EXPR_IMM_VERDICT, code.cast_unsigned());
-        if let Some(chain) = chain {
-            verdict = verdict.name(sys::NFTNL_EXPR_IMM_CHAIN, chain)?;
-        }
-        self.push(verdict);
+        self.push(atom::add_to(set, update, limit)?);
         Ok(())
     }
 
@@ -342,119 +255,47 @@ impl Builder {
             }
             Load::Protocol => self.meta(META_PROTOCOL, to),
             Load::DestinationPort => self.payload(TRANSPORT_HEADER, 2, 2, to),
-            Load::Sequence { modulus } => self.push(number(NUMGEN_SEQUENCE, *modulus, to)),
-            Load::Random { modulus } => self.push(number(NUMGEN_RANDOM, *modulus, to)),
+            Load::Sequence { modulus } => self.push(atom::number(NUMGEN_SEQUENCE, *modulus, to)),
+            Load::Random { modulus } => self.push(atom::number(NUMGEN_RANDOM, *modulus, to)),
             Load::SourceHash { family, modulus, seed } => {
                 let input = register(HASH_INPUT.max(word + 1));
                 let bytes = address_bytes(*family);
                 self.payload(NETWORK_HEADER, source_offset(*family), bytes, input);
-                self.push(hash(input, bytes, *modulus, *seed, to));
+                self.push(atom::hash(input, bytes, *modulus, *seed, to));
             }
         }
     }
 
     fn mark(&mut self, to: u32, mask: Option<u32>) {
-        self.push(ct(CT_MARK).u32(sys::NFTNL_EXPR_CT_DREG, to));
+        self.push(atom::ct(CT_MARK).u32(sys::NFTNL_EXPR_CT_DREG, to));
         if let Some(mask) = mask {
             self.bitwise(to, &mask.to_ne_bytes(), &[0; 4]);
         }
     }
 
     fn ct(&mut self, key: u32) {
-        self.push(ct(key).u32(sys::NFTNL_EXPR_CT_DREG, FIRST));
+        self.push(atom::ct(key).u32(sys::NFTNL_EXPR_CT_DREG, FIRST));
     }
 
     fn set_ct(&mut self, key: u32) {
-        self.push(ct(key).u32(sys::NFTNL_EXPR_CT_SREG, FIRST));
+        self.push(atom::ct(key).u32(sys::NFTNL_EXPR_CT_SREG, FIRST));
     }
 
     fn meta(&mut self, key: u32, to: u32) {
-        self.push(Expression::new(c"meta").u32(sys::NFTNL_EXPR_META_KEY, key).u32(sys::NFTNL_EXPR_META_DREG, to));
+        self.push(atom::meta(key, to));
     }
 
     fn payload(&mut self, base: u32, offset: u32, bytes: u32, to: u32) {
-        self.push(
-            Expression::new(c"payload")
-                .u32(sys::NFTNL_EXPR_PAYLOAD_BASE, base)
-                .u32(sys::NFTNL_EXPR_PAYLOAD_OFFSET, offset)
-                .u32(sys::NFTNL_EXPR_PAYLOAD_LEN, bytes)
-                .u32(sys::NFTNL_EXPR_PAYLOAD_DREG, to),
-        );
+        self.push(atom::payload(base, offset, bytes, to));
     }
 
     fn bitwise(&mut self, register: u32, mask: &[u8], xor: &[u8]) {
-        self.push(
-            Expression::new(c"bitwise")
-                .u32(sys::NFTNL_EXPR_BITWISE_SREG, register)
-                .u32(sys::NFTNL_EXPR_BITWISE_DREG, register)
-                .u32(sys::NFTNL_EXPR_BITWISE_LEN, mask.len() as u32)
-                .data(sys::NFTNL_EXPR_BITWISE_MASK, mask)
-                .data(sys::NFTNL_EXPR_BITWISE_XOR, xor),
-        );
+        self.push(atom::bitwise(register, mask, xor));
     }
 
     fn compare(&mut self, equal: bool, value: &[u8]) {
-        self.push(
-            Expression::new(c"cmp")
-                .u32(sys::NFTNL_EXPR_CMP_SREG, FIRST)
-                .u32(sys::NFTNL_EXPR_CMP_OP, if equal { EQUAL } else { NOT_EQUAL })
-                .data(sys::NFTNL_EXPR_CMP_DATA, value),
-        );
+        self.push(atom::compare(equal, value));
     }
-
-    fn immediate(&mut self, value: &[u8]) {
-        self.push(
-            Expression::new(c"immediate").u32(sys::NFTNL_EXPR_IMM_DREG, FIRST).data(sys::NFTNL_EXPR_IMM_DATA, value),
-        );
-    }
-}
-
-fn lookup(set: &str) -> Result<Expression, NftError> {
-    Expression::new(c"lookup").u32(sys::NFTNL_EXPR_LOOKUP_SREG, FIRST).name(sys::NFTNL_EXPR_LOOKUP_SET, set)
-}
-
-fn ct(key: u32) -> Expression {
-    Expression::new(c"ct").u32(sys::NFTNL_EXPR_CT_KEY, key)
-}
-
-fn number(kind: u32, modulus: u32, to: u32) -> Expression {
-    Expression::new(c"numgen")
-        .u32(sys::NFTNL_EXPR_NG_DREG, to)
-        .u32(sys::NFTNL_EXPR_NG_MODULUS, modulus)
-        .u32(sys::NFTNL_EXPR_NG_TYPE, kind)
-}
-
-/// The seed is always sent: without one the kernel draws its own, and no two loads would hash alike.
-fn hash(input: u32, bytes: u32, modulus: u32, seed: u32, to: u32) -> Expression {
-    Expression::new(c"hash")
-        .u32(sys::NFTNL_EXPR_HASH_SREG, input)
-        .u32(sys::NFTNL_EXPR_HASH_DREG, to)
-        .u32(sys::NFTNL_EXPR_HASH_LEN, bytes)
-        .u32(sys::NFTNL_EXPR_HASH_MODULUS, modulus)
-        .u32(sys::NFTNL_EXPR_HASH_SEED, seed)
-        .u32(sys::NFTNL_EXPR_HASH_TYPE, 0)
-}
-
-fn connections_over(count: u32) -> Expression {
-    Expression::new(c"connlimit").u32(sys::NFTNL_EXPR_CONNLIMIT_COUNT, count).u32(sys::NFTNL_EXPR_CONNLIMIT_FLAGS, OVER)
-}
-
-fn rate_over(count: u32, per: RateUnit, burst: u32) -> Expression {
-    let seconds = match per {
-        RateUnit::Second => 1,
-        RateUnit::Minute => 60,
-        RateUnit::Hour => 3600,
-    };
-    Expression::new(c"limit")
-        .u64(sys::NFTNL_EXPR_LIMIT_RATE, u64::from(count))
-        .u64(sys::NFTNL_EXPR_LIMIT_UNIT, seconds)
-        .u32(sys::NFTNL_EXPR_LIMIT_BURST, burst)
-        .u32(sys::NFTNL_EXPR_LIMIT_TYPE, 0)
-        .u32(sys::NFTNL_EXPR_LIMIT_FLAGS, OVER)
-}
-
-fn reject(kind: u32, code: u8) -> Expression {
-    Expression::new(c"reject").u32(sys::NFTNL_EXPR_REJECT_TYPE, kind).u8(sys::NFTNL_EXPR_REJECT_CODE, code)
 }
 
 fn load_family(load: &Load) -> Option<Family> {

@@ -77,6 +77,8 @@ pub mod set {
     pub const USERDATA: u16 = 13;
     pub const EXPR: u16 = 17;
     pub const EXPRESSIONS: u16 = 18;
+    /// v6.17+
+    pub const COUNT: u16 = 20;
     pub const DESC_SIZE: u16 = 1;
     pub const F_INTERVAL: u32 = 0x4;
     pub const F_MAP: u32 = 0x8;

@@ -12,33 +12,26 @@ use serde::{Deserialize, Serialize};
 use super::{Settings, Sysctl, SysctlError};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Entry {
-    was: String,
-    set: String,
-    /// The kernel changed it by itself, as another setting was written.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    followed: bool,
+pub(super) struct Pair {
+    pub(super) was: String,
+    pub(super) set: String,
 }
 
-impl Entry {
-    pub(super) fn main(was: &str, set: &str) -> Self {
-        Self { was: was.to_owned(), set: set.to_owned(), followed: false }
-    }
-
-    pub(super) fn followed(was: &str, set: &str) -> Self {
-        Self { was: was.to_owned(), set: set.to_owned(), followed: true }
-    }
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Entry {
+    #[serde(flatten)]
+    pub(super) pair: Pair,
+    /// What the kernel changes by itself as this one is written, in either direction.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) followed: BTreeMap<Sysctl, Pair>,
 }
 
 type Record = BTreeMap<Sysctl, Entry>;
 
-/// Adds entries. One that is there already is replaced: the caller has just seen a value that is not shunt's.
-pub(super) fn remember(path: &Path, entries: &[(Sysctl, Entry)]) -> Result<(), SysctlError> {
-    if entries.is_empty() {
-        return Ok(());
-    }
+/// Adds an entry. One that is there already is replaced: the caller has just seen a value that is not shunt's.
+pub(super) fn remember(path: &Path, name: &Sysctl, entry: &Entry) -> Result<(), SysctlError> {
     let mut record = load(path)?;
-    record.extend(entries.iter().cloned());
+    record.insert(name.clone(), entry.clone());
     store(path, &record)
 }
 
@@ -56,7 +49,7 @@ pub enum Restored {
         value: String,
         ours: String,
     },
-    /// It no longer exists: an interface that is gone.
+    /// It no longer exists: a module that is gone.
     Gone {
         name: Sysctl,
     },
@@ -65,26 +58,26 @@ pub enum Restored {
 /// Puts back what shunt changed, where it still has the value shunt gave it, and removes the record.
 /// Without a record there is nothing to do.
 pub fn restore(settings: &Settings, path: &Path) -> Result<Vec<Restored>, SysctlError> {
-    let record = load(path)?;
-    // Looked at before anything is written: writing a main setting changes those that follow it.
     let mut done = Vec::new();
-    let mut ours: Vec<(&Sysctl, &Entry)> = Vec::new();
-    for (name, entry) in &record {
-        match settings.read(name) {
-            Ok(value) if value == entry.set => ours.push((name, entry)),
-            Ok(value) if value == entry.was => {}
-            Ok(_) if entry.followed && entry.was == entry.set => {}
-            Ok(value) => done.push(Restored::Foreign { name: name.clone(), value, ours: entry.set.clone() }),
-            Err(_) => done.push(Restored::Gone { name: name.clone() }),
-        }
-    }
-    ours.sort_by_key(|(_, entry)| entry.followed);
-    for (name, entry) in ours {
-        if settings.read(name)? != entry.was {
-            settings.write(name, &entry.was)?;
-        }
-        if entry.was != entry.set {
-            done.push(Restored::PutBack { name: name.clone(), from: entry.set.clone(), to: entry.was.clone() });
+    for (name, Entry { pair, followed }) in load(path)? {
+        match settings.read(&name) {
+            Ok(value) if value == pair.set => {
+                // Looked at before the write, which changes them.
+                let ours: Vec<_> = followed
+                    .into_iter()
+                    .filter(|(name, pair)| settings.read(name).is_ok_and(|value| value == pair.set))
+                    .collect();
+                settings.write(&name, &pair.was)?;
+                for (name, pair) in ours {
+                    if settings.read(&name).is_ok_and(|value| value != pair.was) {
+                        settings.write(&name, &pair.was)?;
+                    }
+                }
+                done.push(Restored::PutBack { name, from: pair.set, to: pair.was });
+            }
+            Ok(value) if value == pair.was => {}
+            Ok(value) => done.push(Restored::Foreign { name, value, ours: pair.set }),
+            Err(_) => done.push(Restored::Gone { name }),
         }
     }
     match fs::remove_file(path) {
