@@ -70,7 +70,7 @@ pub fn run(options: &Options) -> Result<()> {
             cargo::build_daemon_release()?;
         }
     }
-    root::become_root(&["--no-build"])?;
+    root::become_root()?;
     load::allow_descriptors(4 * measure::IDLE as u64)?;
 
     let binary = needs_shunt.then(cargo::daemon_release);

@@ -38,7 +38,7 @@ pub fn run(options: &Options) -> Result<()> {
         let args = ["build", "--locked", "--package", "proxy-userspace", "--bin", "shunt"];
         cargo::run("build: the daemon", &mut cargo::command(&args))?;
     }
-    root::become_root(&["--no-build"])?;
+    root::become_root()?;
     let mut stage = Stage::set(&cargo::workspace().join(&options.config))?;
     stage.print_map();
     let findings = acts::play(&mut stage)?;

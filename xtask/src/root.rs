@@ -10,21 +10,26 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use nix::unistd::geteuid;
 
+/// The option that `demo` and `bench` share.
+const NO_BUILD: &str = "--no-build";
+
 pub fn is_root() -> bool {
     geteuid().is_root()
 }
 
-/// Goes on as root: when we are not, replaces this process by itself under sudo, with its own arguments and `more`.
+/// Goes on as root: when we are not, replaces this process by itself under sudo, with its own arguments and `--no-build`,
+/// for what was to be built has been, by the user.
 ///
 /// # Errors
 /// When sudo cannot be started.
-pub fn become_root(more: &[&str]) -> Result<()> {
+pub fn become_root() -> Result<()> {
     if is_root() {
         return Ok(());
     }
     let program = env::current_exe().context("path of this program")?;
     crate::ui::note("network namespaces need root: asking sudo");
-    let error = Command::new("sudo").arg("-E").arg(program).args(env::args_os().skip(1)).args(more).exec();
+    let given = env::args_os().skip(1).filter(|arg| arg != NO_BUILD);
+    let error = Command::new("sudo").arg("-E").arg(program).args(given).arg(NO_BUILD).exec();
     Err(anyhow!(error).context("not root, and sudo cannot be started: run this as root"))
 }
 

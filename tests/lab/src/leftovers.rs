@@ -1,7 +1,7 @@
 //! What killed runs left behind.
 
 use std::{
-    fs,
+    env, fs,
     io::Write,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -18,7 +18,8 @@ use nix::{
 pub(crate) const PREFIX: &str = "shunt-";
 const NETNS: &str = "/run/netns";
 
-/// Removes the namespaces of labs whose process is gone, with the processes in them. Once per process.
+/// Removes the namespaces of labs whose process is gone, with the processes in them and their scratch folders. Once per
+/// process.
 pub(crate) fn remove_once() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -30,16 +31,25 @@ pub(crate) fn remove_once() {
         for name in &dead {
             let _ = remove(std::slice::from_ref(name));
         }
+        for folder in scratch_folders().filter(|name| owner_is_gone(name)) {
+            let _ = fs::remove_dir_all(env::temp_dir().join(folder));
+        }
     });
 }
 
 /// Names of all namespaces of all labs.
-pub(crate) fn namespaces() -> Vec<String> {
-    let Ok(entries) = fs::read_dir(NETNS) else { return Vec::new() };
-    entries
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.starts_with(PREFIX) && owner(name).is_some())
-        .collect()
+fn namespaces() -> Vec<String> {
+    named_by_labs(Path::new(NETNS)).collect()
+}
+
+/// Names of the scratch folders of all labs, which begin as their namespaces do.
+fn scratch_folders() -> impl Iterator<Item = String> {
+    named_by_labs(&env::temp_dir())
+}
+
+fn named_by_labs(dir: &Path) -> impl Iterator<Item = String> + use<> {
+    let names = fs::read_dir(dir).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter(|name| owner(name).is_some())
 }
 
 /// Removes namespaces by name, all in one call of `ip`.
