@@ -189,7 +189,8 @@ fn warnings(screen: &Screen) -> Vec<Line<'static>> {
 }
 
 fn table(routes: &[view::Route]) -> Table<'static> {
-    let header = ["ROUTE", "LISTENS ON", "ENGINE", "OPEN", "NEW/S", "IN", "OUT", "UP"];
+    let words = ["ROUTE", "LISTENS ON", "ENGINE"].map(Cell::from);
+    let numbers = ["OPEN", "NEW/S", "IN", "OUT", "UP"].map(|title| right(title.to_owned()));
     let widths = [
         Constraint::Fill(2),
         Constraint::Fill(2),
@@ -218,7 +219,9 @@ fn table(routes: &[view::Route]) -> Table<'static> {
             right(format!("{up}/{}", route.backends.len())).style(Style::new().fg(colour)),
         ])
     });
-    Table::new(rows, widths).header(Row::new(header).dim()).row_highlight_style(Style::new().reversed())
+    Table::new(rows, widths)
+        .header(Row::new(words.into_iter().chain(numbers)).dim())
+        .row_highlight_style(Style::new().reversed())
 }
 
 fn right(text: String) -> Cell<'static> {
