@@ -3,7 +3,7 @@
 mod preview;
 mod refusal;
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -100,14 +100,16 @@ pub fn replan(config: &Config, capabilities: &Capabilities, previous: Option<&Pl
     let middle = head..config.routes.len() - tail;
     let mut routes = Vec::with_capacity(config.routes.len());
     routes.extend_from_slice(&old[..head]);
-    routes.extend(middle.map(|index| Arc::new(plan_route(config, index, capabilities))));
+    let mut ports = Ports::default();
+    routes.extend(middle.map(|index| Arc::new(plan_route(config, index, capabilities, &mut ports))));
     routes.extend_from_slice(&old[old.len() - tail..]);
     Plan { routes }
 }
 
-fn plan_route(config: &Config, index: usize, capabilities: &Capabilities) -> RoutePlan {
+fn plan_route(config: &Config, index: usize, capabilities: &Capabilities, ports: &mut Ports) -> RoutePlan {
     let route = &config.routes[index];
-    let refused = refusal::refusals(config, route, capabilities);
+    let port = ports.of(config, route);
+    let refused = refusal::refusals(route, port, capabilities);
     let can = |engine| !refused.iter().any(|&(e, _)| e == engine);
     let engine = match route.engine {
         EngineChoice::Auto => Engine::ALL.into_iter().find(|&e| can(e)),
@@ -117,7 +119,7 @@ fn plan_route(config: &Config, index: usize, capabilities: &Capabilities) -> Rou
         EngineChoice::Auto => refused,
         EngineChoice::Forced(forced) => refused.into_iter().filter(|&(e, _)| e == forced).collect(),
     };
-    let (own_listens, shared_listens) = listens(config, index);
+    let (own_listens, shared_listens) = listens(config, index, port);
     RoutePlan {
         route: Arc::clone(route),
         engine,
@@ -128,19 +130,49 @@ fn plan_route(config: &Config, index: usize, capabilities: &Capabilities) -> Rou
     }
 }
 
-fn listens(config: &Config, index: usize) -> (Vec<Listen>, Vec<SharedListen>) {
+/// What the routes that share a port have in common, found out once for all of them.
+#[derive(Debug, Default)]
+struct Ports(HashMap<*const usize, Port>);
+
+#[derive(Debug, Default)]
+struct Port {
+    /// One of them that must read the stream.
+    reader: Option<RouteName>,
+    /// One of them listens on a range.
+    has_range: bool,
+    /// Who listens where, in file order.
+    listeners: HashMap<Listen, Vec<usize>>,
+}
+
+impl Ports {
+    fn of(&mut self, config: &Config, route: &Route) -> &Port {
+        let members = &route.shares_port_with;
+        self.0.entry(members.as_ptr()).or_insert_with(|| {
+            let mut port = Port::default();
+            for &index in members.iter() {
+                let member = &config.routes[index];
+                if port.reader.is_none() && refusal::reads_stream(member) {
+                    port.reader = Some(member.name.clone());
+                }
+                for &listen in &member.listen {
+                    port.has_range |= !listen.ports.is_single();
+                    port.listeners.entry(listen).or_default().push(index);
+                }
+            }
+            port
+        })
+    }
+}
+
+fn listens(config: &Config, index: usize, port: &Port) -> (Vec<Listen>, Vec<SharedListen>) {
     let route = &config.routes[index];
     let (mut own, mut shared) = (Vec::new(), Vec::new());
     for &listen in &route.listen {
-        let mut members: Vec<usize> = route.shares_port_with.to_vec();
-        members.retain(|&other| config.routes[other].listen.contains(&listen));
-        if members.is_empty() && route.matches.client.is_empty() {
+        let alone = [index];
+        let members = port.listeners.get(&listen).map_or(&alone[..], Vec::as_slice);
+        if members.len() == 1 && route.matches.client.is_empty() {
             own.push(listen);
-            continue;
-        }
-        members.push(index);
-        members.sort_unstable();
-        if members.first() == Some(&index) {
+        } else if members.first() == Some(&index) {
             let by = |&i: &usize| SharedBy {
                 route: config.routes[i].name.clone(),
                 client: config.routes[i].matches.client.clone(),

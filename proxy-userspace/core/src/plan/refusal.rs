@@ -4,7 +4,8 @@ use std::fmt;
 
 use crate::{
     capability::Capabilities,
-    config::{Balance, Config, Engine, Protocol, Route, RouteName, Target, TlsMode},
+    config::{Balance, Engine, Protocol, Route, RouteName, Target, TlsMode},
+    plan::Port,
     ruleset::Family,
 };
 
@@ -19,7 +20,7 @@ pub enum Refusal {
     LoopbackListen,
     /// The route listens on this family, and none of its backends is of it: NAT does not translate between families.
     NoBackendOfFamily(Family),
-    /// `match.client` on a port range, or listen addresses that overlap only in part.
+    /// Routes that share a port are told apart by `match.client`, and one of them listens on a range.
     ClientMatchOnRange,
     /// Some backends have a port, others keep the dialled one.
     MixedPorts,
@@ -62,7 +63,7 @@ impl fmt::Display for Refusal {
             Self::NoBackendOfFamily(Family::V4) => f.write_str("listens on IPv4, and no backend has an IPv4 address"),
             Self::NoBackendOfFamily(Family::V6) => f.write_str("listens on IPv6, and no backend has an IPv6 address"),
             Self::ClientMatchOnRange => {
-                f.write_str("match.client is served on single ports that the routes share exactly, not on overlapping ranges")
+                f.write_str("match.client is served on single ports, and a route on this port listens on a range")
             }
             Self::MixedPorts => f.write_str("some backends have a port and others keep the dialled one"),
             Self::Lacks(capability) => write!(f, "{capability}"),
@@ -103,22 +104,26 @@ impl fmt::Display for Capability {
 }
 
 /// Every reason against every engine, in order of preference.
-pub(super) fn refusals(config: &Config, route: &Route, capabilities: &Capabilities) -> Vec<(Engine, Refusal)> {
+pub(super) fn refusals(route: &Route, port: &Port, capabilities: &Capabilities) -> Vec<(Engine, Refusal)> {
     let mut refused: Vec<(Engine, Refusal)> =
-        nft(config, route, capabilities).into_iter().map(|r| (Engine::Nft, r)).collect();
+        nft(route, port, capabilities).into_iter().map(|r| (Engine::Nft, r)).collect();
     let others = [Engine::Handoff, Engine::Sockmap, Engine::Splice, Engine::Copy];
     refused.extend(others.map(|engine| (engine, Refusal::NotInThisBuild)));
     refused
 }
 
-fn nft(config: &Config, route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
+/// Whether the route must read or write the stream.
+pub(super) fn reads_stream(route: &Route) -> bool {
+    !needs(route).is_empty()
+}
+
+fn nft(route: &Route, port: &Port, capabilities: &Capabilities) -> Vec<Refusal> {
     let mut refusals: Vec<Refusal> = needs(route).into_iter().map(Refusal::NeedsStream).collect();
-    let siblings = || route.shares_port_with.iter().map(|&i| &config.routes[i]);
-    if let Some(reader) = siblings().find(|r| !needs(r).is_empty()) {
-        refusals.push(Refusal::SharesPortWith(reader.name.clone()));
+    if let Some(reader) = port.reader.as_ref().filter(|reader| **reader != route.name) {
+        refusals.push(Refusal::SharesPortWith(reader.clone()));
     }
     let matches_on_range = !route.matches.client.is_empty() && route.listen.iter().any(|l| !l.ports.is_single());
-    if matches_on_range || siblings().any(|sibling| overlaps_in_part(route, sibling)) {
+    if matches_on_range || port.has_range {
         refusals.push(Refusal::ClientMatchOnRange);
     }
     refusals.extend(addresses(route));
@@ -143,14 +148,6 @@ fn needs(route: &Route) -> Vec<Need> {
     need(route.backend_tls.is_some(), Need::BackendTls);
     need(route.balance == Balance::LeastConnections, Need::LeastConnections);
     needs
-}
-
-fn overlaps_in_part(route: &Route, sibling: &Route) -> bool {
-    let overlap = |a: &crate::config::Listen, b: &crate::config::Listen| {
-        a.address == b.address && a.ports.first <= b.ports.last && b.ports.first <= a.ports.last
-    };
-    let pairs = route.listen.iter().flat_map(|a| sibling.listen.iter().map(move |b| (a, b)));
-    pairs.into_iter().any(|(a, b)| overlap(a, b) && (a != b || !a.ports.is_single()))
 }
 
 fn addresses(route: &Route) -> Vec<Refusal> {
