@@ -142,16 +142,16 @@ pub async fn check(kind: HealthCheck, to: SocketAddr, limit: Duration) -> io::Re
     }
 }
 
-/// `OPTIONS / HTTP/1.0`, as HAProxy's `option httpchk`: 2xx and 3xx are good.
+/// `GET / HTTP/1.0`: 2xx and 3xx are good. The body is not read.
 async fn http(mut stream: TcpStream) -> io::Result<()> {
-    stream.write_all(b"OPTIONS / HTTP/1.0\r\n\r\n").await?;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
     let mut line = [0u8; 12];
     stream.read_exact(&mut line).await?;
     match &line {
         [b'H', b'T', b'T', b'P', b'/', b'1', b'.', _, b' ', b'2' | b'3', _, _] => Ok(()),
         other => {
             let status = String::from_utf8_lossy(other).into_owned();
-            Err(io::Error::new(io::ErrorKind::InvalidData, format!("answered {status:?} to OPTIONS /")))
+            Err(io::Error::new(io::ErrorKind::InvalidData, format!("answered {status:?} to GET /")))
         }
     }
 }

@@ -73,9 +73,8 @@ listen = ["10.88.1.1:443"]
 backends = ["10.88.2.2:80"]
 health = { check = "tls", interval = "200ms", timeout = "300ms", rise = 1, fall = 2 }
 "#)?;
-    // nginx answers OPTIONS for a static file with 405: alive, but not what the check wants to hear.
     wait_until("a port that only accepts is not enough", SOON, || {
-        shunt.route("web").is_ok_and(|r| r["backends"][1]["up"] == false)
+        shunt.route("web").is_ok_and(|r| r["backends"][0]["up"] == true && r["backends"][1]["up"] == false)
             && shunt.route("tls").is_ok_and(|r| r["backends"][0]["up"] == false)
     })
 }

@@ -182,3 +182,6 @@ fn listens(config: &Config, index: usize, port: &Port) -> (Vec<Listen>, Vec<Shar
     }
     (own, shared)
 }
+
+#[cfg(test)]
+mod tests;

@@ -259,7 +259,7 @@ tables! {
         key("tls_handshake", TIMEOUT, "\"5s\"",
             "To finish the TLS handshake.").default("\"10s\""),
         key("idle", TIMEOUT_OR_NEVER, "\"10m\"",
-            "Without a byte in either direction.").default("\"4h\""),
+            "Without a byte in either direction; 2m for a UDP route unless it or [defaults] says otherwise.").default("\"4h\""),
         key("half_closed", TIMEOUT_OR_NEVER, "\"5m\"",
             "After one side has finished; counted only while no byte moves.").default("\"30m\""),
         key("lifetime", TIMEOUT_OR_NEVER, "\"1d\"",

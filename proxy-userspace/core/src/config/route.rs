@@ -33,6 +33,10 @@ pub(super) fn route(
     let matches = matches(&section.child("match")?, protocol)?;
     let certain = section.source.count() == known;
     let claimed = claims.len();
+    let base = match protocol {
+        Protocol::Tcp => &defaults.timeouts,
+        Protocol::Udp => &defaults.udp_timeouts,
+    };
     let listen = listen(section, index, protocol, claims);
     if !certain {
         // A mistyped match must not also be reported as the match of another route.
@@ -51,7 +55,7 @@ pub(super) fn route(
         deny: section.value("deny", networks)?,
         keepalive: section.value_or("keepalive", defaults.keepalive, Field::choice)?,
         limits: limits(&section.child("limits")?, Some(&defaults.limits))?,
-        timeouts: timeouts(&section.child("timeouts")?, Some(&defaults.timeouts))?,
+        timeouts: timeouts(&section.child("timeouts")?, Some(base))?,
         health: section.given("health").and_then(|field| health(&field.section()?)),
         tls: section.given("tls").and_then(|field| tls::tls(&field.section()?)),
         backend_tls: section.given("backend_tls").and_then(|field| tls::backend_tls(&field.section()?)),

@@ -1,6 +1,6 @@
 //! `[admin]`, `[log]`, `[kernel]`, and what `[defaults]` and a route have in common.
 
-use std::{num::NonZeroU32, os::unix::ffi::OsStrExt as _};
+use std::{num::NonZeroU32, os::unix::ffi::OsStrExt as _, time::Duration};
 
 use super::{
     address,
@@ -44,10 +44,15 @@ pub(super) fn kernel(section: &Section<'_>) -> Option<Kernel> {
     Some(Kernel { mark_mask: mark_mask?, lock_table: lock_table? })
 }
 
+/// A UDP flow that nobody said anything about is forgotten after this (RFC 4787 REQ-5: no sooner).
+const UDP_IDLE: Duration = Duration::from_secs(120);
+
 /// `[defaults]`: what a route has when it says nothing itself.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Defaults {
     pub timeouts: Timeouts,
+    /// The same for UDP, which has no end but silence.
+    pub udp_timeouts: Timeouts,
     pub limits: Limits,
     /// `None`: the default of the route's own key.
     pub keepalive: Option<Keepalive>,
@@ -56,13 +61,19 @@ pub(super) struct Defaults {
 }
 
 pub(super) fn defaults(section: &Section<'_>) -> Option<Defaults> {
-    let timeouts = timeouts(&section.child("timeouts")?, None);
+    let given = section.child("timeouts")?;
+    let timeouts = timeouts(&given, None);
+    let udp_timeouts = timeouts.map(|timeouts| match given.given("idle") {
+        Some(_) => timeouts,
+        None => Timeouts { idle: Some(UDP_IDLE), ..timeouts },
+    });
     let limits = limits(&section.child("limits")?, None);
     Some(Defaults {
         keepalive: section.given("keepalive").and_then(|field| field.choice()),
         engine: section.given("engine").and_then(|field| field.choice()),
         balance: section.given("balance").and_then(|field| field.choice()),
         timeouts: timeouts?,
+        udp_timeouts: udp_timeouts?,
         limits: limits?,
     })
 }

@@ -1,0 +1,118 @@
+use std::path::Path;
+
+use super::*;
+use crate::config::{Protocol, parse};
+
+fn planned(text: &str, capabilities: &Capabilities) -> Plan {
+    plan(&parse(text, Path::new("/test.toml")).unwrap_or_else(|problems| panic!("{problems}")), capabilities)
+}
+
+fn route(extra: &str) -> String {
+    format!("[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:80\"]\nbackends = [\"10.0.1.1:80\"]\n{extra}\n")
+}
+
+/// Why nft does not serve the first route.
+fn refusals(text: &str, capabilities: &Capabilities) -> Vec<Refusal> {
+    let plan = planned(text, capabilities);
+    plan.routes[0].refused.iter().filter(|(e, _)| *e == Engine::Nft).map(|(_, r)| r.clone()).collect()
+}
+
+#[test]
+fn a_plain_route_is_served_by_nft() {
+    let plan = planned(&route(""), &Capabilities::all());
+    assert_eq!(plan.routes[0].engine, Some(Engine::Nft));
+    assert!(plan.unserved().is_empty());
+}
+
+#[test]
+fn what_must_read_or_write_the_stream_is_refused_with_the_key_that_says_so() {
+    let cases = [
+        ("match = { sni = [\"a.example\"] }\ntls = { mode = \"passthrough\" }", vec![Need::Sni, Need::TlsPassthroughCheck]),
+        ("proxy_protocol = { send = \"v1\" }", vec![Need::SendProxy]),
+        ("proxy_protocol = { accept_from = [\"10.0.0.0/8\"] }", vec![Need::AcceptProxy]),
+        ("balance = \"least-connections\"", vec![Need::LeastConnections]),
+    ];
+    for (extra, needs) in cases {
+        let wanted: Vec<Refusal> = needs.into_iter().map(Refusal::NeedsStream).collect();
+        assert_eq!(refusals(&route(extra), &Capabilities::all()), wanted, "{extra}");
+    }
+}
+
+#[test]
+fn a_plain_route_goes_where_its_neighbour_on_the_port_must_be_read() {
+    let text = format!(
+        "{}[[route]]\nname = \"shop\"\nlisten = [\"10.0.0.1:80\"]\nmatch = {{ sni = [\"a.example\"] }}\ntls = {{ mode = \"passthrough\" }}\nbackends = [\"10.0.1.2:80\"]\n",
+        route("")
+    );
+    let shop = RouteName::new("shop").expect("valid");
+    assert_eq!(refusals(&text, &Capabilities::all()), [Refusal::SharesPortWith(shop)]);
+}
+
+#[test]
+fn what_the_kernel_lacks_rules_out_only_the_routes_that_need_it() {
+    let without = |change: fn(&mut Capabilities)| {
+        let mut capabilities = Capabilities::all();
+        change(&mut capabilities);
+        capabilities
+    };
+    let limited = route("limits = { connections = 5 }");
+    let no_count = without(|c| c.nft_connlimit = false);
+    assert_eq!(refusals(&limited, &no_count), [Refusal::Lacks(Capability::NftConnlimit)]);
+    assert!(refusals(&route(""), &no_count).is_empty());
+    let no_timeouts = without(|c| c.nft_ct_timeout = false);
+    let impatient = route("timeouts = { connect = \"1s\" }");
+    assert_eq!(refusals(&impatient, &no_timeouts), [Refusal::Lacks(Capability::NftCtTimeout)]);
+    assert!(refusals(&route(""), &no_timeouts).is_empty());
+    assert_eq!(refusals(&route(""), &without(|c| c.net_admin = false)), [Refusal::Lacks(Capability::NetAdmin)]);
+}
+
+#[test]
+fn addresses_that_nat_cannot_bring_together_are_refused() {
+    let with = |listen: &str, backend: &str| {
+        format!("[[route]]\nname = \"web\"\nlisten = [\"{listen}\"]\nbackends = [\"{backend}\"]\n")
+    };
+    let all = Capabilities::all();
+    let v6 = ruleset_family(6);
+    assert_eq!(refusals(&with("[fd00::1]:80", "10.0.1.1:80"), &all), [Refusal::NoBackendOfFamily(v6)]);
+    assert_eq!(refusals(&with("127.0.0.1:80", "10.0.1.1:80"), &all), [Refusal::LoopbackListen]);
+    assert!(refusals(&with("127.0.0.1:80", "127.0.0.1:8080"), &all).is_empty());
+    assert!(refusals(&with("[fd00::1]:80", "backend.example:80"), &all).is_empty());
+}
+
+fn ruleset_family(version: u8) -> crate::ruleset::Family {
+    if version == 6 { crate::ruleset::Family::V6 } else { crate::ruleset::Family::V4 }
+}
+
+#[test]
+fn a_forced_engine_that_cannot_serve_is_an_error_that_says_why() {
+    let plan = planned(&route("engine = \"splice\""), &Capabilities::all());
+    assert_eq!(plan.routes[0].engine, None);
+    let [unserved] = &plan.unserved()[..] else { panic!("one route") };
+    assert_eq!(unserved.to_string(), "route \"web\": no engine can serve it here: splice: not in this version of shunt");
+}
+
+#[test]
+fn a_replan_takes_over_what_has_not_changed() {
+    let file = |middle: &str| {
+        let one = |n: usize, port: usize, to: &str| {
+            format!("[[route]]\nname = \"r{n}\"\nlisten = [\"10.0.0.1:{port}\"]\nbackends = [\"{to}\"]\n")
+        };
+        let text: String = (0..20).map(|n| one(n, 1000 + n, if n == 7 { middle } else { "10.0.1.1:80" })).collect();
+        parse(&text, Path::new("/test.toml")).unwrap_or_else(|problems| panic!("{problems}"))
+    };
+    let all = Capabilities::all();
+    let before = plan(&file("10.0.1.1:80"), &all);
+    let after = replan(&file("10.0.1.2:80"), &all, Some(&before));
+    let kept = before.routes.iter().zip(&after.routes).filter(|(a, b)| Arc::ptr_eq(a, b)).count();
+    assert_eq!(kept, 19);
+    assert_eq!(after, plan(&file("10.0.1.2:80"), &all));
+}
+
+#[test]
+fn udp_routes_have_udp_timeouts() {
+    let silent = planned(&route("protocol = \"udp\""), &Capabilities::all());
+    assert_eq!(crate::ruleset::timeout_policy(&silent.routes[0].route), crate::ruleset::TimeoutPolicy::UDP_STANDARD);
+    let plan = planned(&route("protocol = \"udp\"\ntimeouts = { idle = \"90s\" }"), &Capabilities::all());
+    assert_eq!(plan.routes[0].route.protocol, Protocol::Udp);
+    assert_eq!(crate::ruleset::timeout_policy(&plan.routes[0].route), crate::ruleset::TimeoutPolicy::udp(90));
+}
