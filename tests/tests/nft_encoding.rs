@@ -1,5 +1,7 @@
 //! What the kernel shell says to nf_tables, held against what `nft` says and what the kernel then has.
 
+#[path = "nft_encoding/batches.rs"]
+mod batches;
 #[path = "nft_encoding/everything.rs"]
 mod everything;
 #[path = "nft_encoding/random.rs"]
@@ -9,6 +11,7 @@ mod support;
 
 use std::{collections::BTreeMap, net::IpAddr, time::Instant};
 
+use batches::*;
 use everything::*;
 use nix::errno::Errno;
 use proptest::prelude::*;
@@ -152,15 +155,8 @@ fn the_culprit_is_told_also_behind_ranges() {
     in_namespace(|| {
         let mut nft = KernelNft::open().expect("a netlink socket");
         nft.apply(&install(&everything(), false)).expect("the batch is taken");
-        let spec = sets()["ports"].spec.clone();
-        let port = |first, last| Change::AddElement {
-            set: "ports".into(),
-            spec: spec.clone(),
-            key: Key::new(&[KeyPart::Port(first)]),
-            element: Element { last: Some(Key::new(&[KeyPart::Port(last)])), ..element(Value::None) },
-        };
         // The third range overlaps 1000-1999.
-        let changes = [port(10, 20), port(22, 30), port(1500, 2500), port(3000, 3001)];
+        let changes = [new_ports(10, 20), new_ports(22, 30), new_ports(1500, 2500), new_ports(3000, 3001)];
         assert_eq!(refusals(nft.apply(&changes))[0].change, Some(2));
     });
 }
@@ -180,12 +176,36 @@ fn elements_come_and_go_and_a_table_can_be_taken_down_piece_by_piece() {
         nft.apply(&swap).expect("an element can be swapped in one batch");
         assert_eq!(nft.snapshot().expect("a snapshot").sets["be4p"].elements[&key].value, host("10.2.2.2"));
 
+        let swap = [
+            old_ports(1000, 1999),
+            old_ports(60_000, 65_535),
+            new_ports(1000, 2500),
+            new_ports(2501, 2501),
+            new_ports(60_000, 61_000),
+            new_ports(61_001, 65_535),
+        ];
+        nft.apply(&swap).expect("ranges can be swapped in one batch");
+        let snapshot = nft.snapshot().expect("a snapshot");
+        let mut ranges: Vec<_> = snapshot.sets["ports"].elements.iter().map(|(key, it)| (key, &it.last)).collect();
+        ranges.sort();
+        let port = |port| Key::new(&[KeyPart::Port(port)]);
+        let wanted = [(80, 80), (1000, 2500), (2501, 2501), (60_000, 61_000), (61_001, 65_535)];
+        let wanted = wanted.map(|(first, last)| (port(first), Some(port(last))));
+        assert_eq!(ranges, wanted.iter().map(|(first, last)| (first, last)).collect::<Vec<_>>());
+
+        let ruleset = Ruleset { sets: ruleset.sets.into_iter().map(without_ranges).collect(), ..ruleset };
         nft.apply(&tear_down(&ruleset)).expect("everything can be deleted in one batch");
         let empty = Snapshot { table: nft.snapshot().expect("a snapshot").table, ..Snapshot::default() };
         assert_eq!(nft.snapshot().expect("a snapshot"), empty);
         nft.apply(&[Change::DeleteTable]).expect("the table can be deleted");
         assert_eq!(nft.snapshot().expect("a snapshot"), Snapshot::default());
     });
+}
+
+/// Ranges go with their set; the other elements are deleted one by one before.
+fn without_ranges((name, mut set): (String, Set)) -> (String, Set) {
+    set.elements.retain(|_, element| element.last.is_none());
+    (name, set)
 }
 
 #[test]
@@ -314,66 +334,6 @@ fn fifty_thousand_elements_go_in_and_come_back_in_one_batch_each() {
     });
 }
 
-/// Batches that are refused and taken, on top of [`everything`], each on what the ones before left.
-fn batches() -> Vec<Vec<Change>> {
-    let (sets, chains) = (sets(), chains());
-    let spec = |set: &str| sets[set].spec.clone();
-    let mark = |mark| Key::new(&[KeyPart::Mark(mark)]);
-    let port = |port| Key::new(&[KeyPart::Port(port)]);
-    let add = |set: &str, key, element| Change::AddElement { set: set.into(), spec: spec(set), key, element };
-    let delete = |set: &str, key, last| Change::DeleteElement { set: set.into(), spec: spec(set), key, last };
-    let range = |first, last| add("ports", port(first), Element { last: Some(port(last)), ..element(Value::None) });
-    let goto = |name: &str| element(Value::Goto(name.into()));
-    let chain = |name: &str, base| Change::AddChain { name: name.into(), chain: Chain { base, rules: vec![] } };
-    let rule = |chain: &str, statement| Change::AddRules { chain: chain.into(), rules: vec![vec![statement]] };
-    vec![
-        install(&everything(), true),
-        vec![Change::AddTable { lock: true }],
-        // The same value again, another value, a missing one.
-        vec![add_host(&spec("be4p"), 0x800, "10.0.0.1")],
-        vec![add_host(&spec("be4p"), 0x800, "10.0.0.2"), add_host(&spec("be4p"), 0x900, "10.0.0.2")],
-        vec![delete("be4p", mark(0x900), None)],
-        vec![delete("be4p", mark(0x800), None), add_host(&spec("be4p"), 0x800, "10.0.0.2")],
-        vec![delete("be4p", mark(0x800), None), delete("be4p", mark(0x800), None)],
-        // Ranges: the same again, inside, around, over the border, beside.
-        vec![range(1000, 1999)],
-        vec![range(1100, 1200)],
-        vec![range(900, 2100)],
-        vec![range(1999, 2000)],
-        vec![range(999, 1000)],
-        vec![range(2000, 2000), range(998, 999)],
-        vec![delete("ports", port(60_000), Some(port(65_535)))],
-        vec![delete("ports", port(1000), Some(port(1500)))],
-        // Sets, made again as they are or otherwise.
-        vec![Change::AddSet { name: "be4p".into(), spec: spec("be4p") }],
-        vec![Change::AddSet { name: "be4p".into(), spec: spec("be6p") }],
-        vec![Change::DeleteSet { name: "be4p".into() }],
-        vec![Change::DeleteSet { name: "nowhere".into() }],
-        // Chains and what names them.
-        vec![chain("guard", None)],
-        vec![chain("pre", chains["pre"].base)],
-        vec![chain("pre", chains["output"].base)],
-        vec![add("lb", mark(0x2000), goto("nowhere"))],
-        vec![rule("guard", Statement::Jump("nowhere".into()))],
-        vec![rule("nowhere", Statement::Accept)],
-        vec![rule("guard", is_in(&[MARK], "be4p"))],
-        vec![rule("guard", Statement::VerdictMap { key: vec![MARK], map: "kill".into() })],
-        vec![rule("guard", Statement::SetTimeout("nowhere".into()))],
-        vec![Change::FlushChain { name: "nowhere".into() }],
-        vec![Change::DeleteChain { name: "guard".into() }],
-        vec![Change::DeleteChain { name: "route".into() }],
-        vec![Change::DeleteTimeout { name: "tcp-short".into() }],
-        vec![Change::FlushChain { name: "routed".into() }, Change::DeleteTimeout { name: "tcp-short".into() }],
-        vec![chain("new", None), add("lb", mark(0x2000), goto("new")), rule("new", Statement::Return)],
-        vec![delete("lb", mark(0x2000), None), Change::DeleteChain { name: "new".into() }],
-        vec![Change::DeleteTable],
-        vec![Change::DeleteTable],
-        vec![Change::AddSet { name: "be4p".into(), spec: spec("be4p") }],
-        vec![Change::AddTable { lock: false }],
-        vec![Change::AddTable { lock: true }],
-    ]
-}
-
 /// What a batch came to, without the words of it.
 fn outcome(result: Result<(), NftError>) -> Result<(), Vec<Option<usize>>> {
     result.map_err(|error| match error {
@@ -433,14 +393,22 @@ fn set_name(change: &Change) -> &str {
     }
 }
 
-/// CPU time of this thread, the kernel's part included, and the most memory the process had: ms, MiB.
-fn used() -> (i64, i64) {
+/// CPU time of this thread, the kernel's part included, ms.
+fn cpu() -> i64 {
     use nix::sys::{
         resource::{UsageWho, getrusage},
         time::TimeValLike,
     };
     let usage = getrusage(UsageWho::RUSAGE_THREAD).expect("usage");
-    (usage.user_time().num_milliseconds() + usage.system_time().num_milliseconds(), usage.max_rss() / 1024)
+    usage.user_time().num_milliseconds() + usage.system_time().num_milliseconds()
+}
+
+/// The most memory of the process since the last call, KiB.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("procfs");
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
+    std::fs::write("/proc/self/clear_refs", "5").expect("procfs");
+    peak.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
 #[test]
@@ -450,14 +418,14 @@ fn what_a_quarter_of_a_million_elements_cost() {
         let mut nft = KernelNft::open().expect("a netlink socket");
         nft.apply(&install(&everything(), true)).expect("the batch is taken");
         let changes = many_routes();
-        let mut before = used();
-        let mut clock = Instant::now();
+        peak_memory();
+        let (mut clock, mut used) = (Instant::now(), cpu());
         let mut lap = |what: &str| {
-            let after = used();
-            let wall = clock.elapsed().as_micros();
-            println!("{what}: {wall} µs, CPU {} ms, memory at most {} → {} MiB", after.0 - before.0, before.1, after.1);
-            (before, clock) = (used(), Instant::now());
+            let (wall, busy) = (clock.elapsed().as_millis(), cpu() - used);
+            println!("{what}: {wall} ms, CPU {busy} ms, memory at most {} MiB", peak_memory() / 1024);
+            (clock, used) = (Instant::now(), cpu());
         };
+        lap("nothing");
         nft.apply(&changes).expect("the batch is taken");
         lap("250,000 elements in");
         nft.apply(&[add_host(&sets()["be4p"].spec, 0x2000, "10.1.0.1")]).expect("the batch is taken");
@@ -465,7 +433,9 @@ fn what_a_quarter_of_a_million_elements_cost() {
         nft.counters("r4").expect("counters");
         lap("50,000 counters, maybe of a table that still grows");
         nft.counters("r4").expect("counters");
-        lap("50,000 counters");
+        lap("50,000 counters of keys with comments");
+        nft.counters("acct").expect("counters");
+        lap("50,000 counters of bare marks");
         let elements: usize = nft.snapshot().expect("a snapshot").sets.values().map(|set| set.elements.len()).sum();
         lap(&format!("a snapshot of {elements} elements"));
     });

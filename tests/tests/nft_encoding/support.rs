@@ -133,6 +133,18 @@ pub fn add_host(spec: &SetSpec, mark: u32, host: &str) -> Change {
     }
 }
 
+/// A range more or less in a set of ports.
+pub fn new_ports(first: u16, last: u16) -> Change {
+    let (key, last) = (Key::new(&[KeyPart::Port(first)]), Some(Key::new(&[KeyPart::Port(last)])));
+    let element = Element { last, ..element(Value::None) };
+    Change::AddElement { set: "ports".into(), spec: interval(Field::Port, None).spec, key, element }
+}
+
+pub fn old_ports(first: u16, last: u16) -> Change {
+    let (key, last) = (Key::new(&[KeyPart::Port(first)]), Some(Key::new(&[KeyPart::Port(last)])));
+    Change::DeleteElement { set: "ports".into(), spec: interval(Field::Port, None).spec, key, last }
+}
+
 /// Everything of a ruleset, into an empty or missing table.
 pub fn install(ruleset: &Ruleset, lock: bool) -> Vec<Change> {
     let mut changes = vec![Change::AddTable { lock }];

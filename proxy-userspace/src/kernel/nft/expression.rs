@@ -162,10 +162,9 @@ impl RuleObject {
             let header = sys::nftnl_nlmsg_build_hdr(words.as_mut_ptr().cast::<c_char>(), kind, family, flags, 0);
             sys::nftnl_rule_nlmsg_build_payload(header, self.0.as_ptr());
         }
-        let mut bytes: Vec<u8> = words.into_iter().flat_map(u64::to_ne_bytes).collect();
-        let length = bytes.first_chunk().copied().map_or(0, u32::from_ne_bytes);
-        bytes.truncate(length as usize);
-        bytes
+        let mut length = [0; 4];
+        length.iter_mut().zip(words.iter().flat_map(|word| word.to_ne_bytes())).for_each(|(to, from)| *to = from);
+        words.iter().flat_map(|word| word.to_ne_bytes()).take(u32::from_ne_bytes(length) as usize).collect()
     }
 
     /// From a message of the kernel; `None` when it has an expression libnftnl does not know.

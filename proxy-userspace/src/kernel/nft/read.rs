@@ -137,7 +137,7 @@ enum Size {
     Changing,
     /// `NFTA_SET_COUNT`
     Known(usize),
-    /// Before v6.17.
+    /// By an older kernel.
     Untold,
 }
 

@@ -77,7 +77,7 @@ pub mod set {
     pub const USERDATA: u16 = 13;
     pub const EXPR: u16 = 17;
     pub const EXPRESSIONS: u16 = 18;
-    /// v6.17+
+    /// Told by v6.18, not by v6.1.
     pub const COUNT: u16 = 20;
     pub const DESC_SIZE: u16 = 1;
     pub const F_INTERVAL: u32 = 0x4;
