@@ -51,7 +51,7 @@ table inet t {
   chain post { type nat hook postrouting priority srcnat; ct mark != 0 masquerade; }
   chain forw {
     type filter hook forward priority filter
-    meta l4proto tcp ct mark and 0x700 == 0x700 reject with tcp reset
+    tcp flags & (syn|rst) == 0 ct mark and 0x700 == 0x700 reject with tcp reset
     ip daddr 10.77.2.2 tcp dport 8082 drop
     tcp flags & (fin|rst) == fin jump fin
     tcp flags & rst == rst ct mark and 0x700 <= 0x200 jump rst
@@ -590,12 +590,27 @@ fn counters_of_a_long_flow_move_while_it_lives_and_the_log_line_agrees() {
     }
 }
 
+/// TCP connections of this namespace in the state ESTABLISHED.
+fn established() -> usize {
+    ["tcp", "tcp6"]
+        .iter()
+        .map(|table| std::fs::read_to_string(format!("/proc/thread-self/net/{table}")).expect("procfs"))
+        .map(|table| table.lines().filter(|line| line.split_whitespace().nth(3) == Some("01")).count())
+        .sum()
+}
+
 #[test]
 fn a_killed_connection_is_reset_at_both_ends() {
+    for (listen, server) in [("10.77.1.1:80", "10.77.2.2:8080"), ("[fd77:1::1]:80", "[fd77:2::2]:8080")] {
+        kill_one(listen, server);
+    }
+}
+
+fn kill_one(listen: &str, server: &str) {
     let lab = Lab::new();
-    lab.serve("10.77.2.2:8080", echo);
+    lab.serve(server, echo);
     let running = Running::start(&lab);
-    let mut stream = lab.connect("10.77.1.1:80");
+    let mut stream = lab.connect(listen);
     round_trip(&mut stream, 10);
     let id = running.connections()[0].id.clone();
     let killed = running.kill(&id).expect("killed");
@@ -603,9 +618,18 @@ fn a_killed_connection_is_reset_at_both_ends() {
     running.kill(&id).expect_err("dead already");
     running.kill("00000000000000zz").expect_err("no id");
     stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
-    // The reset answers the next packet.
-    let error = stream.write_all(b"x").and_then(|()| stream.read_exact(&mut [0])).expect_err("cut");
+    // Neither end has anything to say; and the entry is still there.
+    let killed_at = Instant::now();
+    let error = stream.read_exact(&mut [0]).expect_err("cut");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    lab.inside("b", || {
+        let deadline = Instant::now() + PATIENCE;
+        while established() > 0 {
+            assert!(Instant::now() < deadline, "the backend was not told");
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    assert!(killed_at.elapsed() < Duration::from_millis(900), "{:?}", killed_at.elapsed());
     running.terminated("web", Reason::Killed, 1);
     assert!(running.stop().contains("reason=killed"));
 }
