@@ -319,7 +319,10 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_connection_ends_once_and_the_table_agrees_with_the_kernel(steps in prop::collection::vec(step(), 1..120)) {
+    fn every_connection_ends_once_and_the_table_agrees_with_the_kernel(
+        lossy: bool,
+        steps in prop::collection::vec(step(), 1..120),
+    ) {
         let mut kernel = Kernel::new(1000, lossy);
         for step in steps {
             kernel.run(step);
