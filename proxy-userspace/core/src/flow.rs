@@ -14,6 +14,8 @@ mod timers;
 mod verdict;
 
 #[cfg(test)]
+mod limit_tests;
+#[cfg(test)]
 mod model_tests;
 #[cfg(test)]
 mod table_tests;

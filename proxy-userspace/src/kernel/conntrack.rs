@@ -1,6 +1,7 @@
 //! Conntrack over netlink (`nf_conntrack_netlink`): events, dumps, and changes to single entries.
 
 mod netlink;
+mod nudge;
 pub mod parse;
 mod socket;
 pub mod twin;
@@ -73,6 +74,10 @@ pub trait Conntrack {
 
     /// Deletes the entries, if they are still the same ones.
     fn delete(&mut self, keys: &[EntryKey]) -> Result<usize, ConntrackError>;
+
+    /// Makes both ends of these TCP flows, already marked as cut, answer something, so that the ruleset resets them now
+    /// and not with their next packet. Best effort.
+    fn nudge(&mut self, keys: &[EntryKey]);
 
     /// `None` where this network namespace does not tell.
     fn usage(&self) -> Option<Usage>;

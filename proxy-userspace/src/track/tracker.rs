@@ -27,6 +27,8 @@ const BUSY: usize = 32;
 const REST: Duration = Duration::from_millis(10);
 /// How long the ends of a cut flow have to be answered with a reset before the entry goes.
 const GRACE: Duration = Duration::from_secs(1);
+/// Flows told of their end at once in one go; the others hear of it with their next packet.
+const NUDGED: usize = 2000;
 /// Dumps take at most one part in so many of a core.
 const DUMP_SHARE: u32 = 40;
 /// With fewer lingering entries than this, leaving them out of a dump saves nothing.
@@ -245,6 +247,7 @@ impl<C: Conntrack> Task<C> {
         if let Err(error) = result {
             self.failed(&error);
         }
+        self.conntrack.nudge(&tcp[..tcp.len().min(NUDGED)]);
         self.condemned.extend(tcp.into_iter().map(|key| (now.mono + GRACE, key)));
     }
 

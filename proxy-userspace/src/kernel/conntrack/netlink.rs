@@ -9,7 +9,9 @@ use proxy_core::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    Conntrack, ConntrackError, Drained, MarkFilter, Usage, parse,
+    Conntrack, ConntrackError, Drained, MarkFilter, Usage,
+    nudge::Nudge,
+    parse,
     socket::{Batch, EventSocket, RequestSocket},
     wire::{self, Messages, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, Requests, cta},
 };
@@ -29,6 +31,7 @@ pub struct NetlinkConntrack {
     id_mask: u32,
     events: AsyncFd<EventSocket>,
     asks: RequestSocket,
+    nudge: Nudge,
     requests: Requests,
     sequence: u32,
 }
@@ -42,12 +45,32 @@ impl NetlinkConntrack {
         // registration does.
         let events = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
             .map_err(|error| ConntrackError::Call { call: "epoll_ctl(EPOLL_CTL_ADD)", source: error.into() })?;
-        Ok(Self { id_mask, events, asks: RequestSocket::open()?, requests: Requests::default(), sequence: 0 })
+        Ok(Self {
+            id_mask,
+            events,
+            asks: RequestSocket::open()?,
+            nudge: Nudge::open(),
+            requests: Requests::default(),
+            sequence: 0,
+        })
     }
 
     /// Sets the seconds until each entry expires, if no packet comes.
     pub fn set_timeout(&mut self, keys: &[EntryKey], seconds: u32) -> Result<usize, ConntrackError> {
         self.change("set timeout", wire::CT_NEW, keys, |requests, _| requests.be32(cta::TIMEOUT, seconds))
+    }
+
+    /// One entry, if it is still there.
+    fn get(&mut self, key: &EntryKey) -> Option<Entry> {
+        let sequence = self.next_sequence();
+        self.requests.clear();
+        self.requests.start(wire::CT_GET, 0, sequence, wire::family(key));
+        self.requests.original(key);
+        self.requests.finish();
+        self.asks.send(self.requests.bytes()).ok()?;
+        // Exactly one answer comes: the entry, or an error.
+        let answer = Messages(self.asks.receive().ok()?).find(|message| message.sequence == sequence)?;
+        parse::entry(answer.payload, self.id_mask).filter(|entry| entry.id == key.id)
     }
 
     fn next_sequence(&mut self) -> u32 {
@@ -198,6 +221,14 @@ impl Conntrack for NetlinkConntrack {
 
     fn delete(&mut self, keys: &[EntryKey]) -> Result<usize, ConntrackError> {
         self.change("delete", wire::CT_DELETE, keys, |requests, key| requests.be32(cta::ID, key.id))
+    }
+
+    fn nudge(&mut self, keys: &[EntryKey]) {
+        for key in keys {
+            if let Some(entry) = self.get(key) {
+                self.nudge.both_ends(&entry);
+            }
+        }
     }
 
     fn usage(&self) -> Option<Usage> {

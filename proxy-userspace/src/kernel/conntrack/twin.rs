@@ -119,6 +119,8 @@ impl Conntrack for TwinConntrack {
         Ok(ids.len())
     }
 
+    fn nudge(&mut self, _keys: &[EntryKey]) {}
+
     fn usage(&self) -> Option<Usage> {
         Some(Usage { entries: self.shared.table.borrow().entries.len() as u64, max: 262_144 })
     }

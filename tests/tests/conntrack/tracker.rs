@@ -1,0 +1,320 @@
+//! The tracker in the gateway.
+
+use std::{
+    collections::HashSet,
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, TcpStream},
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use proxy_core::{
+    config::{AccessLog as Filter, LogFormat, Protocol},
+    flow::{RouteInfo, RouteTable},
+    reason::Reason,
+    view,
+};
+use proxy_userspace::{
+    access_log::AccessLog,
+    control::{ConnectionFilter, FlowCommand, FlowState},
+    kernel::conntrack::NetlinkConntrack,
+    track::{Clock, DropUdp, Input, Options, Tracker},
+};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::lab::{BUFFER, Lab, PATIENCE, TCP_ROUTE, UDP_ROUTE, echo, layout, round_trip};
+
+fn route(name: &str, protocol: Protocol) -> Arc<RouteInfo> {
+    Arc::new(RouteInfo {
+        name: name.into(),
+        protocol,
+        idle: None,
+        half_closed: None,
+        lifetime: None,
+        kernel_timeouts: true,
+        drain_until: None,
+    })
+}
+
+/// A tracker in the gateway.
+struct Running {
+    tracker: Option<Tracker>,
+    runtime: tokio::runtime::Runtime,
+    clock: Clock,
+    drained: mpsc::Receiver<u32>,
+    log: Page,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Page(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Page {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("page").extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Running {
+    fn start(lab: &Lab) -> Self {
+        let (drained_out, drained) = mpsc::channel(8);
+        let (clock, log) = (Clock::start(), Page::default());
+        let options = Options {
+            layout: layout(),
+            interval: Duration::from_millis(200),
+            max_flows: 1000,
+            clock,
+            access_log: AccessLog::new(LogFormat::Text, Filter::All, log.clone()).expect("thread"),
+            drained: drained_out,
+        };
+        let id_mask = layout().id_mask();
+        let tracker = lab.inside("g", || Tracker::spawn(options, move || NetlinkConntrack::open(id_mask, BUFFER)));
+        let tracker = Some(tracker.expect("tracker"));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let running = Self { tracker, runtime, clock, drained, log };
+        running.send(Input::Routes(Self::routes()));
+        running
+    }
+
+    fn routes() -> RouteTable {
+        RouteTable::from([(TCP_ROUTE, route("web", Protocol::Tcp)), (UDP_ROUTE, route("dns", Protocol::Udp))])
+    }
+
+    fn tracker(&self) -> &Tracker {
+        self.tracker.as_ref().expect("running")
+    }
+
+    fn send(&self, input: Input) {
+        self.runtime.block_on(self.tracker().inputs.send(input)).expect("tracker lives");
+    }
+
+    fn connections(&self) -> Vec<view::Connection> {
+        let (reply, answer) = oneshot::channel();
+        let command = FlowCommand::Connections { filter: ConnectionFilter::default(), reply };
+        self.runtime.block_on(async {
+            self.tracker().commands.send(command).await.expect("tracker lives");
+            answer.await.expect("answer").expect("list")
+        })
+    }
+
+    fn kill(&self, id: &str) -> Result<view::Killed, view::Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.runtime.block_on(async {
+            self.tracker().commands.send(FlowCommand::Kill { id: id.into(), reply }).await.expect("tracker lives");
+            answer.await.expect("answer")
+        })
+    }
+
+    fn state_until(&self, enough: impl Fn(&FlowState) -> bool) -> Arc<FlowState> {
+        let mut state = self.tracker().state.clone();
+        let found = self.runtime.block_on(async {
+            tokio::time::timeout(PATIENCE, state.wait_for(|state| enough(state)))
+                .await
+                .map(|found| found.map(|s| s.clone()))
+        });
+        match found {
+            Ok(state) => state.expect("tracker lives"),
+            Err(_) => panic!("waited in vain: {:#?}", self.tracker().state.borrow()),
+        }
+    }
+
+    fn terminated(&self, route: &str, reason: Reason, count: u64) -> Arc<FlowState> {
+        self.state_until(|state| {
+            state.routes.get(route).is_some_and(|route| {
+                route.connections_active == 0 && route.terminations.get(&reason).copied() == Some(count)
+            })
+        })
+    }
+
+    /// What was logged, once the tracker has stopped.
+    fn stop(mut self) -> String {
+        let tracker = self.tracker.take().expect("running");
+        self.runtime.block_on(tracker.stop());
+        String::from_utf8(self.log.0.lock().expect("page").clone()).expect("UTF-8")
+    }
+}
+
+#[test]
+fn every_kind_of_end_gets_its_reason() {
+    let lab = Lab::new();
+    lab.serve("10.77.2.2:8080", echo);
+    let running = Running::start(&lab);
+
+    let mut stream = lab.connect("10.77.1.1:80");
+    round_trip(&mut stream, 10);
+    drop(stream);
+    running.terminated("web", Reason::FinishedClientFirst, 1);
+
+    let mut stream = lab.connect("10.77.1.1:80");
+    round_trip(&mut stream, 10);
+    socket_reset(&stream);
+    drop(stream);
+    running.terminated("web", Reason::ResetByClient, 1);
+
+    lab.inside("c", || TcpStream::connect("10.77.1.1:81")).expect_err("refused");
+    running.terminated("web", Reason::ConnectRefused, 1);
+
+    let swallowed = lab.inside("c", || {
+        let address = "10.77.1.1:82".parse().expect("address");
+        TcpStream::connect_timeout(&address, Duration::from_millis(500))
+    });
+    swallowed.expect_err("dropped");
+    // A dropped first packet is never confirmed: conntrack, and so shunt, has no connection to tell of.
+    let state = running.terminated("web", Reason::ConnectRefused, 1);
+    assert_eq!(state.routes["web"].connections_total, 3);
+    assert_eq!(running.stop().lines().count(), 3);
+}
+
+/// `SO_LINGER` 0: close sends a reset.
+fn socket_reset(stream: &TcpStream) {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &linger).expect("SO_LINGER");
+}
+
+#[test]
+fn counters_of_a_long_flow_move_while_it_lives_and_the_log_line_agrees() {
+    let lab = Lab::new();
+    lab.serve("10.77.2.2:8080", echo);
+    let running = Running::start(&lab);
+    let mut stream = lab.connect("10.77.1.1:80");
+    for round in 1..=3 {
+        round_trip(&mut stream, 50_000);
+        let state = running.state_until(|state| state.routes.get("web").is_some_and(|r| r.bytes_out > round * 50_000));
+        assert_eq!(state.routes["web"].connections_active, 1);
+    }
+    let listed = running.connections();
+    assert_eq!((listed.len(), listed[0].state.as_str(), listed[0].route.as_str()), (1, "established", "web"));
+    assert_eq!(listed[0].client, stream.local_addr().expect("address"));
+    drop(stream);
+    let ended = running.terminated("web", Reason::FinishedClientFirst, 1);
+    assert!(ended.backends["web"].is_empty());
+    // The entry is let go after its TIME_WAIT.
+    let deadline = Instant::now() + PATIENCE;
+    while !running.connections().is_empty() {
+        assert!(Instant::now() < deadline);
+        thread::sleep(Duration::from_millis(50));
+    }
+    let totals = running.state_until(|state| state.conntrack.dumps > 0).routes["web"].clone();
+    let log = running.stop();
+    assert_eq!(log.lines().count(), 1, "{log}");
+    for part in [
+        "reason=finished_client_first".to_owned(),
+        format!("bytes_in={} bytes_out={} ", totals.bytes_in, totals.bytes_out),
+    ] {
+        assert!(log.contains(&part), "{part} in {log}");
+    }
+}
+
+/// TCP connections of this namespace in the state ESTABLISHED.
+fn established() -> usize {
+    ["tcp", "tcp6"]
+        .iter()
+        .map(|table| std::fs::read_to_string(format!("/proc/thread-self/net/{table}")).expect("procfs"))
+        .map(|table| table.lines().filter(|line| line.split_whitespace().nth(3) == Some("01")).count())
+        .sum()
+}
+
+#[test]
+fn a_killed_connection_is_reset_at_both_ends() {
+    for (listen, server) in [("10.77.1.1:80", "10.77.2.2:8080"), ("[fd77:1::1]:80", "[fd77:2::2]:8080")] {
+        kill_one(listen, server);
+    }
+}
+
+fn kill_one(listen: &str, server: &str) {
+    let lab = Lab::new();
+    lab.serve(server, echo);
+    let running = Running::start(&lab);
+    let mut stream = lab.connect(listen);
+    round_trip(&mut stream, 10);
+    let id = running.connections()[0].id.clone();
+    let killed = running.kill(&id).expect("killed");
+    assert_eq!((killed.route.as_str(), killed.client), ("web", stream.local_addr().expect("address")));
+    running.kill(&id).expect_err("dead already");
+    running.kill("00000000000000zz").expect_err("no id");
+    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    // Neither end has anything to say; and the entry is still there.
+    let killed_at = Instant::now();
+    let error = stream.read_exact(&mut [0]).expect_err("cut");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    lab.inside("b", || {
+        let deadline = Instant::now() + PATIENCE;
+        while established() > 0 {
+            assert!(Instant::now() < deadline, "the backend was not told");
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    assert!(killed_at.elapsed() < Duration::from_millis(900), "{:?}", killed_at.elapsed());
+    running.terminated("web", Reason::Killed, 1);
+    assert!(running.stop().contains("reason=killed"));
+}
+
+#[test]
+fn udp_flows_of_a_lost_backend_choose_again() {
+    let lab = Lab::new();
+    lab.serve_udp("10.77.2.2:5353");
+    let running = Running::start(&lab);
+    let socket = lab.udp("10.77.1.1:53");
+    socket.send(b"hello").expect("send");
+    socket.recv(&mut [0; 16]).expect("echo");
+    let other: IpAddr = "10.77.2.9".parse().expect("address");
+    running.send(Input::DropUdp(DropUdp { route: UDP_ROUTE, backends: vec![(other, None)] }));
+    assert_eq!(running.connections().iter().filter(|connection| connection.state != "closing").count(), 1);
+    let lost: IpAddr = "10.77.2.2".parse().expect("address");
+    running.send(Input::DropUdp(DropUdp { route: UDP_ROUTE, backends: vec![(lost, Some(5353))] }));
+    running.terminated("dns", Reason::Drained, 1);
+    assert!(running.connections().is_empty());
+    socket.send(b"again").expect("send");
+    socket.recv(&mut [0; 16]).expect("echo");
+    running.state_until(|state| state.routes["dns"].connections_total == 2);
+}
+
+#[test]
+fn a_removed_route_drains_and_is_reported() {
+    let lab = Lab::new();
+    lab.serve("10.77.2.2:8080", echo);
+    let mut running = Running::start(&lab);
+    let mut stream = lab.connect("10.77.1.1:80");
+    round_trip(&mut stream, 10);
+    running.state_until(|state| state.routes.get("web").is_some_and(|route| route.connections_active == 1));
+    let until = running.clock.at(Instant::now() + Duration::from_millis(500));
+    let mut routes = Running::routes();
+    let draining = RouteInfo { drain_until: Some(until), ..RouteInfo::clone(&routes[&TCP_ROUTE]) };
+    routes.insert(TCP_ROUTE, Arc::new(draining));
+    running.send(Input::Routes(routes));
+    let Running { runtime, drained, .. } = &mut running;
+    let told = runtime.block_on(async { tokio::time::timeout(PATIENCE, drained.recv()).await });
+    assert_eq!(told.expect("in time"), Some(TCP_ROUTE));
+    assert!(running.clock.now().mono >= until);
+    running.terminated("web", Reason::Drained, 1);
+    running.send(Input::Routes(RouteTable::from([(UDP_ROUTE, route("dns", Protocol::Udp))])));
+    running.state_until(|state| !state.routes.contains_key("web"));
+}
+
+#[test]
+fn a_new_tracker_adopts_the_flows_of_the_one_before() {
+    let lab = Lab::new();
+    lab.serve("10.77.2.2:8080", echo);
+    let first = Running::start(&lab);
+    let mut living = lab.connect("10.77.1.1:80");
+    let mut ending = lab.connect("10.77.1.1:80");
+    round_trip(&mut living, 10);
+    round_trip(&mut ending, 10);
+    let ids = |running: &Running| running.connections().into_iter().map(|c| c.id).collect::<HashSet<_>>();
+    let before = ids(&first);
+    assert_eq!(before.len(), 2);
+    first.stop();
+    drop(ending);
+    let second = Running::start(&lab);
+    let state = second.state_until(|state| {
+        state.routes.get("web").is_some_and(|route| route.terminations.get(&Reason::FinishedClientFirst) == Some(&1))
+    });
+    assert_eq!(state.routes["web"].connections_active, 1);
+    assert!(ids(&second).is_subset(&before));
+    round_trip(&mut living, 10);
+}
