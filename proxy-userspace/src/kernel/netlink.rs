@@ -3,17 +3,16 @@
 mod attributes;
 
 use std::{
+    fmt,
     io::IoSlice,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
 };
 
 pub use attributes::{Attribute, Attributes, Mark, TooLong, Writer};
 use nix::{
     errno::Errno,
-    sys::socket::{
-        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, getsockname, recv, sendmsg,
-        setsockopt, socket, sockopt,
-    },
+    fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
+    sys::socket::{MsgFlags, NetlinkAddr, recv, sendmsg, setsockopt, sockopt},
 };
 
 /// Bytes of a netlink message header, `struct nlmsghdr`.
@@ -37,44 +36,54 @@ fn failed(call: &'static str) -> impl FnOnce(Errno) -> SyscallError {
 }
 
 /// A socket bound to a port id of its own for as long as it lives.
-#[derive(Debug)]
 pub struct NetlinkSocket {
-    fd: OwnedFd,
-    port_id: u32,
+    socket: mnl::Socket,
     sequence: u32,
     send_buffer: usize,
     received: Vec<u8>,
 }
 
+// SAFETY: `struct mnl_socket` is a descriptor and an address; libmnl keeps nothing per thread.
+unsafe impl Send for NetlinkSocket {}
+
+impl fmt::Debug for NetlinkSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NetlinkSocket").field("port_id", &self.port_id()).finish_non_exhaustive()
+    }
+}
+
 impl NetlinkSocket {
     /// Opens and binds a socket of the calling thread's network namespace.
-    pub fn open(protocol: SockProtocol) -> Result<Self, SyscallError> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd =
-            socket(AddressFamily::Netlink, SockType::Raw, flags, protocol).map_err(failed("socket(AF_NETLINK)"))?;
-        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(failed("bind(AF_NETLINK)"))?;
-        let address: NetlinkAddr = getsockname(fd.as_raw_fd()).map_err(failed("getsockname(AF_NETLINK)"))?;
+    pub fn open(bus: mnl::Bus) -> Result<Self, SyscallError> {
+        let failed = |error: std::io::Error| SyscallError {
+            call: "socket(AF_NETLINK)",
+            errno: Errno::from_raw(error.raw_os_error().unwrap_or_default()),
+        };
+        let socket = mnl::Socket::new(bus).map_err(failed)?;
+        for (set, flags) in [(FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC), "fcntl(F_SETFD)"), (FcntlArg::F_SETFL(OFlag::O_NONBLOCK), "fcntl(F_SETFL)")] {
+            fcntl(borrowed(&socket), set).map_err(self::failed(flags))?;
+        }
         let on: libc::c_int = 1;
-        set_option(&fd, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, &on, "setsockopt(NETLINK_EXT_ACK)")?;
-        set_option(&fd, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, &on, "setsockopt(NETLINK_CAP_ACK)")?;
-        Ok(Self { fd, port_id: address.pid(), sequence: 0, send_buffer: 0, received: vec![0; RECEIVE_BUFFER] })
+        set_option(&socket, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, &on, "setsockopt(NETLINK_EXT_ACK)")?;
+        set_option(&socket, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, &on, "setsockopt(NETLINK_CAP_ACK)")?;
+        Ok(Self { socket, sequence: 0, send_buffer: 0, received: vec![0; RECEIVE_BUFFER] })
     }
 
     /// The address the kernel knows this socket by.
     pub fn port_id(&self) -> u32 {
-        self.port_id
+        self.socket.portid()
     }
 
     /// Subscribes to a multicast group, `NFNLGRP_*`.
     pub fn join(&self, group: u32) -> Result<(), SyscallError> {
         let call = "setsockopt(NETLINK_ADD_MEMBERSHIP)";
-        set_option(&self.fd, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group, call)
+        set_option(&self.socket, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group, call)
     }
 
     /// Asks for a receive queue of `bytes`, past `net.core.rmem_max` where the privileges allow it.
     pub fn receive_queue(&self, bytes: usize) -> Result<(), SyscallError> {
-        setsockopt(&self.fd, sockopt::RcvBufForce, &bytes)
-            .or_else(|_| setsockopt(&self.fd, sockopt::RcvBuf, &bytes))
+        setsockopt(&self.as_fd(), sockopt::RcvBufForce, &bytes)
+            .or_else(|_| setsockopt(&self.as_fd(), sockopt::RcvBuf, &bytes))
             .map_err(failed("setsockopt(SO_RCVBUF)"))
     }
 
@@ -93,7 +102,7 @@ impl NetlinkSocket {
             step(RETURN, 0, 0, u32::MAX),
         ];
         let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
-        set_option(&self.fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &filter, "setsockopt(SO_ATTACH_FILTER)")
+        set_option(&self.socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &filter, "setsockopt(SO_ATTACH_FILTER)")
     }
 
     /// `count` sequence numbers that were not used before, the first of them. They wrap.
@@ -108,7 +117,7 @@ impl NetlinkSocket {
     pub fn send(&mut self, bytes: &[u8]) -> Result<(), SyscallError> {
         self.grow_send_buffer(bytes.len())?;
         let kernel = NetlinkAddr::new(0, 0);
-        let sent = sendmsg(self.fd.as_raw_fd(), &[IoSlice::new(bytes)], &[], MsgFlags::empty(), Some(&kernel))
+        let sent = sendmsg(self.socket.as_raw_fd(), &[IoSlice::new(bytes)], &[], MsgFlags::empty(), Some(&kernel))
             .map_err(failed("sendmsg(AF_NETLINK)"))?;
         match sent == bytes.len() {
             true => Ok(()),
@@ -123,8 +132,8 @@ impl NetlinkSocket {
         if wanted <= self.send_buffer {
             return Ok(());
         }
-        setsockopt(&self.fd, sockopt::SndBufForce, &wanted)
-            .or_else(|_| setsockopt(&self.fd, sockopt::SndBuf, &wanted))
+        setsockopt(&self.as_fd(), sockopt::SndBufForce, &wanted)
+            .or_else(|_| setsockopt(&self.as_fd(), sockopt::SndBuf, &wanted))
             .map_err(failed("setsockopt(SO_SNDBUF)"))?;
         self.send_buffer = wanted;
         Ok(())
@@ -134,7 +143,7 @@ impl NetlinkSocket {
     pub fn receive(&mut self) -> Result<Option<Messages<'_>>, SyscallError> {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
         let length = loop {
-            match recv(self.fd.as_raw_fd(), &mut self.received, flags) {
+            match recv(self.socket.as_raw_fd(), &mut self.received, flags) {
                 Ok(length) => break length,
                 Err(Errno::EAGAIN) => return Ok(None),
                 Err(Errno::EINTR) => continue,
@@ -149,7 +158,12 @@ impl NetlinkSocket {
 }
 
 /// For the options nix does not name. `value` is what the kernel expects of `option`; pointers in it are valid.
-fn set_option<T>(fd: &OwnedFd, level: i32, option: i32, value: &T, call: &'static str) -> Result<(), SyscallError> {
+fn borrowed(socket: &mnl::Socket) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as the socket lives, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
+}
+
+fn set_option<T>(fd: &impl AsRawFd, level: i32, option: i32, value: &T, call: &'static str) -> Result<(), SyscallError> {
     // SAFETY: `value` lives until the call returns, its size is given, and the kernel copies it.
     let result = unsafe {
         let length = size_of::<T>() as libc::socklen_t;
@@ -160,13 +174,13 @@ fn set_option<T>(fd: &OwnedFd, level: i32, option: i32, value: &T, call: &'stati
 
 impl AsFd for NetlinkSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        borrowed(&self.socket)
     }
 }
 
 impl AsRawFd for NetlinkSocket {
     fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+        self.socket.as_raw_fd()
     }
 }
 

@@ -17,7 +17,7 @@ mod timeout;
 mod uapi;
 mod userdata;
 
-use nix::{errno::Errno, sys::socket::SockProtocol};
+use nix::errno::Errno;
 use proxy_core::{
     diff::{Change, Fingerprint, Snapshot},
     ruleset::{Counter, Key, Rule},
@@ -70,7 +70,7 @@ pub struct KernelNft {
 impl KernelNft {
     /// Opens the socket in the calling thread's network namespace.
     pub fn open() -> Result<Self, NftError> {
-        let socket = NetlinkSocket::open(SockProtocol::NetlinkNetFilter)?;
+        let socket = NetlinkSocket::open(mnl::Bus::Netfilter)?;
         socket.receive_queue(ANSWER_QUEUE)?;
         Ok(Self { socket })
     }

@@ -1,6 +1,6 @@
 //! Single expressions, and the kernel's numbers in them (`include/uapi/linux/netfilter/nf_tables.h`).
 
-use nftnl_sys as sys;
+use nftnl::nftnl_sys as sys;
 use proxy_core::config::RateUnit;
 
 use super::{

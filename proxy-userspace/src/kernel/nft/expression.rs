@@ -6,7 +6,7 @@ use std::{
     ptr::NonNull,
 };
 
-use nftnl_sys as sys;
+use nftnl::nftnl_sys as sys;
 
 use super::NftError;
 

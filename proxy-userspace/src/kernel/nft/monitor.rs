@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
 };
 
-use nix::{errno::Errno, sys::socket::SockProtocol};
+use nix::errno::Errno;
 use proxy_core::ruleset::TABLE;
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -40,7 +40,7 @@ pub struct NftMonitor {
 impl NftMonitor {
     /// Changes made by the socket with `own_port_id` ([`KernelNft::port_id`](super::KernelNft::port_id)) are no news.
     pub fn open(own_port_id: u32) -> Result<Self, NftError> {
-        let socket = NetlinkSocket::open(SockProtocol::NetlinkNetFilter)?;
+        let socket = NetlinkSocket::open(mnl::Bus::Netfilter)?;
         socket.receive_queue(QUEUE)?;
         socket.drop_messages_of(own_port_id)?;
         socket.join(libc::NFNLGRP_NFTABLES.cast_unsigned())?;

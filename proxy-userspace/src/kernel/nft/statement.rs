@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use nftnl_sys as sys;
+use nftnl::nftnl_sys as sys;
 use proxy_core::{
     config::Protocol,
     diff::Fingerprint,
