@@ -12,6 +12,7 @@ mod services;
 use std::{
     fs,
     path::{Path, PathBuf},
+    thread,
     time::Duration,
 };
 
@@ -22,7 +23,7 @@ use paths::{PathKind, RunningPath};
 pub use report::new_table;
 use report::{Machine, Report};
 use services::Services;
-use shunt_lab::{Lab, load};
+use shunt_lab::{Lab, kernel, load};
 
 use crate::{cargo, root, setup, stop, ui};
 
@@ -79,24 +80,21 @@ pub fn run(options: &Options) -> Result<()> {
     let lab = Lab::builder().client_addresses(CLIENT_ADDRESSES).build()?;
     let services = Services::start(&lab)?;
 
-    let mut samples = results::Samples::default();
-    if !options.scale_only {
+    let background = background_percent()?;
+    let samples = if options.scale_only {
+        results::Samples::default()
+    } else {
         let groups = chosen(&options.only, &Group::ALL);
-        for round in 0..rounds {
-            for path in in_turn(&paths, round.into()) {
-                ui::step(&format!("round {}/{rounds}: {path}", round + 1));
-                let taken = one_path(&lab, &services, path, binary.as_deref(), &groups, duration);
-                samples.add(path, taken.with_context(|| format!("{path}, round {}", round + 1))?);
-            }
-        }
-    }
+        Comparison { lab: &lab, services: &services, shunt: binary.as_deref(), duration }
+            .run(rounds, &groups, &paths)?
+    };
     let scale = match &binary {
         Some(binary) if options.scale || options.scale_only => scale::measure(&lab, binary, duration, options.quick)?,
         _ => Vec::new(),
     };
 
     let report = Report {
-        machine: Machine::read()?,
+        machine: Machine::read(background)?,
         rounds: rounds.into(),
         seconds: duration.as_secs(),
         rows: Report::rows(samples.cells()),
@@ -106,22 +104,50 @@ pub fn run(options: &Options) -> Result<()> {
     write(&report, &cargo::workspace().join(&options.out))
 }
 
-fn one_path(
-    lab: &Lab,
-    services: &Services,
-    kind: PathKind,
-    shunt: Option<&Path>,
-    groups: &[Group],
+struct Comparison<'a> {
+    lab: &'a Lab,
+    services: &'a Services,
+    shunt: Option<&'a Path>,
     duration: Duration,
-) -> Result<Vec<measure::Sample>> {
-    let path = RunningPath::start(kind, lab, shunt)?;
-    let mut samples = Vec::new();
-    for group in groups {
-        stop::check()?;
-        samples.extend(measure::Round { lab, services, path: &path, duration }.measure(*group)?);
+}
+
+impl Comparison<'_> {
+    /// Each measurement is taken on one path right after the other: what disturbs the machine for a minute disturbs all.
+    fn run(&self, rounds: u16, groups: &[Group], paths: &[PathKind]) -> Result<results::Samples> {
+        let mut samples = results::Samples::default();
+        for round in 0..rounds {
+            for group in groups {
+                ui::step(&format!("round {}/{rounds}: {}", round + 1, group.title()));
+                for path in in_turn(paths, round.into()) {
+                    stop::check()?;
+                    let taken = self.one(path, *group);
+                    samples
+                        .add(path, taken.with_context(|| format!("{path}, {}, round {}", group.title(), round + 1))?);
+                }
+            }
+        }
+        Ok(samples)
     }
-    path.stop(lab)?;
-    Ok(samples)
+
+    fn one(&self, kind: PathKind, group: Group) -> Result<Vec<measure::Sample>> {
+        let path = RunningPath::start(kind, self.lab, self.shunt)?;
+        let round = measure::Round { lab: self.lab, services: self.services, path: &path, duration: self.duration };
+        let samples = round.measure(group)?;
+        path.stop(self.lab)?;
+        Ok(samples)
+    }
+}
+
+/// What other programs take of the processors, in percent of one; says so when it is enough to blur the result.
+fn background_percent() -> Result<f64> {
+    const LOOK: Duration = Duration::from_secs(1);
+    let before = kernel::busy_seconds()?;
+    thread::sleep(LOOK);
+    let percent = 100.0 * (kernel::busy_seconds()? - before) / LOOK.as_secs_f64();
+    if percent > 10.0 {
+        ui::note(&format!("other programs use {percent:.0} % of a processor: expect noise"));
+    }
+    Ok(percent)
 }
 
 /// All, in their order, unless some were chosen.

@@ -19,8 +19,17 @@ pub enum Group {
 }
 
 impl Group {
-    /// Memory first: what a proxy has once allocated under load it keeps, and an idle connection would look free.
-    pub const ALL: [Self; 5] = [Self::Memory, Self::Bulk, Self::Connections, Self::Requests, Self::PingPong];
+    pub const ALL: [Self; 5] = [Self::Bulk, Self::Connections, Self::Requests, Self::PingPong, Self::Memory];
+
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Bulk => "bulk",
+            Self::Connections => "new connections",
+            Self::Requests => "keep-alive requests",
+            Self::PingPong => "ping-pong",
+            Self::Memory => "memory",
+        }
+    }
 }
 
 /// One row of the result.

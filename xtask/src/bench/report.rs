@@ -42,10 +42,12 @@ pub struct Machine {
     pub processors: usize,
     pub haproxy: String,
     pub nginx: String,
+    /// What other programs took before the first measurement, in percent of one processor.
+    pub background_percent: f64,
 }
 
 impl Machine {
-    pub fn read() -> Result<Self> {
+    pub fn read(background_percent: f64) -> Result<Self> {
         let line = |program: &str, args: &[&str]| -> Result<String> {
             let output =
                 std::process::Command::new(program).args(args).output().with_context(|| format!("start {program}"))?;
@@ -61,6 +63,7 @@ impl Machine {
             processors: std::thread::available_parallelism().map_or(0, usize::from),
             haproxy: line("haproxy", &["-v"])?,
             nginx: line("nginx", &["-v"])?,
+            background_percent,
         })
     }
 }
