@@ -140,6 +140,29 @@ impl Running {
 }
 
 #[test]
+fn silence_ends_a_flow_by_the_limit_of_its_state() {
+    let lab = Lab::new();
+    for state in ["established", "fin_wait", "close_wait"] {
+        lab.sysctl(&format!("netfilter/nf_conntrack_tcp_timeout_{state}"), "1");
+    }
+    lab.serve("10.77.2.2:8080", |mut stream| {
+        // Reads to the end and says nothing more.
+        let _ = stream.read_to_end(&mut Vec::new());
+        thread::park();
+    });
+    let running = Running::start(&lab);
+    let limit = Some(Duration::from_secs(1));
+    let info = RouteInfo { idle: limit, half_closed: limit, ..RouteInfo::clone(&Running::routes()[&TCP_ROUTE]) };
+    running.send(Input::Routes(RouteTable::from([(TCP_ROUTE, Arc::new(info))])));
+    let idle = lab.connect("10.77.1.1:80");
+    running.terminated("web", Reason::IdleTimeout, 1);
+    let half = lab.connect("10.77.1.1:80");
+    half.shutdown(std::net::Shutdown::Write).expect("FIN");
+    running.terminated("web", Reason::HalfClosedTimeout, 1);
+    drop((idle, half));
+}
+
+#[test]
 fn every_kind_of_end_gets_its_reason() {
     let lab = Lab::new();
     lab.serve("10.77.2.2:8080", echo);
@@ -164,10 +187,9 @@ fn every_kind_of_end_gets_its_reason() {
         TcpStream::connect_timeout(&address, Duration::from_millis(500))
     });
     swallowed.expect_err("dropped");
-    // A dropped first packet is never confirmed: conntrack, and so shunt, has no connection to tell of.
-    let state = running.terminated("web", Reason::ConnectRefused, 1);
-    assert_eq!(state.routes["web"].connections_total, 3);
-    assert_eq!(running.stop().lines().count(), 3);
+    running.terminated("web", Reason::ConnectTimeout, 1);
+    let log = running.stop();
+    assert_eq!(log.lines().count(), 4, "{log}");
 }
 
 /// `SO_LINGER` 0: close sends a reset.
