@@ -28,11 +28,14 @@ use crate::{
     kernel::conntrack::{Conntrack, ConntrackError},
 };
 
+/// The daemon's [`Options::interval`].
+pub const INTERVAL: Duration = Duration::from_secs(2);
+
 /// How the tracker is set up.
 #[derive(Debug)]
 pub struct Options {
     pub layout: MarkLayout,
-    /// From one dump to the next; 2 s in the daemon. Stretched so that dumps take at most a few percent of one core.
+    /// From one dump to the next. Stretched so that dumps take at most a few percent of one core.
     pub interval: Duration,
     /// Records held at most; about 300 bytes each. `nf_conntrack_max` is enough for all that can exist.
     pub max_flows: usize,

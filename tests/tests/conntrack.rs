@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lab::{ALL, BUFFER, Lab, PATIENCE, TCP_ROUTE, destroyed, dump, echo, events_until, layout, round_trip, run};
+use lab::{ALL, BUFFER, Lab, PATIENCE, TCP_ROUTE, destroyed, dump, echo, events_until, layout, round_trip};
 use proxy_core::{
     config::Protocol,
     conntrack::{Entry, Event, TcpState, Traffic},
@@ -54,6 +54,7 @@ fn a_connection_is_told_from_its_first_packet_to_its_last_byte() {
             let seen = events_until(conntrack, |seen| destroyed(seen).is_some());
             let gone = destroyed(&seen).expect("destroy");
             assert_eq!((gone.id, gone.mark), (new.id, update.mark));
+            assert!(gone.started_ns.is_some() && gone.started_ns < gone.stopped_ns);
             assert_eq!((gone.traffic_in, gone.traffic_out), last);
             let payload = |traffic: Option<Traffic>, header: u64| {
                 traffic.map_or(0, |traffic| traffic.bytes - traffic.packets * header)
@@ -193,8 +194,7 @@ fn cpu() -> f64 {
 fn cost_of_events_and_dumps() {
     const FLOWS: u16 = 20_000;
     let lab = Lab::new();
-    let longer = "echo 100 > /proc/sys/net/netfilter/nf_conntrack_udp_timeout";
-    run("ip", &["netns", "exec", &lab.net("g"), "sh", "-c", longer]);
+    lab.sysctl("netfilter/nf_conntrack_udp_timeout", "100");
     lab.gateway(BUFFER, |conntrack| {
         let (mut events, mut spent) = (0u32, 0.0);
         // As many at a time as ten milliseconds bring at 60,000 events/s.

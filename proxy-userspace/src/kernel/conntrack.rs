@@ -42,8 +42,6 @@ pub struct MarkFilter {
 /// What one [`Conntrack::drain`] did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Drained {
-    /// Messages read, those of other marks included.
-    pub messages: usize,
     /// The limit stopped it: there may be more.
     pub more: bool,
 }

@@ -18,12 +18,10 @@ use super::{Clock, DropUdp, Input, Options, commands, publish::Publisher};
 use crate::{
     access_log::AccessLog,
     control::{FlowCommand, FlowState},
-    kernel::conntrack::{Conntrack, ConntrackError, MarkFilter, Usage},
+    kernel::conntrack::{Conntrack, ConntrackError, Drained, MarkFilter, Usage},
 };
 
-/// After this many messages at once it pays to let more come together: a wake-up costs as much as ten events.
-const BUSY: usize = 32;
-/// How long they may come together.
+/// After reading events, more may come together for so long: a wake-up costs as much as ten events.
 const REST: Duration = Duration::from_millis(10);
 /// How long the ends of a cut flow have to be answered with a reset before the entry goes.
 const GRACE: Duration = Duration::from_secs(1);
@@ -31,6 +29,10 @@ const GRACE: Duration = Duration::from_secs(1);
 const NUDGED: usize = 2000;
 /// Dumps take at most one part in so many of a core.
 const DUMP_SHARE: u32 = 40;
+/// But they are never further apart than so many intervals.
+const MOST_INTERVALS: u32 = 5;
+/// The same for full dumps while many ended entries linger.
+const FULL_DUMP_SHARE: u32 = 100;
 /// With fewer lingering entries than this, leaving them out of a dump saves nothing.
 const FEW_LINGERING: u64 = 10_000;
 /// After a failed call.
@@ -56,9 +58,10 @@ pub struct Task<C> {
     publisher: Publisher,
     /// Routes have come: before, no flow would be known.
     routed: bool,
-    rest_until: Option<Instant>,
+    retry_at: Option<Instant>,
     next_dump: Duration,
     next_full_dump: Duration,
+    next_publish: Duration,
     last_dump_took: Duration,
     /// Entries marked as cut, and when to delete them.
     condemned: VecDeque<(Duration, EntryKey)>,
@@ -81,9 +84,10 @@ impl<C: Conntrack> Task<C> {
             drained: options.drained,
             publisher: Publisher::new(publish),
             routed: false,
-            rest_until: None,
+            retry_at: None,
             next_dump: Duration::ZERO,
             next_full_dump: Duration::ZERO,
+            next_publish: Duration::ZERO,
             last_dump_took: Duration::ZERO,
             condemned: VecDeque::new(),
             down: Vec::new(),
@@ -98,7 +102,8 @@ impl<C: Conntrack> Task<C> {
     pub async fn run(mut self, mut commands: mpsc::Receiver<FlowCommand>, mut inputs: mpsc::Receiver<Input>) {
         loop {
             let until = self.next_wake();
-            let listening = self.rest_until.is_none();
+            let listening = self.retry_at.is_none();
+            let mut rest = false;
             let wake = tokio::select! {
                 input = inputs.recv() => Wake::Input(input),
                 command = commands.recv() => Wake::Command(command),
@@ -109,18 +114,24 @@ impl<C: Conntrack> Task<C> {
                 Wake::Input(None | Some(Input::Stop)) | Wake::Command(None) => break,
                 Wake::Input(Some(input)) => self.take(input),
                 Wake::Command(Some(command)) => self.obey(command),
-                Wake::Events(Ok(())) => self.drain(),
+                Wake::Events(Ok(())) => {
+                    self.drain();
+                    rest = true;
+                }
                 Wake::Events(Err(error)) => self.failed(&error),
                 Wake::Time => {}
             }
             self.work();
+            if rest {
+                // Not the runtime's sleep: an idle runtime wakes for every event, which is what this is to avoid.
+                std::thread::sleep(REST);
+            }
         }
         self.close();
     }
 
     /// Logs what has ended, and lets go of those entries, so that the next daemon does not count them again.
     fn close(&mut self) {
-        self.rest_until = None;
         if self.routed {
             self.dump();
         }
@@ -134,24 +145,26 @@ impl<C: Conntrack> Task<C> {
 
     fn next_wake(&self) -> Instant {
         let due = [
-            Some(self.next_dump).filter(|_| self.routed),
+            Some(self.next_dump.min(self.next_publish)).filter(|_| self.routed),
             self.table.next_expiry(),
             self.condemned.front().map(|(at, _)| *at),
         ];
         let due = due.into_iter().flatten().min().map(|at| self.clock.instant(at));
         let idle = Instant::now() + self.interval;
-        [due, self.rest_until].into_iter().flatten().fold(idle, Instant::min)
+        [due, self.retry_at].into_iter().flatten().fold(idle, Instant::min)
     }
 
     /// Everything whose time has come.
     fn work(&mut self) {
-        if self.rest_until.is_some_and(|until| until <= Instant::now()) {
-            self.rest_until = None;
+        if self.retry_at.is_some_and(|until| until <= Instant::now()) {
+            self.retry_at = None;
         }
         let now = self.clock.now();
         let overrun = self.table.is_stale() && now.mono >= self.next_dump.saturating_sub(self.interval * 9 / 10);
         if self.routed && (now.mono >= self.next_dump || overrun) {
             self.regular_dump();
+        } else if self.routed && now.mono >= self.next_publish {
+            self.publish_flows(now);
         }
         let now = self.clock.now();
         let cuts = self.table.expire(now);
@@ -266,21 +279,13 @@ impl<C: Conntrack> Task<C> {
     /// Takes all queued events.
     fn drain(&mut self) {
         let now = self.clock.now();
-        let mut messages = 0;
         loop {
             let table = &mut self.table;
             match self.conntrack.drain(&mut |event| table.apply(event, now)) {
-                Ok(drained) => {
-                    messages += drained.messages;
-                    if !drained.more {
-                        break;
-                    }
-                }
+                Ok(Drained { more: true }) => {}
+                Ok(Drained { more: false }) => break,
                 Err(error) => return self.failed(&error),
             }
-        }
-        if messages >= BUSY {
-            self.rest_until = Some(Instant::now() + REST);
         }
         if self.table.is_stale() && self.table.counts().lost > 0 && self.lost_at.is_none() {
             self.lost_at = Some(now.mono);
@@ -297,6 +302,12 @@ impl<C: Conntrack> Task<C> {
         if self.lost_at.is_some_and(|at| !self.table.is_stale() && now.mono.saturating_sub(at) > WARN_LOST) {
             self.lost_at = None;
         }
+        self.publish_flows(now);
+    }
+
+    /// Also between dumps that are far apart: what events tell is known.
+    fn publish_flows(&mut self, now: Now) {
+        self.next_publish = now.mono + self.interval;
         let changed = self.table.take_changed();
         self.publisher.sample(&self.table, changed, now);
         self.publish(now);
@@ -306,7 +317,7 @@ impl<C: Conntrack> Task<C> {
         let now = self.clock.now();
         let kind = self.dump_kind(now);
         self.drain();
-        let stretched = self.interval.max(self.last_dump_took * DUMP_SHARE);
+        let stretched = (self.last_dump_took * DUMP_SHARE).clamp(self.interval, self.interval * MOST_INTERVALS);
         self.next_dump = now.mono + stretched;
         self.table.begin_dump(kind, self.next_dump, now);
         let filters = self.filters(kind);
@@ -320,7 +331,7 @@ impl<C: Conntrack> Task<C> {
         self.failure = None;
         self.last_dump_took = end.mono.saturating_sub(now.mono);
         if kind == DumpKind::Full {
-            self.next_full_dump = end.mono + self.last_dump_took * DUMP_SHARE;
+            self.next_full_dump = end.mono + self.last_dump_took * FULL_DUMP_SHARE;
         }
     }
 
@@ -420,6 +431,6 @@ impl<C: Conntrack> Task<C> {
             tracing::warn!(%error, "conntrack");
         }
         self.failure = Some(text);
-        self.rest_until = Some(Instant::now() + RETRY);
+        self.retry_at = Some(Instant::now() + RETRY);
     }
 }

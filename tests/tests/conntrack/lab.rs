@@ -25,7 +25,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub const BUFFER: usize = 32 << 20;
 
 /// What the ruleset of the daemon does with marks and events, by hand.
-pub const RULES: &str = "
+const RULES: &str = "
 table inet t {
   chain pre {
     type nat hook prerouting priority dstnat
@@ -41,7 +41,6 @@ table inet t {
   chain forw {
     type filter hook forward priority filter
     tcp flags & (syn|rst) == 0 ct mark and 0x700 == 0x700 reject with tcp reset
-    ip daddr 10.77.2.2 tcp dport 8082 drop
     tcp flags & (fin|rst) == fin jump fin
     tcp flags & rst == rst ct mark and 0x700 <= 0x200 jump rst
   }
@@ -93,25 +92,37 @@ impl Lab {
             ("ipv6/conf/all/forwarding", "1"),
             ("netfilter/nf_conntrack_acct", "1"),
             ("netfilter/nf_conntrack_events", "0"),
+            ("netfilter/nf_conntrack_timestamp", "1"),
             ("netfilter/nf_conntrack_tcp_timeout_time_wait", "2"),
             ("netfilter/nf_conntrack_tcp_timeout_close", "2"),
             ("netfilter/nf_conntrack_tcp_timeout_syn_sent", "1"),
             ("netfilter/nf_conntrack_udp_timeout", "2"),
         ] {
-            run("ip", &["netns", "exec", &gateway, "sh", "-c", &format!("echo {value} > /proc/sys/net/{name}")]);
+            lab.sysctl(name, value);
         }
-        let mut nft = Command::new("ip")
-            .args(["netns", "exec", &gateway, "nft", "-f", "-"])
-            .stdin(Stdio::piped())
-            .spawn()
-            .expect("nft");
-        nft.stdin.take().expect("stdin").write_all(RULES.as_bytes()).expect("nft reads");
-        assert!(nft.wait().expect("nft").success());
+        lab.nft("g", RULES);
+        lab.nft("b", "table inet t { chain in { type filter hook input priority filter; tcp dport 8082 drop; }; }");
         lab
     }
 
-    pub fn net(&self, role: &str) -> String {
+    fn net(&self, role: &str) -> String {
         format!("{}{role}", self.name)
+    }
+
+    fn nft(&self, role: &str, script: &str) {
+        let mut nft = Command::new("ip")
+            .args(["netns", "exec", &self.net(role), "nft", "-f", "-"])
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("nft");
+        nft.stdin.take().expect("stdin").write_all(script.as_bytes()).expect("nft reads");
+        assert!(nft.wait().expect("nft").success());
+    }
+
+    /// Of the gateway; `name` is a path below `/proc/sys/net`.
+    pub fn sysctl(&self, name: &str, value: &str) {
+        let script = format!("echo {value} > /proc/sys/net/{name}");
+        run("ip", &["netns", "exec", &self.net("g"), "sh", "-c", &script]);
     }
 
     /// Runs on a thread inside a namespace.
@@ -179,12 +190,12 @@ impl Drop for Lab {
     }
 }
 
-pub fn run(program: &str, arguments: &[&str]) {
+fn run(program: &str, arguments: &[&str]) {
     let status = Command::new(program).args(arguments).status().expect("program starts");
     assert!(status.success(), "{program} {arguments:?}");
 }
 
-pub fn enter(net: &str) {
+fn enter(net: &str) {
     let file = File::open(format!("/run/netns/{net}")).expect("namespace");
     setns(file, CloneFlags::CLONE_NEWNET).expect("setns");
 }

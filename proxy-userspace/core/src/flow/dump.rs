@@ -27,6 +27,7 @@ impl FlowTable {
         self.timers.restart(next);
         self.dumping = self.dumping.wrapping_add(1);
         self.lost_before = self.counts.lost;
+        self.dump_began = now.mono;
         self.dump_gap = next.saturating_sub(now.mono);
         if kind == DumpKind::Full {
             self.generation = self.generation.wrapping_add(1);
@@ -65,6 +66,7 @@ impl FlowTable {
         record.expires = entry.timeout.map(|left| now.mono + Duration::from_secs(left.into()));
         if meter(record, entry, tally) && !adopted {
             record.last_activity = now.mono;
+            record.silent_since = self.last_dump.max(record.start);
         }
         match record.state {
             State::Closing { ended, .. } => {
@@ -106,6 +108,7 @@ impl FlowTable {
         let (Some(limit), Some(left)) = (tally.info.idle, entry.timeout) else { return };
         let idle = limit.saturating_sub(Duration::from_secs(u64::from(left)));
         record.last_activity = now.mono.saturating_sub(idle);
+        record.silent_since = record.last_activity;
         record.start = record.start.min(record.last_activity);
     }
 
@@ -113,7 +116,7 @@ impl FlowTable {
     /// longer has are ended; without lost events only after two full dumps have missed them.
     pub fn end_dump(&mut self, kind: DumpKind, now: Now) {
         self.counts.dumps += 1;
-        self.last_dump = now.mono;
+        self.last_dump = self.dump_began;
         for tally in self.tallies.values_mut().filter(|tally| tally.active > 0) {
             tally.oldest = tally.oldest_building.take();
         }

@@ -196,6 +196,8 @@ pub struct Record {
     pub start: Duration,
     /// [`Now::mono`] of the last dump that saw new packets.
     pub last_activity: Duration,
+    /// The dump before that one: no packet is known to have come later.
+    pub(super) silent_since: Duration,
     /// Client → backend, as of the last dump.
     pub traffic_in: Traffic,
     /// Backend → client, as of the last dump.
@@ -222,6 +224,7 @@ impl Record {
             backend: entry.backend(),
             start: now.back_to(entry.started_ns).mono,
             last_activity: now.mono,
+            silent_since: now.mono,
             traffic_in: Traffic::default(),
             traffic_out: Traffic::default(),
             metered: true,

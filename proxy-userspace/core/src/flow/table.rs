@@ -51,6 +51,8 @@ pub struct FlowTable {
     pub(super) untracked: u64,
     /// The same, as the dump under way finds them.
     pub(super) untracked_building: u64,
+    pub(super) dump_began: Duration,
+    /// When the last dump that was completed began.
     pub(super) last_dump: Duration,
     /// From one dump to the next.
     pub(super) dump_gap: Duration,
@@ -76,6 +78,7 @@ impl FlowTable {
             current: 0,
             untracked: 0,
             untracked_building: 0,
+            dump_began: Duration::ZERO,
             last_dump: Duration::ZERO,
             dump_gap: Duration::ZERO,
             draining: Vec::new(),
@@ -304,12 +307,14 @@ impl FlowTable {
         let mut now = now;
         let mut reason = Reason::KernelExpired;
         if let Some(entry) = last {
-            if entry.started_ns.is_some() {
-                record.start = now.back_to(entry.started_ns).mono;
+            let told = now.back_to(entry.started_ns).mono;
+            // Finer than the moment its event was read; further off, the wall clock was set meanwhile.
+            if entry.started_ns.is_some() && told.abs_diff(record.start) < Duration::from_secs(1) {
+                record.start = told;
             }
             now = now.back_to(entry.stopped_ns.or(entry.event_ns));
             let moved = meter(&mut record, entry, tally);
-            let since = if moved { record.last_activity.max(self.last_dump) } else { record.last_activity };
+            let since = if moved { self.last_dump.max(record.start) } else { record.silent_since };
             let idle = now.mono.saturating_sub(since);
             let end = self.layout.end(entry.mark);
             reason = verdict::destroyed(entry, end, &record, &tally.info, idle, self.dump_gap);

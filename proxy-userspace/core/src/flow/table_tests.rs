@@ -220,6 +220,7 @@ fn an_established_flow_that_the_kernel_drops_was_idle_or_lost() {
 
     let mut table = self::table();
     table.apply(&Event::New(syn(1)), at(1));
+    dump(&mut table, DumpKind::Full, &[established(1, 4)], 56);
     dump(&mut table, DumpKind::Full, &[established(1, 5)], 58);
     table.apply(&Event::Destroy(established(1, 5)), at(61));
     assert_eq!(reason(&mut table), Reason::KernelExpired);

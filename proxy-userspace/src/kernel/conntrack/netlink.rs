@@ -183,22 +183,19 @@ impl Conntrack for NetlinkConntrack {
     }
 
     fn drain(&mut self, each: &mut dyn FnMut(&Event)) -> Result<Drained, ConntrackError> {
-        let mut drained = Drained::default();
         let id_mask = self.id_mask;
         let socket = self.events.get_mut();
         for _ in 0..DRAIN_BATCHES {
             match socket.read()? {
-                Batch::Empty => return Ok(drained),
+                Batch::Empty => return Ok(Drained { more: false }),
                 Batch::Overrun => each(&Event::Lost),
                 Batch::Read(read) => {
-                    drained.messages += read;
                     let messages = socket.datagrams(read).flat_map(Messages);
                     messages.filter_map(|message| parse::event(&message, id_mask)).for_each(|event| each(&event));
                 }
             }
         }
-        drained.more = true;
-        Ok(drained)
+        Ok(Drained { more: true })
     }
 
     fn dump(&mut self, filters: &[MarkFilter], each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {

@@ -93,7 +93,7 @@ impl Conntrack for TwinConntrack {
     fn drain(&mut self, each: &mut dyn FnMut(&Event)) -> Result<Drained, ConntrackError> {
         let queue = std::mem::take(&mut self.shared.table.borrow_mut().queue);
         queue.iter().for_each(each);
-        Ok(Drained { messages: queue.len(), more: false })
+        Ok(Drained { more: false })
     }
 
     fn dump(&mut self, filters: &[MarkFilter], each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {
