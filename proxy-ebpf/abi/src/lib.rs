@@ -1,6 +1,16 @@
 //! Map keys and values shared by the eBPF programs and the daemon, written once for both sides.
+//!
+//! Everything here is `#[repr(C)]`, without implicit padding, and made of integers and byte arrays: any bit pattern the
+//! other side wrote is a valid value. Ports and addresses are in network byte order, as in the packet.
 #![no_std]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
-/// Version of every layout in this crate. The daemon compares it with the one a pinned map carries.
+pub mod flow;
+pub mod outcome;
+#[cfg(feature = "pod")]
+#[expect(unsafe_code, reason = "Pod is a promise about layout that only the author of the type can make")]
+mod pod;
+
+/// Version of every layout in this crate. A program stamps it into the map `ABI`; the daemon compares it with its own
+/// before it believes any other map, so raise it with every change of a type here.
 pub const ABI_VERSION: u32 = 1;

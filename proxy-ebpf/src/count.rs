@@ -1,0 +1,19 @@
+//! One packet into the counters of its flow.
+
+use aya_ebpf::programs::TcContext;
+use proxy_abi::{flow::FlowKey, outcome};
+
+use crate::{
+    maps,
+    packet::{self, Refused},
+};
+
+/// Counts the packet in its flow and says so, [`outcome::COUNTED`].
+#[inline(always)]
+pub fn try_count(ctx: &TcContext) -> Result<u32, Refused> {
+    let packet = packet::parse(ctx)?;
+    let (key, direction) = FlowKey::of_packet(packet.source, packet.destination, packet.protocol, packet.ip_version);
+    let counters = maps::flow_counters(&key).ok_or(Refused::TableFull)?;
+    counters.direction_mut(direction).add(packet.payload_bytes as u64);
+    Ok(outcome::COUNTED)
+}
