@@ -164,8 +164,7 @@ impl Daemon {
     ) -> Result<Self, Refusal> {
         let refuse = |e: NftError| Refusal { what: e.to_string(), mend: e.mend(), code: e.exit_code() };
         let nft = KernelNft::open().map_err(refuse)?;
-        let monitor = NftMonitor::open(nft.port_id()).map_err(refuse)?;
-        let monitor = monitor.into_async().map_err(|e| Refusal::refused(format!("cannot watch nftables: {e}"), None))?;
+        let port_id = nft.port_id();
         let layout = MarkLayout::new(config.kernel.mark_mask);
         let (drained_tx, drained) = mpsc::channel(REPORTS);
         let clock = track::Clock::start();
@@ -188,6 +187,14 @@ impl Daemon {
         let outcome = reconciler.install(&found).map_err(refuse_route)?;
         let adopted = found.adopted.clone();
         drop(found);
+        // After the install, which it would be told element by element; verified before anything is served.
+        let monitor = match reconciler.is_locked() {
+            true => None,
+            false => {
+                let monitor = NftMonitor::open(port_id).map_err(refuse)?.into_async();
+                Some(monitor.map_err(|e| Refusal::refused(format!("cannot watch nftables: {e}"), None))?)
+            }
+        };
         tracing::info!(
             routes = outcome.added.len(),
             adopted = adopted.routes,

@@ -20,7 +20,7 @@ use proxy_core::{
     config::{Config, Route, RouteName, Target},
     diff::{Assembly, Ownership, Updates, diff},
     flow::MarkLayout,
-    plan::{Plan, RoutePlan, Unserved, replan},
+    plan::{Plan, Replan, RoutePlan, Unserved, replan},
     pool::{Checked, Pool},
     ruleset::{Context, draining, fragment, names},
     view::{self, BackendAdmin},
@@ -38,6 +38,7 @@ const DRAIN_OF_ADOPTED: Duration = Duration::from_secs(30);
 pub struct Reconciler<N> {
     nft: N,
     capabilities: Capabilities,
+    /// Without its routes: the plan has those.
     config: Config,
     plan: Plan,
     assembly: Assembly,
@@ -117,7 +118,7 @@ pub struct Outcome {
 pub struct Prepared {
     began: Instant,
     config: Config,
-    plan: Plan,
+    replan: Replan,
     next: Vec<Arc<RoutePlan>>,
     gone: Vec<Arc<RoutePlan>>,
     /// Ids given for it, to be given back when it fails.
@@ -136,12 +137,12 @@ impl<N: Nft> Reconciler<N> {
         if config.admin != self.config.admin {
             return Err(ReconcileError::NeedsRestart("[admin]"));
         }
-        let plan = replan(&config, &self.capabilities, Some(&self.plan));
-        let unserved = plan.unserved();
+        let replan = replan(&config, &self.capabilities, &self.plan);
+        let unserved = replan.unserved();
         if !unserved.is_empty() {
             return Err(ReconcileError::Unserved(unserved));
         }
-        let (old, new) = differing(&self.plan, &plan);
+        let (old, new) = (self.plan.replaced(&replan), &replan.routes);
         let kept: HashSet<&RouteName> = new.iter().map(|r| &r.route.name).collect();
         let gone = old.iter().filter(|r| !kept.contains(&r.route.name)).cloned().collect();
         let (mut next, mut added, mut changed) = (Vec::new(), Vec::new(), Vec::new());
@@ -154,7 +155,7 @@ impl<N: Nft> Reconciler<N> {
             next.push(Arc::clone(route));
         }
         let fresh = self.obtain_ids(&next)?;
-        Ok(Prepared { began, config, plan, next, gone, fresh, added, changed })
+        Ok(Prepared { began, config, replan, next, gone, fresh, added, changed })
     }
 
     /// The routes that a prepared change serves anew, with their ids.
@@ -165,15 +166,15 @@ impl<N: Nft> Reconciler<N> {
 
     /// Makes the kernel serve it. On an error nothing has changed, here or in the kernel.
     pub fn carry_out(&mut self, prepared: Prepared, now: Instant) -> Result<Outcome, ReconcileError> {
-        let Prepared { began, config, plan, next, gone, fresh, added, changed } = prepared;
+        let Prepared { began, config, replan, next, gone, fresh, added, changed } = prepared;
         let mut outcome = Outcome { added, changed, ..Outcome::default() };
         if let Err(error) = self.replace(&next, &gone, now, &mut outcome) {
             fresh.into_iter().for_each(|id| self.ids.release(id));
             return Err(error);
         }
-        self.config = config;
-        self.plan = plan;
         outcome.apply = began.elapsed();
+        self.plan.put(replan);
+        self.config = without_routes(config);
         self.status.last_apply_ms = outcome.apply.as_secs_f64() * 1e3;
         self.status.last_changes = outcome.changes;
         Ok(outcome)
@@ -367,6 +368,11 @@ impl<N: Nft> Reconciler<N> {
         Ok(true)
     }
 
+    /// Nobody else can change the table.
+    pub fn is_locked(&self) -> bool {
+        self.ownership(true) == Ownership::Keep
+    }
+
     /// `running`: the table is this process's already, if it is locked.
     fn ownership(&self, running: bool) -> Ownership {
         match (self.config.kernel.lock_table && self.capabilities.nft_owner_persist, running) {
@@ -445,8 +451,9 @@ impl<N: Nft> Reconciler<N> {
         self.served.values().filter(uses).map(|s| s.plan.route.name.clone()).collect()
     }
 
-    pub fn config(&self) -> &Config {
-        &self.config
+    /// What serves, in file order.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     pub fn layout(&self) -> MarkLayout {
@@ -463,13 +470,13 @@ fn mark_of(key: &proxy_core::ruleset::Key) -> Option<u32> {
     Some(u32::from_ne_bytes(key.bytes().try_into().ok()?))
 }
 
-/// The routes that are not the same at the same place: usually the one somebody edited.
-fn differing<'a>(old: &'a Plan, new: &'a Plan) -> (&'a [Arc<RoutePlan>], &'a [Arc<RoutePlan>]) {
-    let (a, b) = (&old.routes[..], &new.routes[..]);
-    let head = a.iter().zip(b).take_while(|(a, b)| Arc::ptr_eq(a, b)).count();
-    let (a, b) = (&a[head..], &b[head..]);
-    let tail = a.iter().rev().zip(b.iter().rev()).take_while(|(a, b)| Arc::ptr_eq(a, b)).count();
-    (&a[..a.len() - tail], &b[..b.len() - tail])
+/// The plan holds the routes; a second copy of fifty thousand of them is not kept. Letting go of them takes a while: elsewhere.
+fn without_routes(mut config: Config) -> Config {
+    let routes = std::mem::take(&mut config.routes);
+    if let Err(error) = std::thread::Builder::new().name("drop".into()).spawn(move || drop(routes)) {
+        tracing::debug!(%error, "no thread");
+    }
+    config
 }
 
 /// The backends of a UDP route that took packets before and do not any more.

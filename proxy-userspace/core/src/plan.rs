@@ -3,7 +3,7 @@
 mod preview;
 mod refusal;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -17,7 +17,9 @@ use crate::{
 /// One entry per route, in file order.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
-    pub routes: Vec<Arc<RoutePlan>>,
+    routes: Vec<Arc<RoutePlan>>,
+    /// Of each route, close together: what a reload looks at.
+    fingerprints: Vec<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -65,8 +67,22 @@ fn listed(refused: &[(Engine, Refusal)]) -> String {
 impl Plan {
     /// The routes without an engine; empty for a plan that can be carried out.
     pub fn unserved(&self) -> Vec<Unserved> {
-        let broken = self.routes.iter().filter(|r| r.engine.is_none());
-        broken.map(|r| Unserved { route: r.route.name.clone(), refused: r.refused.clone() }).collect()
+        unserved(&self.routes)
+    }
+
+    /// In file order.
+    pub fn routes(&self) -> &[Arc<RoutePlan>] {
+        &self.routes
+    }
+
+    /// The routes that `replan` takes away.
+    pub fn replaced(&self, replan: &Replan) -> &[Arc<RoutePlan>] {
+        &self.routes[replan.range.clone()]
+    }
+
+    pub fn put(&mut self, replan: Replan) {
+        self.fingerprints.splice(replan.range.clone(), replan.routes.iter().map(|r| r.route.fingerprint));
+        self.routes.splice(replan.range, replan.routes);
     }
 }
 
@@ -86,24 +102,40 @@ impl RoutePlan {
 
 /// Plans every route.
 pub fn plan(config: &Config, capabilities: &Capabilities) -> Plan {
-    replan(config, capabilities, None)
+    let mut plan = Plan::default();
+    plan.put(replan(config, capabilities, &plan));
+    plan
 }
 
-/// Plans every route, taking over the plans of routes that are as they were in `previous` (same capabilities).
-pub fn replan(config: &Config, capabilities: &Capabilities, previous: Option<&Plan>) -> Plan {
-    let empty = Plan::default();
-    let old = &previous.unwrap_or(&empty).routes;
-    let same = |a: &RoutePlan, b: &Route| a.route.fingerprint == b.fingerprint && a.route.name == b.name;
-    // Most reloads change few routes: the same head and tail are taken over by position, without a look-up.
-    let head = old.iter().zip(&config.routes).take_while(|(a, b)| same(a, b)).count();
-    let tail = old[head..].iter().rev().zip(config.routes[head..].iter().rev()).take_while(|(a, b)| same(a, b)).count();
-    let middle = head..config.routes.len() - tail;
-    let mut routes = Vec::with_capacity(config.routes.len());
-    routes.extend_from_slice(&old[..head]);
+/// A part of a plan and what comes in its place.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Replan {
+    /// Places of the plan before.
+    pub range: Range<usize>,
+    pub routes: Vec<Arc<RoutePlan>>,
+}
+
+/// The part of `previous` (same capabilities) that `config` changes: from the first to the last route that is not the
+/// same at the same place. Most reloads change one route of many, and cost as much as that one.
+pub fn replan(config: &Config, capabilities: &Capabilities, previous: &Plan) -> Replan {
+    let (old, new) = (&previous.fingerprints[..], &config.routes[..]);
+    let head = old.iter().zip(new).take_while(|(a, b)| **a == b.fingerprint).count();
+    let tail = old[head..].iter().rev().zip(new[head..].iter().rev()).take_while(|(a, b)| **a == b.fingerprint).count();
     let mut ports = Ports::default();
-    routes.extend(middle.map(|index| Arc::new(plan_route(config, index, capabilities, &mut ports))));
-    routes.extend_from_slice(&old[old.len() - tail..]);
-    Plan { routes }
+    let routes = (head..new.len() - tail).map(|index| Arc::new(plan_route(config, index, capabilities, &mut ports)));
+    Replan { range: head..old.len() - tail, routes: routes.collect() }
+}
+
+impl Replan {
+    /// The routes without an engine; empty for a plan that can be carried out.
+    pub fn unserved(&self) -> Vec<Unserved> {
+        unserved(&self.routes)
+    }
+}
+
+fn unserved(routes: &[Arc<RoutePlan>]) -> Vec<Unserved> {
+    let broken = routes.iter().filter(|r| r.engine.is_none());
+    broken.map(|r| Unserved { route: r.route.name.clone(), refused: r.refused.clone() }).collect()
 }
 
 fn plan_route(config: &Config, index: usize, capabilities: &Capabilities, ports: &mut Ports) -> RoutePlan {

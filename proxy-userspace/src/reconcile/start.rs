@@ -1,6 +1,10 @@
 //! Start: adopt what a daemon before this one left in the kernel, make it what the configuration wants, and verify.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Instant,
+};
 
 use proxy_core::{
     capability::Capabilities,
@@ -13,7 +17,7 @@ use proxy_core::{
     view,
 };
 
-use super::{DRAIN_OF_ADOPTED, Drain, Effect, Ids, Outcome, ReconcileError, Reconciler, mark_of};
+use super::{DRAIN_OF_ADOPTED, Drain, Effect, Ids, Outcome, ReconcileError, Reconciler, mark_of, without_routes};
 use crate::kernel::nft::{Nft, NftError};
 
 /// What was found at start.
@@ -53,7 +57,7 @@ impl<N: Nft> Reconciler<N> {
         let mut reconciler = Self {
             nft,
             capabilities,
-            config,
+            config: without_routes(config),
             plan,
             assembly: Assembly::new(skeleton(layout)),
             ids: Ids::new(layout),
@@ -68,7 +72,7 @@ impl<N: Nft> Reconciler<N> {
             return Err(NftError::OwnedByOther.into());
         }
         let adopted = reconciler.adopt(&snapshot, now);
-        let plans = reconciler.plan.routes.clone();
+        let plans = reconciler.plan.routes().to_vec();
         reconciler.obtain_ids(&plans)?;
         let id = |plan: &Arc<RoutePlan>| Some((reconciler.ids.id(&plan.route.name)?, Arc::clone(&plan.route)));
         let serves = plans.iter().filter_map(id).collect();
@@ -85,7 +89,7 @@ impl<N: Nft> Reconciler<N> {
         if !same_marks {
             return adopted;
         }
-        let configured: HashMap<&RouteName, ()> = self.config.routes.iter().map(|r| (&r.name, ())).collect();
+        let configured: HashSet<RouteName> = self.plan.routes().iter().map(|r| r.route.name.clone()).collect();
         let known = snapshot.sets.get(names::CONNECTIONS).into_iter().flat_map(|set| &set.elements);
         for (key, element) in known {
             let name = element.comment.as_deref().and_then(RouteName::new);
@@ -94,7 +98,7 @@ impl<N: Nft> Reconciler<N> {
             if !self.ids.adopt(&name, id) {
                 continue;
             }
-            if configured.contains_key(&name) {
+            if configured.contains(&name) {
                 adopted.routes += 1;
             } else {
                 adopted.draining += 1;
@@ -109,7 +113,7 @@ impl<N: Nft> Reconciler<N> {
         let mut outcome = Outcome::default();
         let refused_before = found.snapshot.sets.get(names::NO_BACKEND);
         let mut updates = Updates::new();
-        for plan in self.plan.routes.clone() {
+        for plan in self.plan.routes().to_vec() {
             let Some(id) = self.ids.id(&plan.route.name) else { continue };
             let counts_no_backend =
                 refused_before.is_some_and(|set| set.elements.contains_key(&Key::new(&[KeyPart::Mark(self.mark(id))])));

@@ -38,7 +38,8 @@ pub struct Inputs {
     pub drained: mpsc::Receiver<u32>,
     /// SIGHUP.
     pub reload: mpsc::Receiver<()>,
-    pub monitor: AsyncFd<NftMonitor>,
+    /// `None` for a locked table: nobody else can change it, and the kernel would tell of our own changes one by one.
+    pub monitor: Option<AsyncFd<NftMonitor>>,
 }
 
 /// The owner of the routes at work.
@@ -76,14 +77,7 @@ impl<N: Nft> Task<N> {
                 Some(report) = inputs.reports.recv() => self.report(&report).await,
                 Some(resolved) = inputs.resolved.recv() => self.resolved(resolved).await,
                 Some(id) = inputs.drained.recv() => self.drained(id).await,
-                ready = inputs.monitor.readable_mut() => match ready {
-                    Ok(mut guard) => {
-                        let news = guard.get_inner_mut().drain();
-                        guard.clear_ready();
-                        self.foreign_hand(news);
-                    }
-                    Err(error) => tracing::error!(%error, "nftables events cannot be awaited"),
-                },
+                news = news_of(&mut inputs.monitor) => self.foreign_hand(news),
                 _ = counters.tick() => {
                     let began = Instant::now();
                     if began >= rest_until {
@@ -100,7 +94,7 @@ impl<N: Nft> Task<N> {
 
     /// Hands on what the start has brought about; the first publication.
     pub async fn begin(&mut self, effects: Vec<Effect>) {
-        let routes: Vec<RouteName> = self.reconciler.config().routes.iter().map(|r| r.name.clone()).collect();
+        let routes: Vec<RouteName> = self.reconciler.plan().routes().iter().map(|r| r.route.name.clone()).collect();
         self.forward(effects).await;
         self.watch_backends(&routes);
         self.count().await;
@@ -167,7 +161,7 @@ impl<N: Nft> Task<N> {
         self.watch_backends(&[added.clone(), changed.clone()].concat());
         removed.iter().for_each(|route| self.checks.forget(route));
         Ok(view::Reload {
-            unchanged: self.reconciler.config().routes.len() - added.len() - changed.len(),
+            unchanged: self.reconciler.plan().routes().len() - added.len() - changed.len(),
             added: names(&added),
             changed: names(&changed),
             removed: names(&removed),
@@ -244,7 +238,7 @@ impl<N: Nft> Task<N> {
 
     /// Keeps health checks and names in step with routes that are new or changed.
     fn watch_backends(&mut self, routes: &[RouteName]) {
-        let names = self.reconciler.config().routes.iter().flat_map(|r| &r.backends);
+        let names = self.reconciler.plan().routes().iter().flat_map(|r| &r.route.backends);
         let host = |target| match target {
             &Target::Name { ref host, .. } => Some(host.as_str()),
             Target::Address { .. } => None,
@@ -295,6 +289,22 @@ impl<N: Nft> Task<N> {
             reloads_failed: self.reloads_failed,
             warnings,
         }));
+    }
+}
+
+/// Never, without a monitor.
+async fn news_of(monitor: &mut Option<AsyncFd<NftMonitor>>) -> Result<MonitorNews, NftError> {
+    let Some(monitor) = monitor else { return std::future::pending().await };
+    match monitor.readable_mut().await {
+        Ok(mut guard) => {
+            let news = guard.get_inner_mut().drain();
+            guard.clear_ready();
+            news
+        }
+        Err(error) => {
+            tracing::error!(%error, "nftables events cannot be awaited");
+            std::future::pending().await
+        }
     }
 }
 

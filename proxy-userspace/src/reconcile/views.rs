@@ -46,7 +46,7 @@ pub(super) fn route(plan: &RoutePlan, pool: &Pool, mark: u32) -> view::Route {
 impl<N: Nft> Reconciler<N> {
     /// Every route, in file order, and those that drain after them.
     pub fn route_views(&self) -> Vec<Arc<view::Route>> {
-        let served = self.plan.routes.iter().filter_map(|r| self.served.get(&r.route.name));
+        let served = self.plan.routes().iter().filter_map(|r| self.served.get(&r.route.name));
         let mut views: Vec<Arc<view::Route>> = served.map(|s| Arc::clone(&s.view)).collect();
         views.extend(self.draining.iter().map(|(&id, drain)| {
             Arc::new(view::Route {

@@ -329,7 +329,7 @@ fn routed() -> Vec<Rule> {
     vec![
         vec![SetMarkBits { keep: 0xffff_f8ff, bits: 0x100 }],
         vec![SetEvents(events::NEW | events::DESTROY)],
-        vec![SetEvents(events::NEW | events::DESTROY | events::PROTOINFO)],
+        vec![SetEvents(events::NEW | events::DESTROY | events::MARK)],
         vec![IsProtocol(Tcp), SetTimeout("tcp-short".into())],
         vec![IsProtocol(Udp), SetTimeout("udp-short".into())],
         vec![VerdictMap { key: vec![MARK], map: "lb".into() }],

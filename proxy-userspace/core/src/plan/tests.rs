@@ -101,11 +101,14 @@ fn a_replan_takes_over_what_has_not_changed() {
         parse(&text, Path::new("/test.toml")).unwrap_or_else(|problems| panic!("{problems}"))
     };
     let all = Capabilities::all();
-    let before = plan(&file("10.0.1.1:80"), &all);
-    let after = replan(&file("10.0.1.2:80"), &all, Some(&before));
-    let kept = before.routes.iter().zip(&after.routes).filter(|(a, b)| Arc::ptr_eq(a, b)).count();
+    let mut changing = plan(&file("10.0.1.1:80"), &all);
+    let before = changing.clone();
+    let change = replan(&file("10.0.1.2:80"), &all, &changing);
+    assert_eq!((change.range.clone(), change.routes.len()), (7..8, 1));
+    changing.put(change);
+    let kept = before.routes.iter().zip(&changing.routes).filter(|(a, b)| Arc::ptr_eq(a, b)).count();
     assert_eq!(kept, 19);
-    assert_eq!(after, plan(&file("10.0.1.2:80"), &all));
+    assert_eq!(changing, plan(&file("10.0.1.2:80"), &all));
 }
 
 #[test]

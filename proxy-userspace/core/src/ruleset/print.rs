@@ -266,7 +266,7 @@ fn flag_names(flags: u8) -> String {
 }
 
 fn event_names(bits: u32) -> String {
-    let names = [(events::NEW, "new"), (events::DESTROY, "destroy"), (events::PROTOINFO, "protoinfo")];
+    let names = [(events::NEW, "new"), (events::DESTROY, "destroy"), (events::MARK, "\"mark\"")];
     names.into_iter().filter(|&(bit, _)| bits & bit != 0).map(|(_, name)| name).collect::<Vec<_>>().join(",")
 }
 

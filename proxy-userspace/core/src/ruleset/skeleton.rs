@@ -7,7 +7,6 @@ use super::{
 use crate::{
     config::Protocol,
     flow::{End, MarkLayout},
-    reason::Reason,
 };
 
 pub(super) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -70,12 +69,10 @@ fn chains(mark: MarkLayout) -> Vec<(&'static str, Chain)> {
         ("track", plain(track(mark))),
         ("ending", plain(ending(mark))),
         ("ending-reset", plain(ending_reset(mark))),
-        ("cut", plain(vec![vec![tcp_any(tcp_flags::RST), S::Accept], vec![S::IsProtocol(Protocol::Tcp), S::RejectReset], vec![
-            S::RejectUnreachable,
-        ]])),
+        ("cut", plain(cut())),
         ("left-over", plain(vec![vec![S::IsProtocol(Protocol::Tcp), S::RejectReset]])),
     ]);
-    chains.extend(n::REFUSALS.map(|(name, reason)| (name, plain(refuse(name, reason)))));
+    chains.extend(n::REFUSALS.map(|(name, _)| (name, plain(refuse(name)))));
     chains
 }
 
@@ -205,7 +202,7 @@ fn tcp_any(mask: u8) -> S {
 
 /// The first FIN, and the second: `finished_*` is known here and told at once.
 fn ending(mark: MarkLayout) -> Vec<Rule> {
-    let told = || S::SetEvents(events::NEW | events::DESTROY | events::PROTOINFO);
+    let told = || S::SetEvents(events::NEW | events::DESTROY | events::MARK);
     let step = |direction, from| vec![S::Direction(direction), end_is(mark, from)];
     let second = |direction, from, to| [step(direction, from), vec![told(), set_end(mark, to), S::Return]].concat();
     let first = |direction, to| [step(direction, End::Open), vec![set_end(mark, to), S::Return]].concat();
@@ -220,7 +217,7 @@ fn ending(mark: MarkLayout) -> Vec<Rule> {
 
 /// A reset ends what is open or half-closed; after both FINs it says nothing new.
 fn ending_reset(mark: MarkLayout) -> Vec<Rule> {
-    let told = || S::SetEvents(events::NEW | events::DESTROY | events::PROTOINFO);
+    let told = || S::SetEvents(events::NEW | events::DESTROY | events::MARK);
     let rule = |direction, from, to| {
         vec![S::Direction(direction), end_is(mark, from), told(), set_end(mark, to), S::Return]
     };
@@ -232,7 +229,16 @@ fn ending_reset(mark: MarkLayout) -> Vec<Rule> {
         .collect()
 }
 
-fn refuse(set: &str, _reason: Reason) -> Vec<Rule> {
+/// Answers with resets, but lets those of the ends pass, and the daemon's SYNs that make a silent end speak.
+fn cut() -> Vec<Rule> {
+    vec![
+        vec![tcp_any(tcp_flags::RST | tcp_flags::SYN), S::Accept],
+        vec![S::IsProtocol(Protocol::Tcp), S::RejectReset],
+        vec![S::RejectUnreachable],
+    ]
+}
+
+fn refuse(set: &str) -> Vec<Rule> {
     vec![
         vec![S::In { key: vec![Load::Mark { mask: None }], set: set.into(), negate: false }],
         vec![S::IsProtocol(Protocol::Tcp), S::RejectReset],

@@ -289,7 +289,7 @@ pub enum Direction {
 pub mod events {
     pub const NEW: u32 = 1 << 0;
     pub const DESTROY: u32 = 1 << 2;
-    pub const PROTOINFO: u32 = 1 << 5;
+    pub const MARK: u32 = 1 << 7;
 }
 
 /// TCP header flags (RFC 9293 §3.1).

@@ -18,7 +18,7 @@ pub(in crate::cli) fn plan(plan: &Plan) -> String {
         Column::left("ENGINE"),
         Column::left("BECAUSE"),
     ]);
-    for route in &plan.routes {
+    for route in plan.routes() {
         table.row([
             Cell::from(route.route.name.as_str()),
             Cell::from(route.route.listen.iter().map(views::listen).collect::<Vec<_>>().join(" ")),
@@ -27,8 +27,8 @@ pub(in crate::cli) fn plan(plan: &Plan) -> String {
             Cell::from(route.because()),
         ]);
     }
-    let mut text = if plan.routes.is_empty() { "no routes\n".to_owned() } else { table.render() };
-    for route in plan.routes.iter().filter(|r| r.engine.is_none()) {
+    let mut text = if plan.routes().is_empty() { "no routes\n".to_owned() } else { table.render() };
+    for route in plan.routes().iter().filter(|r| r.engine.is_none()) {
         text += &format!("\n{}: what rules each engine out\n", route.route.name);
         for (engine, refusal) in &route.refused {
             text += &format!("  {engine:8} {DIM}{refusal}{DIM:#}\n");
@@ -53,5 +53,5 @@ pub(in crate::cli) fn plan_json(plan: &Plan) -> Value {
             "refused": refused,
         })
     };
-    json!({ "routes": plan.routes.iter().map(route).collect::<Vec<_>>() })
+    json!({ "routes": plan.routes().iter().map(route).collect::<Vec<_>>() })
 }
