@@ -30,6 +30,7 @@ use crate::{
     kernel::{
         capability,
         conntrack::NetlinkConntrack,
+        memory,
         nft::{KernelNft, Nft, NftError, NftMonitor},
         sysctl::{self, Restored, Settings},
     },
@@ -256,6 +257,7 @@ impl Daemon {
             Ok(differences) => tracing::error!(differences, "the kernel's table is not what was asked for"),
             Err(error) => tracing::warn!(%error, "the table could not be read back"),
         }
+        memory::give_back();
     }
 }
 

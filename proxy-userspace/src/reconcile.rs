@@ -29,7 +29,10 @@ use proxy_core::{
 pub use ids::TooManyRoutes;
 use ids::Ids;
 
-use crate::kernel::nft::{Nft, NftError};
+use crate::kernel::{
+    memory,
+    nft::{Nft, NftError},
+};
 
 /// How long connections of a route may last that nobody configures any more and whose own `drain` is not known.
 const DRAIN_OF_ADOPTED: Duration = Duration::from_secs(30);
@@ -473,7 +476,11 @@ fn mark_of(key: &proxy_core::ruleset::Key) -> Option<u32> {
 /// The plan holds the routes; a second copy of fifty thousand of them is not kept. Letting go of them takes a while: elsewhere.
 fn without_routes(mut config: Config) -> Config {
     let routes = std::mem::take(&mut config.routes);
-    if let Err(error) = std::thread::Builder::new().name("drop".into()).spawn(move || drop(routes)) {
+    let work = move || {
+        drop(routes);
+        memory::give_back();
+    };
+    if let Err(error) = std::thread::Builder::new().name("drop".into()).spawn(work) {
         tracing::debug!(%error, "no thread");
     }
     config

@@ -15,7 +15,7 @@ use std::{collections::HashMap, io, net::IpAddr, sync::Arc, thread::JoinHandle, 
 use proxy_core::{
     config,
     conntrack::Traffic,
-    flow::{MarkLayout, RouteTable},
+    flow::{MarkLayout, RouteInfo, RouteTable},
     reason::Reason,
 };
 use tokio::sync::{mpsc, watch};
@@ -52,6 +52,8 @@ pub enum Input {
     /// The whole set of routes. To be sent before the ruleset can forward for a new one: flows of an unknown route are
     /// not counted. A draining route stays in it until reported as drained; one that is missing loses its flows.
     Routes(RouteTable),
+    /// Routes to add or replace, under the same rules, and ids to forget.
+    Change { routes: Vec<(u32, Arc<RouteInfo>)>, gone: Vec<u32> },
     Counters(KernelCounters),
     DropUdp(DropUdp),
     /// The configuration's `log.access` has changed.

@@ -159,6 +159,8 @@ pub struct Needed {
     pub why: &'static str,
     /// Settings the kernel changes by itself when this one is written.
     follows: &'static [(&'static str, &'static str)],
+    /// Kernels without it (`CONFIG_NF_CONNTRACK_TIMESTAMP`) are served all the same.
+    optional: bool,
 }
 
 /// What the routes ask of the kernel.
@@ -178,6 +180,7 @@ pub fn needed(routes: Routes) -> Vec<Needed> {
             why: "the kernel forwards IPv4 packets between interfaces",
             // inet_forward_change() and devinet_sysctl_forward(), v6.18
             follows: &[("ipv4", "forwarding"), ("ipv4", "accept_redirects")],
+            optional: false,
         });
     }
     if routes.ipv6 {
@@ -187,6 +190,7 @@ pub fn needed(routes: Routes) -> Vec<Needed> {
             why: "the kernel forwards IPv6 packets between interfaces",
             // addrconf_fixup_forwarding(), v6.18
             follows: &[("ipv6", "forwarding")],
+            optional: false,
         });
     }
     needed.push(Needed {
@@ -194,6 +198,14 @@ pub fn needed(routes: Routes) -> Vec<Needed> {
         value: "1",
         why: "conntrack counts the packets and bytes of every connection",
         follows: &[],
+        optional: false,
+    });
+    needed.push(Needed {
+        name: Sysctl::new("net/netfilter/nf_conntrack_timestamp"),
+        value: "1",
+        why: "conntrack remembers when each connection began, also for the next daemon",
+        follows: &[],
+        optional: true,
     });
     needed
 }
@@ -218,7 +230,7 @@ impl Settings {
     pub fn pending(&self, needed: &[Needed]) -> Result<Vec<Change>, SysctlError> {
         let mut pending = Vec::new();
         for need in needed {
-            let from = self.read(&need.name)?;
+            let Some(from) = self.read_needed(need)? else { continue };
             if from != need.value {
                 pending.push(Change { name: need.name.clone(), from, to: need.value.to_owned(), why: need.why });
             }
@@ -226,12 +238,20 @@ impl Settings {
         Ok(pending)
     }
 
+    /// `None`: this kernel does not have it, and need not.
+    fn read_needed(&self, need: &Needed) -> Result<Option<String>, SysctlError> {
+        match self.read(&need.name) {
+            Err(SysctlError::Read { source, .. }) if need.optional && source.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
     /// Sets what is not yet as needed, and keeps in the file `record` what it was before, for [`restore`].
     /// Stops at the first setting that cannot be set; those before it stay set, and recorded.
     pub fn apply(&self, needed: &[Needed], record: &Path) -> Result<Applied, SysctlError> {
         let mut applied = Applied::default();
         for need in needed {
-            let from = self.read(&need.name)?;
+            let Some(from) = self.read_needed(need)? else { continue };
             if from == need.value {
                 continue;
             }

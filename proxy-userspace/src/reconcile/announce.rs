@@ -30,16 +30,20 @@ impl Announcer {
 
     /// Tells of routes that are about to be served: a flow of a route nobody knows would not be counted.
     pub async fn announce(&mut self, routes: &[(u32, Arc<Route>)]) {
-        for (id, route) in routes {
-            self.routes.insert(*id, Arc::new(self.info(route)));
+        let routes: Vec<_> = routes.iter().map(|(id, route)| (*id, Arc::new(self.info(route)))).collect();
+        self.change(routes, Vec::new()).await;
+    }
+
+    async fn change(&mut self, routes: Vec<(u32, Arc<RouteInfo>)>, gone: Vec<u32>) {
+        self.routes.extend(routes.iter().map(|(id, info)| (*id, Arc::clone(info))));
+        for id in &gone {
+            self.routes.remove(id);
         }
-        if !routes.is_empty() {
-            self.send(Input::Routes(self.routes.clone())).await;
-        }
+        self.send(Input::Change { routes, gone }).await;
     }
 
     pub async fn forward(&mut self, effects: Vec<Effect>) {
-        let mut changed = false;
+        let (mut routes, mut gone) = (Vec::new(), Vec::new());
         for effect in effects {
             match effect {
                 Effect::Drain { id, name, deadline } => {
@@ -54,18 +58,17 @@ impl Announcer {
                         drain_until: None,
                     });
                     info.drain_until = Some(self.clock.at(deadline));
-                    self.routes.insert(id, Arc::new(info));
-                    changed = true;
+                    routes.push((id, Arc::new(info)));
                 }
-                Effect::Forget { id } => changed |= self.routes.remove(&id).is_some(),
+                Effect::Forget { id } => gone.push(id),
                 Effect::DropUdp { id, backends } => {
                     let backends = backends.into_iter().map(|ip| (ip, None)).collect();
                     self.send(Input::DropUdp(DropUdp { route: id, backends })).await;
                 }
             }
         }
-        if changed {
-            self.send(Input::Routes(self.routes.clone())).await;
+        if !routes.is_empty() || !gone.is_empty() {
+            self.change(routes, gone).await;
         }
     }
 

@@ -344,6 +344,7 @@ fn a_full_flow_table_says_so() {
 fn what_ended_is_logged_when_the_tracker_stops() {
     let log = run(async |bench| {
         bench.send(routes([(1, info("web"))])).await;
+        bench.until(|state| state.conntrack.dumps > 0).await;
         bench.kernel.begin(flow(1, 1));
         bench.kernel.begin(flow(2, 1));
         bench.kernel.change(1, true, |entry| entry.mark = mark(1, End::ResetByBackend));

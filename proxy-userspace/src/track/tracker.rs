@@ -8,7 +8,7 @@ use std::{
 
 use proxy_core::{
     config::{Engine, Protocol},
-    flow::{DumpKind, End, Ended, EntryKey, FlowId, FlowTable, Now, RouteTable},
+    flow::{DumpKind, End, Ended, EntryKey, FlowId, FlowTable, Now, RouteInfo, RouteTable},
     reason::Reason,
     view,
 };
@@ -130,16 +130,13 @@ impl<C: Conntrack> Task<C> {
         self.close();
     }
 
-    /// Logs what has ended, and lets go of those entries, so that the next daemon does not count them again.
+    /// Logs what has ended.
     fn close(&mut self) {
         if self.routed {
             self.dump();
         }
         let now = self.clock.now();
-        let over = self.table.report_all(now);
-        if let Err(error) = self.conntrack.delete(&over) {
-            self.failed(&error);
-        }
+        self.table.report_all(now);
         self.log_ended();
     }
 
@@ -178,6 +175,7 @@ impl<C: Conntrack> Task<C> {
         let now = self.clock.now();
         match input {
             Input::Routes(routes) => self.set_routes(&routes, now),
+            Input::Change { routes, gone } => self.change_routes(&routes, &gone, now),
             Input::Counters(counters) => {
                 self.publisher.counters(counters, now);
                 self.publish(now);
@@ -194,12 +192,18 @@ impl<C: Conntrack> Task<C> {
     }
 
     fn set_routes(&mut self, routes: &RouteTable, now: Now) {
+        let gone: Vec<u32> = self.table.tallies().map(|(id, _)| id).filter(|id| !routes.contains_key(id)).collect();
+        let changed: Vec<_> = routes.iter().map(|(id, info)| (*id, Arc::clone(info))).collect();
+        self.change_routes(&changed, &gone, now);
+    }
+
+    fn change_routes(&mut self, changed: &[(u32, Arc<RouteInfo>)], gone: &[u32], now: Now) {
         self.drain();
-        let known: Vec<(u32, Arc<str>)> =
-            self.table.tallies().map(|(id, tally)| (id, Arc::clone(&tally.info.name))).collect();
-        let cuts = self.table.set_routes(routes, now);
-        let gone = known.into_iter().filter(|(id, name)| routes.get(id).is_none_or(|info| info.name != *name));
-        self.publisher.forget(gone);
+        let name = |id: &u32| Some((*id, Arc::clone(&self.table.tally(*id)?.info.name)));
+        let renamed = changed.iter().filter_map(|(id, info)| name(id).filter(|(_, known)| *known != info.name));
+        let forgotten: Vec<(u32, Arc<str>)> = gone.iter().filter_map(name).chain(renamed).collect();
+        let cuts = self.table.change_routes(changed, gone, now);
+        self.publisher.forget(forgotten);
         self.condemn(cuts, now);
         self.told_drained.clear();
         self.routed = true;
@@ -308,9 +312,24 @@ impl<C: Conntrack> Task<C> {
     /// Also between dumps that are far apart: what events tell is known.
     fn publish_flows(&mut self, now: Now) {
         self.next_publish = now.mono + self.interval;
+        self.relieve();
         let changed = self.table.take_changed();
         self.publisher.sample(&self.table, changed, now);
         self.publish(now);
+    }
+
+    /// Ended connections hold their ports for a minute. Before a flood of short ones fills the kernel's table, those that
+    /// are missed least are let go.
+    fn relieve(&mut self) {
+        let Some(usage) = self.conntrack.usage() else { return };
+        let excess = usage.entries.saturating_sub(usage.max / 2);
+        if excess == 0 {
+            return;
+        }
+        let over = self.table.lingering(usize::try_from(excess).unwrap_or(usize::MAX));
+        if let Err(error) = self.conntrack.delete(&over) {
+            self.failed(&error);
+        }
     }
 
     fn dump(&mut self) {

@@ -337,10 +337,9 @@ fn a_new_tracker_adopts_the_flows_of_the_one_before() {
     first.stop();
     drop(ending);
     let second = Running::start(&lab);
-    let state = second.state_until(|state| {
-        state.routes.get("web").is_some_and(|route| route.terminations.get(&Reason::FinishedClientFirst) == Some(&1))
-    });
-    assert_eq!(state.routes["web"].connections_active, 1);
+    let state = second.state_until(|state| state.routes.get("web").is_some_and(|route| route.connections_active == 1));
+    // What had ended before it looked may have been counted by the one before.
+    assert!(state.routes["web"].terminations.is_empty());
     assert!(ids(&second).is_subset(&before));
     round_trip(&mut living, 10);
 }

@@ -50,16 +50,13 @@ impl FlowTable {
         self.draining().filter(|(_, _, active)| *active == 0).map(|(id, ..)| id).collect()
     }
 
-    /// Reports every ended connection as it is known now; returns the entries that linger.
-    pub fn report_all(&mut self, now: Now) -> Vec<EntryKey> {
-        let mut over = Vec::new();
+    /// Reports every ended connection as it is known now.
+    pub fn report_all(&mut self, now: Now) {
         for record in self.flows.values_mut().filter(|record| !record.state.is_active()) {
             if let Some(tally) = self.tallies.get(&record.route) {
                 report(record, tally, now, &mut self.ended);
-                over.push(record.key());
             }
         }
-        over
     }
 
     fn draining(&self) -> impl Iterator<Item = (u32, Duration, u64)> {

@@ -56,6 +56,13 @@ impl FlowTable {
                 self.untracked_building += u64::from(self.is_ours(entry));
                 return;
             }
+            let end = self.layout.end(entry.mark);
+            if self.generation <= 1
+                && let Standing::Over(reason) = standing(entry, end, State::Established)
+            {
+                self.insert_over(entry, reason, now);
+                return;
+            }
             self.insert(entry, now);
             self.adopt(id, entry, now);
         }

@@ -1,11 +1,15 @@
 //! The table itself: events in, ended connections out.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use super::{
     mark::MarkLayout,
     record::{Ended, EntryKey, FlowId, Now, Record, SpreadHash, State},
-    route::{RouteTable, RouteTally, Tallies},
+    route::{RouteInfo, RouteTable, RouteTally, Tallies},
     timers::Timers,
     verdict::{self, Standing},
 };
@@ -156,20 +160,23 @@ impl FlowTable {
     /// Takes the new set of routes. What is left of routes that are gone is ended as drained; the entries to cut are
     /// returned.
     pub fn set_routes(&mut self, routes: &RouteTable, now: Now) -> Vec<EntryKey> {
-        let gone: Vec<u32> = self
-            .tallies
-            .iter()
-            .filter(|(id, tally)| routes.get(*id).is_none_or(|info| info.name != tally.info.name))
-            .map(|(id, _)| *id)
-            .collect();
+        let gone: Vec<u32> = self.tallies.keys().filter(|id| !routes.contains_key(id)).copied().collect();
+        let changed: Vec<(u32, Arc<RouteInfo>)> = routes.iter().map(|(id, info)| (*id, Arc::clone(info))).collect();
+        self.change_routes(&changed, &gone, now)
+    }
+
+    /// Adds or replaces some routes and forgets others, as [`Self::set_routes`] does with all.
+    pub fn change_routes(&mut self, changed: &[(u32, Arc<RouteInfo>)], gone: &[u32], now: Now) -> Vec<EntryKey> {
+        let renamed = changed.iter().filter(|(id, info)| self.tallies.get(id).is_some_and(|t| t.info.name != info.name));
+        let gone: Vec<u32> = renamed.map(|(id, _)| *id).chain(gone.iter().copied()).collect();
         let cuts = if gone.is_empty() { Vec::new() } else { self.forget_routes(&gone, now) };
-        self.draining.clear();
-        for (id, info) in routes {
+        let touched: HashSet<u32> = changed.iter().map(|(id, _)| *id).chain(gone).collect();
+        self.draining.retain(|id| !touched.contains(id));
+        for (id, info) in changed {
             if info.drain_until.is_some() {
                 self.draining.push(*id);
             }
             match self.tallies.get_mut(id) {
-                Some(tally) if Arc::ptr_eq(&tally.info, info) => {}
                 Some(tally) => tally.info = Arc::clone(info),
                 None => {
                     self.tallies.insert(*id, RouteTally::new(Arc::clone(info)));
@@ -277,6 +284,31 @@ impl FlowTable {
         touch(tally, route, &mut self.changed);
         self.timers.watch(&record, &tally.info);
         self.flows.insert(record.id, Box::new(record));
+    }
+
+    /// Adds a record for an entry that had ended before anybody watched: nobody knows whether it was counted then, so it is
+    /// not counted now.
+    pub(super) fn insert_over(&mut self, entry: &Entry, reason: Reason, now: Now) {
+        let Some(route) = self.layout.route_id(entry.mark) else { return };
+        let Some(tally) = self.tallies.get_mut(&route) else { return };
+        let mut record = Record::new(entry, route, now);
+        record.generation = self.generation;
+        record.state = State::Closing { reason, ended: now.mono, reported: true };
+        self.current += 1;
+        tally.records += 1;
+        self.flows.insert(record.id, Box::new(record));
+    }
+
+    /// Up to `most` ended and reported connections that the kernel may let go of early, in that order: first those whose
+    /// backend remembers nothing, because the client finished first or somebody reset; then the oldest.
+    pub fn lingering(&self, most: usize) -> Vec<EntryKey> {
+        let rank = |record: &&Record| match record.state {
+            State::Closing { reason, ended, reported: true } => Some((reason == Reason::FinishedBackendFirst, ended)),
+            _ => None,
+        };
+        let mut over: Vec<_> = self.records().filter_map(|r| Some((rank(&r)?, r.key()))).collect();
+        over.sort_unstable_by_key(|(rank, _)| *rank);
+        over.into_iter().take(most).map(|(_, key)| key).collect()
     }
 
     /// Moves a record to where the entry stands now.
