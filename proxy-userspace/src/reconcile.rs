@@ -361,7 +361,7 @@ impl<N: Nft> Reconciler<N> {
         let mut wanted = self.assembly.ruleset();
         self.seed_counters(&mut wanted);
         let nft = &self.nft;
-        let changes = diff(&wanted, &snapshot, self.ownership(true), |rule| nft.fingerprint(rule));
+        let changes = diff(wanted, &snapshot, self.ownership(true), |rule| nft.fingerprint(rule));
         if changes.is_empty() {
             return Ok(false);
         }

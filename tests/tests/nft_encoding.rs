@@ -134,7 +134,7 @@ fn a_batch_with_one_bad_change_leaves_nothing_and_names_the_culprit() {
         assert_eq!(nft.snapshot().expect("a snapshot"), before);
 
         let missing = Key::new(&[KeyPart::Mark(0x4000)]);
-        let delete = Change::DeleteElement { set: "be4p".into(), spec: spec.clone(), key: missing, last: None };
+        let delete = Change::DeleteElement { set: "be4p".into(), spec: spec.clone().into(), key: missing, last: None };
         let rule = vec![is_in(&[MARK], "nowhere")];
         let changes = [
             add_host(&spec, 0x2000, "10.1.0.1"),
@@ -170,7 +170,7 @@ fn elements_come_and_go_and_a_table_can_be_taken_down_piece_by_piece() {
         let spec = ruleset.sets["be4p"].spec.clone();
         let key = Key::new(&[KeyPart::Mark(0x800)]);
         let swap = [
-            Change::DeleteElement { set: "be4p".into(), spec: spec.clone(), key: key.clone(), last: None },
+            Change::DeleteElement { set: "be4p".into(), spec: spec.clone().into(), key: key.clone(), last: None },
             add_host(&spec, 0x800, "10.2.2.2"),
         ];
         nft.apply(&swap).expect("an element can be swapped in one batch");
@@ -309,7 +309,7 @@ fn fifty_thousand_elements_go_in_and_come_back_in_one_batch_each() {
         let spec = sets()["r4"].spec.clone();
         let route = |n: u32| Change::AddElement {
             set: "r4".into(),
-            spec: spec.clone(),
+            spec: spec.clone().into(),
             key: Key::new(&[
                 KeyPart::Address(IpAddr::from((0x0a01_0000 + n / 100).to_be_bytes())),
                 KeyPart::Protocol(Protocol::Udp),
@@ -364,7 +364,7 @@ fn many_routes() -> Vec<Change> {
     let sets = sets();
     let add = |set: &str, key: &[KeyPart], element| Change::AddElement {
         set: set.into(),
-        spec: sets[set].spec.clone(),
+        spec: sets[set].spec.clone().into(),
         key: Key::new(key),
         element,
     };

@@ -118,8 +118,8 @@ fn what_the_kernel_holds_is_what_was_planned() {
         let left = in_new_namespace(move || -> anyhow::Result<usize> {
             let mut nft = KernelNft::open()?;
             let nothing = nft.snapshot()?;
-            nft.apply(&diff(&wanted, &nothing, Ownership::Shared, |rule| nft.fingerprint(rule)))?;
-            Ok(diff(&wanted, &nft.snapshot()?, Ownership::Shared, |rule| nft.fingerprint(rule)).len())
+            nft.apply(&diff(wanted.clone(), &nothing, Ownership::Shared, |rule| nft.fingerprint(rule)))?;
+            Ok(diff(wanted, &nft.snapshot()?, Ownership::Shared, |rule| nft.fingerprint(rule)).len())
         });
         prop_assert_eq!(left.and_then(|left| left).map_err(|e| TestCaseError::fail(format!("{e:#}")))?, 0);
         Ok(())

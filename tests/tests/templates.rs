@@ -94,9 +94,9 @@ fn netlink_programs_what_nft_makes_of_the_template() -> Result<()> {
         let by_netlink = in_new_namespace(move || -> Result<String> {
             let mut nft = KernelNft::open()?;
             let nothing = nft.snapshot()?;
-            let changes = diff(&wanted, &nothing, Ownership::Shared, |rule| nft.fingerprint(rule));
+            let changes = diff(wanted.clone(), &nothing, Ownership::Shared, |rule| nft.fingerprint(rule));
             nft.apply(&changes)?;
-            let left = diff(&wanted, &nft.snapshot()?, Ownership::Shared, |rule| nft.fingerprint(rule));
+            let left = diff(wanted, &nft.snapshot()?, Ownership::Shared, |rule| nft.fingerprint(rule));
             ensure!(left.is_empty(), "read back, it differs: {left:?}");
             nft_listing()
         })?

@@ -9,6 +9,8 @@ pub use assembly::{Assembly, Updates};
 pub use snapshot::*;
 pub use whole::{Ownership, diff};
 
+use std::sync::Arc;
+
 use crate::ruleset::{Chain, Element, Key, Rule, SetSpec, TimeoutPolicy};
 
 /// One message of a batch. The kernel takes all of a batch or nothing.
@@ -21,8 +23,8 @@ pub enum Change {
     DeleteTimeout { name: String },
     AddSet { name: String, spec: SetSpec },
     DeleteSet { name: String },
-    AddElement { set: String, spec: SetSpec, key: Key, element: Element },
-    DeleteElement { set: String, spec: SetSpec, key: Key, last: Option<Key> },
+    AddElement { set: Arc<str>, spec: Arc<SetSpec>, key: Key, element: Element },
+    DeleteElement { set: Arc<str>, spec: Arc<SetSpec>, key: Key, last: Option<Key> },
     /// The chain alone, without its rules: verdicts may name it from here on.
     AddChain { name: String, chain: Chain },
     AddRules { chain: String, rules: Vec<Rule> },

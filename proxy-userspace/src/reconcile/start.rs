@@ -140,8 +140,7 @@ impl<N: Nft> Reconciler<N> {
     fn equalize(&mut self, snapshot: &Snapshot) -> Result<usize, NftError> {
         let wanted = self.assembly.ruleset();
         let nft = &self.nft;
-        let changes = diff(&wanted, snapshot, self.ownership(false), |rule| nft.fingerprint(rule));
-        drop(wanted);
+        let changes = diff(wanted, snapshot, self.ownership(false), |rule| nft.fingerprint(rule));
         if !changes.is_empty() {
             self.nft.apply(&changes)?;
         }
@@ -153,6 +152,6 @@ impl<N: Nft> Reconciler<N> {
         let snapshot = self.nft.snapshot()?;
         let nft = &self.nft;
         let ownership = self.ownership(true);
-        Ok(diff(&self.assembly.ruleset(), &snapshot, ownership, |rule| nft.fingerprint(rule)).len())
+        Ok(diff(self.assembly.ruleset(), &snapshot, ownership, |rule| nft.fingerprint(rule)).len())
     }
 }

@@ -59,7 +59,7 @@ pub struct Task<N> {
     pub setting_warnings: Vec<String>,
 }
 
-/// Kernel counters are read so often, or less often when that would cost more than a twentieth of a core.
+/// Kernel counters are read so often, or less often when that would cost more than a fiftieth of a core.
 const COUNTERS: Duration = Duration::from_secs(1);
 
 impl<N: Nft> Task<N> {
@@ -82,7 +82,7 @@ impl<N: Nft> Task<N> {
                     let began = Instant::now();
                     if began >= rest_until {
                         self.count().await;
-                        rest_until = Instant::now() + began.elapsed() * 20;
+                        rest_until = Instant::now() + began.elapsed() * 50;
                     }
                 }
             }

@@ -9,8 +9,8 @@ pub fn batches() -> Vec<Vec<Change>> {
     let (sets, chains) = (sets(), chains());
     let spec = |set: &str| sets[set].spec.clone();
     let mark = |mark| Key::new(&[KeyPart::Mark(mark)]);
-    let add = |set: &str, key, element| Change::AddElement { set: set.into(), spec: spec(set), key, element };
-    let delete = |set: &str, key| Change::DeleteElement { set: set.into(), spec: spec(set), key, last: None };
+    let add = |set: &str, key, element| Change::AddElement { set: set.into(), spec: spec(set).into(), key, element };
+    let delete = |set: &str, key| Change::DeleteElement { set: set.into(), spec: spec(set).into(), key, last: None };
     let goto = |name: &str| element(Value::Goto(name.into()));
     let chain = |name: &str, base| Change::AddChain { name: name.into(), chain: Chain { base, rules: vec![] } };
     let rule = |chain: &str, statement| Change::AddRules { chain: chain.into(), rules: vec![vec![statement]] };

@@ -127,7 +127,7 @@ impl ElementExt for Element {
 pub fn add_host(spec: &SetSpec, mark: u32, host: &str) -> Change {
     Change::AddElement {
         set: "be4p".into(),
-        spec: spec.clone(),
+        spec: spec.clone().into(),
         key: Key::new(&[KeyPart::Mark(mark)]),
         element: element(Value::Address(host.parse().expect("an address"))),
     }
@@ -137,12 +137,12 @@ pub fn add_host(spec: &SetSpec, mark: u32, host: &str) -> Change {
 pub fn new_ports(first: u16, last: u16) -> Change {
     let (key, last) = (Key::new(&[KeyPart::Port(first)]), Some(Key::new(&[KeyPart::Port(last)])));
     let element = Element { last, ..element(Value::None) };
-    Change::AddElement { set: "ports".into(), spec: interval(Field::Port, None).spec, key, element }
+    Change::AddElement { set: "ports".into(), spec: interval(Field::Port, None).spec.into(), key, element }
 }
 
 pub fn old_ports(first: u16, last: u16) -> Change {
     let (key, last) = (Key::new(&[KeyPart::Port(first)]), Some(Key::new(&[KeyPart::Port(last)])));
-    Change::DeleteElement { set: "ports".into(), spec: interval(Field::Port, None).spec, key, last }
+    Change::DeleteElement { set: "ports".into(), spec: interval(Field::Port, None).spec.into(), key, last }
 }
 
 /// Everything of a ruleset, into an empty or missing table.
@@ -159,8 +159,8 @@ pub fn install(ruleset: &Ruleset, lock: bool) -> Vec<Change> {
     }
     for (name, set) in &ruleset.sets {
         changes.extend(set.elements.iter().map(|(key, element)| Change::AddElement {
-            set: name.clone(),
-            spec: set.spec.clone(),
+            set: name.as_str().into(),
+            spec: set.spec.clone().into(),
             key: key.clone(),
             element: element.clone(),
         }));
@@ -176,8 +176,8 @@ pub fn tear_down(ruleset: &Ruleset) -> Vec<Change> {
     let flush = ruleset.chains.keys().map(|name| Change::FlushChain { name: name.clone() });
     let elements = ruleset.sets.iter().flat_map(|(name, set)| {
         set.elements.iter().map(|(key, element)| Change::DeleteElement {
-            set: name.clone(),
-            spec: set.spec.clone(),
+            set: name.as_str().into(),
+            spec: set.spec.clone().into(),
             key: key.clone(),
             last: element.last.clone(),
         })

@@ -168,8 +168,8 @@ impl Assembly {
             };
             if goes && let Some(spec) = self.spec(&member.set, old) {
                 batch.delete_elements.push(Change::DeleteElement {
-                    set: member.set.to_string(),
-                    spec: spec.clone(),
+                    set: (&*member.set).into(),
+                    spec: spec.clone().into(),
                     key: member.key.clone(),
                     last: member.element.last.clone(),
                 });
@@ -185,8 +185,8 @@ impl Assembly {
             };
             if appears && let Some(spec) = self.spec(&member.set, new) {
                 batch.add_elements.push(Change::AddElement {
-                    set: member.set.to_string(),
-                    spec: spec.clone(),
+                    set: (&*member.set).into(),
+                    spec: spec.clone().into(),
                     key: member.key.clone(),
                     element: member.element.clone(),
                 });

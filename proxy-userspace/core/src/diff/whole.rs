@@ -1,9 +1,9 @@
 //! The whole table against what the kernel holds: at start, after somebody else's hand, and to verify.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{Change, Changes, Fingerprint, SetState, Snapshot, batch::Batch};
-use crate::ruleset::{Chain, Element, Key, Rule, Ruleset, Set, SetKind};
+use crate::ruleset::{Chain, Element, Rule, Ruleset, Set, SetKind};
 
 /// Who may change the table beside shunt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub enum Ownership {
 ///
 /// `fingerprint` must be the one of the shell that read `actual`.
 pub fn diff(
-    wanted: &Ruleset,
+    wanted: Ruleset,
     actual: &Snapshot,
     ownership: Ownership,
     fingerprint: impl Fn(&Rule) -> Fingerprint,
@@ -29,7 +29,7 @@ pub fn diff(
     let Some(table) = actual.table else { return create(wanted, lock, None) };
     // A lock can be taken over, but not put on a table, nor taken off it (`nf_tables_updtable`, v6.9).
     let take_over = (table.locked && ownership != Ownership::Keep).then_some(Change::AddTable { lock: true });
-    if table.locked != lock || needs_replacement(wanted, actual) {
+    if table.locked != lock || needs_replacement(&wanted, actual) {
         let mut changes: Changes = take_over.into_iter().collect();
         changes.push(Change::DeleteTable);
         changes.extend(create(wanted, lock, Some(actual)));
@@ -44,19 +44,16 @@ pub fn diff(
     for name in actual.timeouts.keys().filter(|name| !wanted.timeouts.contains_key(*name)) {
         batch.delete_timeouts.push(Change::DeleteTimeout { name: name.clone() });
     }
-    for (name, set) in &wanted.sets {
-        match actual.sets.get(name) {
-            None => {
-                batch.add.push(Change::AddSet { name: name.clone(), spec: set.spec.clone() });
-                batch.add_elements.extend(set.elements.iter().map(|(k, e)| add_element(name, set, k, e)));
-            }
-            Some(state) => elements(name, set, state, &mut batch),
-        }
-    }
     for name in actual.sets.keys().filter(|name| !wanted.sets.contains_key(*name)) {
         batch.delete_sets.push(Change::DeleteSet { name: name.clone() });
     }
     chains(&wanted.chains, actual, &fingerprint, &mut batch);
+    for (name, set) in wanted.sets {
+        match actual.sets.get(&name) {
+            None => add_set(name, set, None, &mut batch),
+            Some(state) => elements(&name, set, state, &mut batch),
+        }
+    }
     take_over.into_iter().chain(batch.into_changes()).collect()
 }
 
@@ -71,18 +68,14 @@ fn needs_replacement(wanted: &Ruleset, actual: &Snapshot) -> bool {
 }
 
 /// The whole table from nothing, its counters going on from those of `previous`.
-fn create(wanted: &Ruleset, lock: bool, previous: Option<&Snapshot>) -> Changes {
+fn create(wanted: Ruleset, lock: bool, previous: Option<&Snapshot>) -> Changes {
     let mut batch = Batch::default();
-    for (name, policy) in &wanted.timeouts {
-        batch.add.push(Change::AddTimeout { name: name.clone(), policy: *policy });
+    for (name, policy) in wanted.timeouts {
+        batch.add.push(Change::AddTimeout { name, policy });
     }
-    for (name, set) in &wanted.sets {
-        batch.add.push(Change::AddSet { name: name.clone(), spec: set.spec.clone() });
-        let old = previous.and_then(|p| p.sets.get(name));
-        for (key, element) in &set.elements {
-            let counter = old.and_then(|s| s.elements.get(key)).map_or(element.counter, |e| e.counter);
-            batch.add_elements.push(add_element(name, set, key, &Element { counter, ..element.clone() }));
-        }
+    for (name, set) in wanted.sets {
+        let old = previous.and_then(|p| p.sets.get(&name));
+        add_set(name, set, old, &mut batch);
     }
     for (name, chain) in &wanted.chains {
         batch.add_chain(name, chain);
@@ -92,29 +85,39 @@ fn create(wanted: &Ruleset, lock: bool, previous: Option<&Snapshot>) -> Changes 
     changes
 }
 
-fn add_element(set: &str, of: &Set, key: &Key, element: &Element) -> Change {
-    Change::AddElement { set: set.into(), spec: of.spec.clone(), key: key.clone(), element: element.clone() }
+fn add_set(name: String, set: Set, previous: Option<&SetState>, batch: &mut Batch) {
+    let Set { spec, elements } = set;
+    let (set, shared) = (Arc::<str>::from(name.as_str()), Arc::new(spec.clone()));
+    batch.add.push(Change::AddSet { name, spec });
+    batch.add_elements.extend(elements.into_iter().map(|(key, mut element)| {
+        if let Some(old) = previous.and_then(|p| p.elements.get(&key)) {
+            element.counter = old.counter;
+        }
+        Change::AddElement { set: Arc::clone(&set), spec: Arc::clone(&shared), key, element }
+    }));
 }
 
-fn elements(name: &str, set: &Set, state: &SetState, batch: &mut Batch) {
+fn elements(name: &str, set: Set, state: &SetState, batch: &mut Batch) {
     if matches!(set.spec.kind, SetKind::Dynamic { .. }) {
         return;
     }
+    let Set { spec, elements } = set;
+    let (set, spec) = (Arc::<str>::from(name), Arc::new(spec));
     for (key, old) in &state.elements {
-        let same = set.elements.get(key).is_some_and(|e| same_element(e, old));
-        if !same {
-            let (set, spec) = (name.to_owned(), set.spec.clone());
+        if !elements.get(key).is_some_and(|e| same_element(e, old)) {
+            let (set, spec) = (Arc::clone(&set), Arc::clone(&spec));
             batch.delete_elements.push(Change::DeleteElement { set, spec, key: key.clone(), last: old.last.clone() });
         }
     }
-    for (key, element) in &set.elements {
-        match state.elements.get(key) {
-            Some(old) if same_element(element, old) => {}
-            Some(old) => {
-                batch.add_elements.push(add_element(name, set, key, &Element { counter: old.counter, ..element.clone() }))
-            }
-            None => batch.add_elements.push(add_element(name, set, key, element)),
+    for (key, mut element) in elements {
+        let old = state.elements.get(&key);
+        if old.is_some_and(|old| same_element(&element, old)) {
+            continue;
         }
+        if let Some(old) = old {
+            element.counter = old.counter;
+        }
+        batch.add_elements.push(Change::AddElement { set: Arc::clone(&set), spec: Arc::clone(&spec), key, element });
     }
 }
 

@@ -167,7 +167,7 @@ fn one_change(table: &mut Option<(Owner, Ruleset)>, change: &Change) -> Result<(
         }
         Change::AddElement { set, key, element, .. } => add_element(ruleset, set, key, element),
         Change::DeleteElement { set, key, last, .. } => {
-            let set = ruleset.sets.get_mut(set).ok_or(Errno::ENOENT)?;
+            let set = ruleset.sets.get_mut(&**set).ok_or(Errno::ENOENT)?;
             match set.elements.get(key) {
                 Some(element) if element.last == *last => set.elements.remove(key).map(drop).ok_or(Errno::ENOENT),
                 _ => Err(Errno::ENOENT),
