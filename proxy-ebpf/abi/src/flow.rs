@@ -81,9 +81,23 @@ pub struct FlowCounters {
 }
 
 impl FlowCounters {
+    /// Nothing counted yet.
+    pub const ZERO: Self = Self {
+        low_to_high: Traffic { packets: 0, payload_bytes: 0 },
+        high_to_low: Traffic { packets: 0, payload_bytes: 0 },
+    };
+
     /// Traffic of one direction; anything but [`LOW_TO_HIGH`] is [`HIGH_TO_LOW`].
     pub const fn direction_mut(&mut self, direction: u32) -> &mut Traffic {
         if direction == LOW_TO_HIGH { &mut self.low_to_high } else { &mut self.high_to_low }
+    }
+
+    /// The sum of what two CPUs counted.
+    pub const fn merge(self, other: Self) -> Self {
+        Self {
+            low_to_high: self.low_to_high.merge(other.low_to_high),
+            high_to_low: self.high_to_low.merge(other.high_to_low),
+        }
     }
 }
 
