@@ -53,6 +53,7 @@ pub fn flow_counters(key: &FlowKey) -> Option<&'static mut FlowCounters> {
     let counters = match FLOWS.get_ptr_mut(key) {
         Some(counters) => counters,
         None => {
+            #[expect(clippy::needless_borrows_for_generic_args, reason = "by value it would be copied to the stack")]
             // Another CPU may have been first: then this fails, and the second look-up finds its element.
             let _ = FLOWS.insert(key, &NO_TRAFFIC, u64::from(BPF_NOEXIST));
             FLOWS.get_ptr_mut(key)?

@@ -110,10 +110,15 @@ fn build_with_nightly(root: &Path, error: anyhow::Error) -> Result<()> {
         .env("RUSTUP_TOOLCHAIN", "nightly")
         .env(
             "CARGO_ENCODED_RUSTFLAGS",
-            concat(&[b"-Cdebuginfo=2\x1f-Clink-arg=--btf\x1f-Clinker=", nightly.linker.as_os_str().as_encoded_bytes()])?,
+            concat(&[
+                b"-Cdebuginfo=2\x1f-Clink-arg=--btf\x1f-Clinker=",
+                nightly.linker.as_os_str().as_encoded_bytes(),
+            ])?,
         )
         .args(["build", "--release", "--locked", "-Zbuild-std=core", "--target", TARGET]))?;
-    println!("left in proxy-ebpf/target/{TARGET}/release/shunt-bpf; {OBJECT} is unchanged: another compiler, other bytes");
+    println!(
+        "left in proxy-ebpf/target/{TARGET}/release/shunt-bpf; {OBJECT} is unchanged: another compiler, other bytes"
+    );
     Ok(())
 }
 

@@ -6,7 +6,13 @@ fn main() -> std::process::ExitCode {
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(e) if e.is::<ebpf::Unavailable>() => { eprintln!("{e:#}"); std::process::ExitCode::from(ebpf::EXIT_UNAVAILABLE) }
-        Err(e) => { eprintln!("{e:#}"); std::process::ExitCode::FAILURE }
+        Err(e) if e.is::<ebpf::Unavailable>() => {
+            eprintln!("{e:#}");
+            std::process::ExitCode::from(ebpf::EXIT_UNAVAILABLE)
+        }
+        Err(e) => {
+            eprintln!("{e:#}");
+            std::process::ExitCode::FAILURE
+        }
     }
 }

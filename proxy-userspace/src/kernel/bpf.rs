@@ -139,7 +139,7 @@ fn check_flows(object: &Ebpf, packets: &[SyntheticPacket]) -> Result<(), BpfErro
     let mut sent: HashMap<FlowKey, FlowCounters> = HashMap::new();
     for packet in packets {
         if let Expected::Counted { key, direction, payload_bytes } = packet.expected {
-            sent.entry(key).or_default().direction_mut(direction).add(payload_bytes);
+            sent.entry(key).or_default().add(direction, payload_bytes);
         }
     }
     for (key, sent) in &sent {

@@ -12,7 +12,8 @@ use super::{cargo, output, run};
 
 /// Debian's compiler with a prebuilt `core` for the BPF target, and the LLVM it links: one compiler, one object.
 const RUST_VERSION: &str = "1.96.0+dfsg1-1~deb12u2";
-const RUST_PACKAGES: [&str; 4] = ["rustc-web", "libstd-rust-web-1.96", "libstd-rust-web-dev", "libstd-rust-web-dev-bpf"];
+const RUST_PACKAGES: [&str; 4] =
+    ["rustc-web", "libstd-rust-web-1.96", "libstd-rust-web-dev", "libstd-rust-web-dev-bpf"];
 const LLVM_VERSION: &str = "1:22.1.8-1~deb12u1";
 const LLVM_PACKAGES: [&str; 2] = ["libllvm22", "llvm-22"];
 /// What libLLVM links and a small system may lack: any version of the suite will do.
@@ -100,7 +101,8 @@ impl Nightly {
         let sysroot = output(Command::new("rustc").args(["+nightly", "--print", "sysroot"])).ok()?;
         let core = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core");
         let path = std::env::var_os("PATH")?;
-        let linker = std::env::split_paths(&path).map(|folder| folder.join("bpf-linker")).find(|file| file.is_file())?;
+        let linker =
+            std::env::split_paths(&path).map(|folder| folder.join("bpf-linker")).find(|file| file.is_file())?;
         core.exists().then_some(Self { linker })
     }
 }

@@ -53,8 +53,16 @@ pub fn all() -> Vec<SyntheticPacket> {
     let in_payload = whole.iter().copied().take(whole.len() - 1).collect();
     vec![
         packet("IPv4 TCP", ipv4(LOW_TO_HIGH, TCP, 0, &tcp(LOW_TO_HIGH, 20, 100)), counted(v4(TCP), LOW_TO_HIGH, 100)),
-        packet("IPv4 TCP again", ipv4(LOW_TO_HIGH, TCP, 0, &tcp(LOW_TO_HIGH, 20, 11)), counted(v4(TCP), LOW_TO_HIGH, 11)),
-        packet("IPv4 TCP reply with options", ipv4(HIGH_TO_LOW, TCP, 0, &tcp(HIGH_TO_LOW, 32, 1_400)), counted(v4(TCP), HIGH_TO_LOW, 1_400)),
+        packet(
+            "IPv4 TCP again",
+            ipv4(LOW_TO_HIGH, TCP, 0, &tcp(LOW_TO_HIGH, 20, 11)),
+            counted(v4(TCP), LOW_TO_HIGH, 11),
+        ),
+        packet(
+            "IPv4 TCP reply with options",
+            ipv4(HIGH_TO_LOW, TCP, 0, &tcp(HIGH_TO_LOW, 32, 1_400)),
+            counted(v4(TCP), HIGH_TO_LOW, 1_400),
+        ),
         packet("IPv4 TCP without payload, padded by Ethernet", padded, counted(v4(TCP), LOW_TO_HIGH, 0)),
         packet("IPv4 UDP", ipv4(LOW_TO_HIGH, UDP, 0, &udp(LOW_TO_HIGH, 48)), counted(v4(UDP), LOW_TO_HIGH, 48)),
         packet("IPv4 UDP reply", ipv4(HIGH_TO_LOW, UDP, 0, &udp(HIGH_TO_LOW, 512)), counted(v4(UDP), HIGH_TO_LOW, 512)),
@@ -62,10 +70,18 @@ pub fn all() -> Vec<SyntheticPacket> {
         packet("IPv6 UDP reply", ipv6(HIGH_TO_LOW, UDP, &udp(HIGH_TO_LOW, 33)), counted(v6(UDP), HIGH_TO_LOW, 33)),
         packet("ARP", ethernet(ETHERTYPE_ARP, &[0; 28]), refused(outcome::NOT_IP)),
         packet("IPv4 ICMP", ipv4(LOW_TO_HIGH, ICMP, 0, &[8; 16]), refused(outcome::OTHER_PROTOCOL)),
-        packet("first IPv4 fragment", ipv4(LOW_TO_HIGH, UDP, MORE_FRAGMENTS, &udp(LOW_TO_HIGH, 24)), refused(outcome::FRAGMENT)),
+        packet(
+            "first IPv4 fragment",
+            ipv4(LOW_TO_HIGH, UDP, MORE_FRAGMENTS, &udp(LOW_TO_HIGH, 24)),
+            refused(outcome::FRAGMENT),
+        ),
         packet("IPv4 TCP cut in its TCP header", in_header, refused(outcome::TRUNCATED)),
         packet("IPv4 TCP cut in its payload", in_payload, refused(outcome::TRUNCATED)),
-        packet("IPv4 TCP with a header longer than the packet", ipv4(LOW_TO_HIGH, TCP, 0, &tcp(LOW_TO_HIGH, 60, 0)[..20]), refused(outcome::MALFORMED)),
+        packet(
+            "IPv4 TCP with a header longer than the packet",
+            ipv4(LOW_TO_HIGH, TCP, 0, &tcp(LOW_TO_HIGH, 60, 0)[..20]),
+            refused(outcome::MALFORMED),
+        ),
     ]
 }
 
