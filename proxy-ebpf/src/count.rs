@@ -14,6 +14,6 @@ pub fn try_count(ctx: &TcContext) -> Result<u32, Refused> {
     let packet = packet::parse(ctx)?;
     let (key, direction) = FlowKey::of_packet(packet.source, packet.destination, packet.protocol, packet.ip_version);
     let counters = maps::flow_counters(&key).ok_or(Refused::TableFull)?;
-    counters.direction_mut(direction).add(packet.payload_bytes as u64);
+    counters.add(direction, packet.payload_bytes as u64);
     Ok(outcome::COUNTED)
 }

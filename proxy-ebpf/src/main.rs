@@ -6,11 +6,7 @@ mod count;
 mod maps;
 mod packet;
 
-use aya_ebpf::{
-    bindings::TC_ACT_UNSPEC,
-    macros::classifier,
-    programs::TcContext,
-};
+use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
 
 /// Counts the packet in its flow and lets it pass. The daemon runs it on packets of its own making before it trusts this
 /// kernel with any other program; attached to a device, it observes and never decides.

@@ -23,6 +23,10 @@ static FLOWS: PerCpuHashMap<FlowKey, FlowCounters> = PerCpuHashMap::with_max_ent
 #[map]
 static OUTCOMES: PerCpuArray<u64> = PerCpuArray::with_max_entries(outcome::COUNT, 0);
 
+/// What a new flow begins with. In read-only data, not made on the stack: that would be a call of `memset`, whose loop over
+/// the stack the verifier refuses to a process without `CAP_PERFMON`.
+static NO_TRAFFIC: FlowCounters = FlowCounters::ZERO;
+
 /// Says in `ABI` what this object was compiled with.
 #[inline(always)]
 pub fn stamp_abi() {
@@ -49,8 +53,9 @@ pub fn flow_counters(key: &FlowKey) -> Option<&'static mut FlowCounters> {
     let counters = match FLOWS.get_ptr_mut(key) {
         Some(counters) => counters,
         None => {
+            #[expect(clippy::needless_borrows_for_generic_args, reason = "by value it would be copied to the stack")]
             // Another CPU may have been first: then this fails, and the second look-up finds its element.
-            let _ = FLOWS.insert(key, FlowCounters::default(), u64::from(BPF_NOEXIST));
+            let _ = FLOWS.insert(key, &NO_TRAFFIC, u64::from(BPF_NOEXIST));
             FLOWS.get_ptr_mut(key)?
         }
     };

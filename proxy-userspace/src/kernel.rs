@@ -1,5 +1,6 @@
 //! The kernel's interfaces, each behind a small type: the only place of the daemon with `unsafe` in it.
 
+pub mod bpf;
 pub mod capability;
 pub mod conntrack;
 pub mod memory;

@@ -4,6 +4,7 @@ mod bench;
 mod cargo;
 mod checks;
 mod demo;
+mod ebpf;
 mod root;
 mod setup;
 mod stop;
@@ -30,8 +31,21 @@ enum Task {
     Test(checks::TestOptions),
     /// Compare shunt with a hand-written nft rule, plain routing, HAProxy and nginx
     Bench(bench::Options),
+    /// Build the eBPF object from nothing, or check that the committed one is what the sources give
+    Ebpf {
+        #[command(subcommand)]
+        what: Ebpf,
+    },
     /// Everything a change must pass: formatting, lints, tests, documentation
     Ci(checks::CiOptions),
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+enum Ebpf {
+    /// Build proxy-ebpf/shunt.bpf.o and its checksum
+    Build,
+    /// Build it elsewhere and compare; exit 77 where no toolchain can be had
+    Check,
 }
 
 fn main() -> ExitCode {
@@ -41,10 +55,16 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => checks::test(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Ebpf { what: Ebpf::Build } => ebpf::build(),
+        Task::Ebpf { what: Ebpf::Check } => ebpf::check(),
         Task::Ci(options) => checks::ci(&options),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<ebpf::Unavailable>() => {
+            ui::error(&error);
+            ExitCode::from(ebpf::EXIT_UNAVAILABLE)
+        }
         Err(error) => {
             ui::error(&error);
             ExitCode::FAILURE

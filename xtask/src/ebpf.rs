@@ -1,0 +1,168 @@
+//! `cargo xtask ebpf build | check`: from `proxy-ebpf/` to the committed `shunt.bpf.o`, byte for byte the same everywhere.
+
+mod toolchain;
+
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub use toolchain::Unavailable;
+use toolchain::{Nightly, Pinned};
+
+/// Exit code of `check` and `build` where the toolchain cannot be had: neither passed nor failed. The number is the one
+/// that test harnesses of the GNU kind take for "skipped".
+pub const EXIT_UNAVAILABLE: u8 = 77;
+
+const TARGET: &str = "bpfel-unknown-none";
+const OBJECT: &str = "proxy-ebpf/shunt.bpf.o";
+const CHECKSUM: &str = "proxy-ebpf/shunt.bpf.o.sha256";
+
+/// Compiles the eBPF programs and replaces the committed object and its checksum.
+///
+/// Where the pinned toolchain cannot be had but rustup's nightly with `rust-src` can, the object is compiled with that and
+/// left in `proxy-ebpf/target`: its bytes cannot be compared, so it does not replace the committed one.
+///
+/// # Errors
+/// [`Unavailable`] where there is no toolchain at all (see [`EXIT_UNAVAILABLE`]); else what the compiler said.
+pub fn build() -> Result<()> {
+    let root = root()?;
+    let pinned = match Pinned::install(&root) {
+        Ok(pinned) => pinned,
+        Err(error) => return build_with_nightly(&root, error),
+    };
+    let built = compile(&root, &pinned)?;
+    let digest = sha256(&built)?;
+    fs::copy(&built, root.join(OBJECT)).context("copy the object")?;
+    fs::write(root.join(CHECKSUM), checksum_line(&digest)).context("write the checksum")?;
+    println!("{OBJECT}: {digest}");
+    Ok(())
+}
+
+/// Compiles the eBPF programs and compares the result with the committed object.
+///
+/// # Errors
+/// [`Unavailable`] where the pinned toolchain cannot be had (see [`EXIT_UNAVAILABLE`]); else which bytes differ from which.
+pub fn check() -> Result<()> {
+    let root = root()?;
+    let committed = sha256(&root.join(OBJECT))?;
+    let stated = fs::read_to_string(root.join(CHECKSUM)).with_context(|| format!("read {CHECKSUM}"))?;
+    ensure!(
+        stated == checksum_line(&committed),
+        "{OBJECT} is not the file that {CHECKSUM} states: run `cargo xtask ebpf build`"
+    );
+    let built = sha256(&compile(&root, &Pinned::install(&root)?)?)?;
+    ensure!(
+        built == committed,
+        "{OBJECT} is not what its sources compile to (committed {committed}, built {built}): run `cargo xtask ebpf build`"
+    );
+    println!("{OBJECT}: same bytes from its sources, {built}");
+    Ok(())
+}
+
+/// Compiles and strips the object; returns where it is.
+fn compile(root: &Path, pinned: &Pinned) -> Result<PathBuf> {
+    // The folders of downloaded crates are in debug information; they exist once the crates are fetched.
+    run(cargo(root).args(["fetch", "--locked"]))?;
+    let mut flags: Vec<OsString> = vec!["-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()];
+    flags.push(concat(&[b"-Clinker=", pinned.linker().as_os_str().as_encoded_bytes()])?);
+    for (from, to) in remapped(root, pinned)? {
+        flags.push(concat(&[b"--remap-path-prefix=", from.as_os_str().as_encoded_bytes(), b"=", to.as_bytes()])?);
+    }
+    run(pinned
+        .environment(&mut cargo(root))
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join(OsString::from("\x1f").as_os_str()))
+        .args(["build", "--release", "--locked", "--target", TARGET]))?;
+    let folder = root.join("proxy-ebpf/target").join(TARGET).join("release");
+    let stripped = folder.join("shunt.bpf.o");
+    run(pinned
+        .environment(&mut Command::new(pinned.strip()))
+        .args(["--strip-debug", "-o"])
+        .args([&stripped, &folder.join("shunt-bpf")]))?;
+    Ok(stripped)
+}
+
+/// Folders whose names must not reach the object, and what stands there instead. The last that matches wins.
+fn remapped(root: &Path, pinned: &Pinned) -> Result<Vec<(PathBuf, &'static str)>> {
+    let cargo_home = match std::env::var_os("CARGO_HOME") {
+        Some(home) => PathBuf::from(home),
+        None => std::env::home_dir().context("neither CARGO_HOME nor a home folder")?.join(".cargo"),
+    };
+    let mut folders = vec![(root.to_owned(), "/shunt"), (pinned.folder().to_owned(), "/rust")];
+    // One folder per registry, named after its host: a mirror must not change the object.
+    for folder in fs::read_dir(cargo_home.join("registry/src")).context("list the fetched crates")? {
+        folders.push((folder?.path(), "/crates"));
+    }
+    Ok(folders)
+}
+
+fn build_with_nightly(root: &Path, error: anyhow::Error) -> Result<()> {
+    let Some(nightly) = error.is::<Unavailable>().then(Nightly::find).flatten() else {
+        return Err(error);
+    };
+    println!("no pinned toolchain ({error:#}); building with rustup's nightly and {}", nightly.linker.display());
+    run(cargo(root)
+        .env_remove("RUSTC")
+        .env("RUSTUP_TOOLCHAIN", "nightly")
+        .env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            concat(&[
+                b"-Cdebuginfo=2\x1f-Clink-arg=--btf\x1f-Clinker=",
+                nightly.linker.as_os_str().as_encoded_bytes(),
+            ])?,
+        )
+        .args(["build", "--release", "--locked", "-Zbuild-std=core", "--target", TARGET]))?;
+    println!(
+        "left in proxy-ebpf/target/{TARGET}/release/shunt-bpf; {OBJECT} is unchanged: another compiler, other bytes"
+    );
+    Ok(())
+}
+
+/// cargo in `proxy-ebpf`, free of what the calling cargo and the user's shell set for other targets.
+fn cargo(root: &Path) -> Command {
+    let mut command = Command::new("cargo");
+    command.current_dir(root.join("proxy-ebpf"));
+    for name in ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn root() -> Result<PathBuf> {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    Ok(xtask.parent().context("xtask has no parent folder")?.to_owned())
+}
+
+fn checksum_line(digest: &str) -> String {
+    format!("{digest}  shunt.bpf.o\n")
+}
+
+fn sha256(file: &Path) -> Result<String> {
+    let text = output(Command::new("sha256sum").arg("--").arg(file))?;
+    let digest = text.split_whitespace().next().context("sha256sum printed nothing")?;
+    Ok(digest.trim_start_matches('\\').to_owned())
+}
+
+fn concat(parts: &[&[u8]]) -> Result<OsString> {
+    Ok(String::from_utf8(parts.concat()).context("a folder whose name is not UTF-8")?.into())
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("start {:?}", command.get_program()))?;
+    ensure!(status.success(), "{:?} failed: {status}", command.get_program());
+    Ok(())
+}
+
+/// What the command prints; its standard error is in the error.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("start {:?}", command.get_program()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{:?} failed: {}: {}", command.get_program(), output.status, said.trim());
+    }
+    String::from_utf8(output.stdout).context("output is not UTF-8")
+}
