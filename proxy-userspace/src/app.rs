@@ -10,13 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proxy_core::{
-    capability::Capabilities,
-    config::Config,
-    diff::Change,
-    flow::MarkLayout,
-    plan::plan,
-};
+use proxy_core::{capability::Capabilities, config::Config, diff::Change, flow::MarkLayout, plan::plan};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -93,15 +87,17 @@ pub fn run(config_file: &Path) -> Result<(), Refusal> {
 async fn start(config_file: &Path) -> Result<(), Refusal> {
     let config = load(config_file).map_err(|f| Refusal::refused(f.error, f.hint))?;
     let log = logging::init(&config.log).map_err(|e| Refusal::refused(e, None))?;
-    let listeners = Listeners::bind(config.admin.listen, &config.admin.socket)
-        .await
-        .map_err(|e| Refusal::refused(&e, e.mend()))?;
+    let listeners =
+        Listeners::bind(config.admin.listen, &config.admin.socket).await.map_err(|e| Refusal::refused(&e, e.mend()))?;
     let capabilities = probe()?;
     let unserved = plan(&config, &capabilities).unserved();
     if let Some(first) = unserved.first() {
         let all: Vec<String> = unserved.iter().map(ToString::to_string).collect();
         tracing::debug!(route = %first.route, "no engine");
-        return Err(Refusal::refused(all.join("\n"), Some("`shunt plan` shows every route and what rules its engines out".into())));
+        return Err(Refusal::refused(
+            all.join("\n"),
+            Some("`shunt plan` shows every route and what rules its engines out".into()),
+        ));
     }
     let daemon = Daemon::install(config_file, config, capabilities, log).await?;
     daemon.serve(listeners).await;
@@ -172,7 +168,8 @@ impl Daemon {
         let access_log = AccessLog::stdout(config.log.format, config.log.access)
             .map_err(|e| Refusal::refused(format!("cannot write the access log: {e}"), None))?;
         let interval = REPORTING;
-        let options = track::Options { layout, interval, max_flows: max_flows(), clock, access_log, drained: drained_tx };
+        let options =
+            track::Options { layout, interval, max_flows: max_flows(), clock, access_log, drained: drained_tx };
         // Before the table: no connection begins unseen.
         let tracker = Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE))
             .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))?;
@@ -300,9 +297,9 @@ pub fn cleanup(socket: &Path) -> Result<Vec<String>, Refusal> {
         .build()
         .map_err(|e| Refusal::refused(format!("cannot start: {e}"), None))?;
     // Held to the end: no daemon starts meanwhile, and none is running.
-    let held = runtime.block_on(Listeners::bind(None, socket)).map_err(|e| {
-        Refusal::refused(&e, Some("stop the daemon first: systemctl stop shunt".to_owned()))
-    })?;
+    let held = runtime
+        .block_on(Listeners::bind(None, socket))
+        .map_err(|e| Refusal::refused(&e, Some("stop the daemon first: systemctl stop shunt".to_owned())))?;
     let mut done = Vec::new();
     let refuse = |e: NftError| Refusal { what: e.to_string(), mend: e.mend(), code: e.exit_code() };
     let mut nft = KernelNft::open().map_err(refuse)?;

@@ -2,8 +2,8 @@
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
-use proxy_core::view;
 pub use proxy_core::flow::{AGE_BUCKETS, AgeHistogram};
+use proxy_core::view;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// What the admin API and the CLI can reach. Cheap to clone.
@@ -24,19 +24,37 @@ pub type Reply<T> = oneshot::Sender<Result<T, view::Failure>>;
 #[derive(Debug)]
 pub enum RouteCommand {
     /// Read the file again; all or nothing.
-    Reload { reply: Reply<view::Reload> },
-    SetBackend { route: String, backend: String, admin: view::BackendAdmin, reply: Reply<view::Backend> },
+    Reload {
+        reply: Reply<view::Reload>,
+    },
+    SetBackend {
+        route: String,
+        backend: String,
+        admin: view::BackendAdmin,
+        reply: Reply<view::Backend>,
+    },
     /// `route`: its name. The connection, if any, is filled in by the asker.
-    Explain { route: String, reply: Reply<view::Explain> },
+    Explain {
+        route: String,
+        reply: Reply<view::Explain>,
+    },
     /// The ruleset as the daemon believes it to be, as an nft script.
-    Ruleset { reply: Reply<String> },
+    Ruleset {
+        reply: Reply<String>,
+    },
 }
 
 #[derive(Debug)]
 pub enum FlowCommand {
     /// Read afresh from the kernel.
-    Connections { filter: ConnectionFilter, reply: Reply<Vec<view::Connection>> },
-    Kill { id: String, reply: Reply<view::Killed> },
+    Connections {
+        filter: ConnectionFilter,
+        reply: Reply<Vec<view::Connection>>,
+    },
+    Kill {
+        id: String,
+        reply: Reply<view::Killed>,
+    },
 }
 
 #[derive(Debug, Clone, Default)]

@@ -14,7 +14,7 @@ use std::path::Path;
 use proxy_core::config::Config;
 use serde::Serialize;
 
-use crate::kernel::{capability, sysctl::Settings};
+use crate::kernel::{bpf, capability, sysctl::Settings};
 
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -98,6 +98,7 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
     checks.extend(forward::checks());
     checks.push(settings::reverse_path(&settings, config));
     checks.push(features::ebpf(&capability::ebpf::features()));
+    checks.push(features::own_object(bpf::self_probe()));
     checks.push(host::file_limit());
     checks.extend(socket.map(host::running_daemon));
     if let Some(config) = config {

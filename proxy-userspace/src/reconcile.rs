@@ -26,8 +26,8 @@ use proxy_core::{
     view::{self, BackendAdmin},
 };
 
-pub use ids::TooManyRoutes;
 use ids::Ids;
+pub use ids::TooManyRoutes;
 
 use crate::kernel::{
     memory,
@@ -253,13 +253,16 @@ impl<N: Nft> Reconciler<N> {
 
     fn fragment(&self, served: &Served) -> proxy_core::ruleset::Fragment {
         let endpoints = served.pool.endpoints();
-        fragment(&served.plan, Context {
-            mark: self.ids.layout(),
-            own: self.mark(served.id),
-            marks: &self.ids,
-            endpoints: &endpoints,
-            counts_no_backend: served.counts_no_backend,
-        })
+        fragment(
+            &served.plan,
+            Context {
+                mark: self.ids.layout(),
+                own: self.mark(served.id),
+                marks: &self.ids,
+                endpoints: &endpoints,
+                counts_no_backend: served.counts_no_backend,
+            },
+        )
     }
 
     /// One atomic batch. The number of its messages.
@@ -296,7 +299,7 @@ impl<N: Nft> Reconciler<N> {
 
     /// A health check of a route's backend has ended.
     pub fn checked(&mut self, route: &RouteName, target: &Target, checked: &Checked) -> Result<Vec<Effect>, NftError> {
-        self.change_pools(&[route.clone()], |pool| pool.checked(target, checked))
+        self.change_pools(std::slice::from_ref(route), |pool| pool.checked(target, checked))
     }
 
     /// A name's addresses have changed.
@@ -449,8 +452,7 @@ impl<N: Nft> Reconciler<N> {
 
     /// The routes that have a backend of this name.
     pub fn routes_with_name(&self, host: &str) -> Vec<RouteName> {
-        let named = |t: &Target| matches!(t, Target::Name { host: h, .. } if h == host);
-        let uses = |s: &&Served| s.plan.route.backends.iter().any(|b| named(&b.target));
+        let uses = |s: &&Served| s.plan.route.backends.iter().any(|b| b.target.host() == Some(host));
         self.served.values().filter(uses).map(|s| s.plan.route.name.clone()).collect()
     }
 

@@ -53,7 +53,10 @@ pub enum Input {
     /// not counted. A draining route stays in it until reported as drained; one that is missing loses its flows.
     Routes(RouteTable),
     /// Routes to add or replace, under the same rules, and ids to forget.
-    Change { routes: Vec<(u32, Arc<RouteInfo>)>, gone: Vec<u32> },
+    Change {
+        routes: Vec<(u32, Arc<RouteInfo>)>,
+        gone: Vec<u32>,
+    },
     Counters(KernelCounters),
     DropUdp(DropUdp),
     /// The configuration's `log.access` has changed.

@@ -11,7 +11,8 @@ use nix::sched::{CloneFlags, unshare};
 /// Runs `work` on a thread of its own in a network namespace of its own, which goes with the thread.
 pub fn in_new_namespace<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let thread = std::thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNET).context("unshare(CLONE_NEWNET): run as root, or through `cargo xtask test`")?;
+        unshare(CloneFlags::CLONE_NEWNET)
+            .context("unshare(CLONE_NEWNET): run as root, or through `cargo xtask test`")?;
         Ok(work())
     });
     match thread.join() {

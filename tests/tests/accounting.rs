@@ -19,13 +19,16 @@ const SOON: Duration = Duration::from_secs(6);
 fn udp_bytes_equal_what_the_peers_sent_and_received() -> Result<()> {
     let lab = Lab::new()?;
     let server = UdpServer::start(lab.backend(1), 53, "dns")?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "dns"
 protocol = "udp"
 listen = ["10.88.1.1:53", "[fd88:1::1]:53"]
 backends = ["10.88.2.2:53", "[fd88:2::2]:53"]
-"#)?;
+"#,
+    )?;
     for (bind, to, header) in [("0.0.0.0:0", "10.88.1.1:53", 28), ("[::]:0", "[fd88:1::1]:53", 48)] {
         let before = shunt.route("dns")?;
         let count = |v: &serde_json::Value, key: &str| v[key].as_u64().unwrap_or(0);
@@ -38,8 +41,11 @@ backends = ["10.88.2.2:53", "[fd88:2::2]:53"]
         }
         shunt.wait_route("dns", "the payload of five datagrams each way", SOON, |now| {
             let grown = |key: &str| count(now, key) - count(&before, key);
-            (grown("bytes_in") == sent + 5 * header && grown("bytes_out") == received + 5 * header
-                && grown("packets_in") == 5 && grown("connections_total") == 1).then_some(())
+            (grown("bytes_in") == sent + 5 * header
+                && grown("bytes_out") == received + 5 * header
+                && grown("packets_in") == 5
+                && grown("connections_total") == 1)
+                .then_some(())
         })?;
     }
     assert_eq!(server.datagrams(), 10);
@@ -56,13 +62,20 @@ fn the_counters_of_a_long_connection_move_while_it_lives_and_end_exact() -> Resu
             host.set_sysctl(key, "0")?;
         }
     }
-    let server = TcpServer::start(lab.backend(1), 80, Behaviour::Exchange { seed: 1, bytes: 3_000_000, start: Start::AfterClientFinished })?;
-    let shunt = Shunt::start(&lab, r#"
+    let server = TcpServer::start(
+        lab.backend(1),
+        80,
+        Behaviour::Exchange { seed: 1, bytes: 3_000_000, start: Start::AfterClientFinished },
+    )?;
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80"]
-"#)?;
+"#,
+    )?;
     let mut stream = lab.client().connect("10.88.1.1:80".parse::<SocketAddr>()?)?;
     stream.set_nodelay(true)?;
     let payload = |v: &serde_json::Value, way: &str| -> Option<u64> {
@@ -88,7 +101,8 @@ backends = ["10.88.2.2:80"]
     let route = shunt.route("web")?;
     wait_until("the metrics agree", SOON, || {
         shunt.metrics().is_ok_and(|m| {
-            m.value("shunt_bytes_total", &[labels[0], labels[1], ("direction", "in")]) == route["bytes_in"].as_f64().unwrap_or(-1.0)
+            m.value("shunt_bytes_total", &[labels[0], labels[1], ("direction", "in")])
+                == route["bytes_in"].as_f64().unwrap_or(-1.0)
                 && m.value("shunt_connections_total", &labels) == 1.0
         })
     })?;
@@ -100,12 +114,15 @@ backends = ["10.88.2.2:80"]
 fn under_steady_load_each_connection_and_byte_is_counted_once() -> Result<()> {
     let lab = Lab::builder().client_addresses(4).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Reply(vec![b'r'; 1000]))?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80"]
-"#)?;
+"#,
+    )?;
     let to: SocketAddr = "10.88.1.1:80".parse()?;
     let began = Instant::now();
     let mut made = 0u64;

@@ -29,13 +29,16 @@ fn a_backend_that_fails_its_checks_gets_nothing_new_and_comes_back() -> Result<(
     let lab = Lab::new()?;
     let _one = TcpServer::start(lab.backend(1), 80, Behaviour::Tagged("b1".into()))?;
     let two = TcpServer::start(lab.backend(2), 80, Behaviour::Tagged("b2".into()))?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80", "10.88.2.3:80"]
 health = { check = "tcp", interval = "200ms", timeout = "200ms", rise = 2, fall = 2 }
-"#)?;
+"#,
+    )?;
     let up = |backend: &str| {
         shunt.metrics().is_ok_and(|m| m.value("shunt_backend_up", &[("route", "web"), ("backend", backend)]) == 1.0)
     };
@@ -61,7 +64,9 @@ fn http_and_tls_checks_ask_more_than_a_port() -> Result<()> {
     let lab = Lab::new()?;
     let _nginx = lab.nginx(lab.backend(1), 80, &[("index.html", b"hello".to_vec())])?;
     let _mute = TcpServer::start(lab.backend(2), 80, Behaviour::Hold)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
@@ -72,7 +77,8 @@ name = "tls"
 listen = ["10.88.1.1:443"]
 backends = ["10.88.2.2:80"]
 health = { check = "tls", interval = "200ms", timeout = "300ms", rise = 1, fall = 2 }
-"#)?;
+"#,
+    )?;
     wait_until("a port that only accepts is not enough", SOON, || {
         shunt.route("web").is_ok_and(|r| r["backends"][0]["up"] == true && r["backends"][1]["up"] == false)
             && shunt.route("tls").is_ok_and(|r| r["backends"][0]["up"] == false)
@@ -86,13 +92,17 @@ fn drain_lets_connections_go_on_and_sends_new_ones_elsewhere() -> Result<()> {
         .map(|n| TcpServer::start(lab.backend(n), 80, Behaviour::Tagged(format!("b{n}"))))
         .into_iter()
         .collect::<Result<_>>()?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80", "10.88.2.3:80"]
-"#)?;
-    let mut held: Vec<_> = (0..2).map(|_| lab.client().connect(SocketAddr::from(([10, 88, 1, 1], 80)))).collect::<Result<_, _>>()?;
+"#,
+    )?;
+    let mut held: Vec<_> =
+        (0..2).map(|_| lab.client().connect(SocketAddr::from(([10, 88, 1, 1], 80)))).collect::<Result<_, _>>()?;
     ensure!(shunt.cli(&["backend", "web", "10.88.2.3:80", "drain"])?.status.success());
     for _ in 0..10 {
         assert_eq!(who(&lab, "10.88.1.1:80")?, "b1");
@@ -103,12 +113,14 @@ backends = ["10.88.2.2:80", "10.88.2.3:80"]
         stream.read_exact(&mut [0; 9])?;
     }
     // An operator's word outlives a reload, and a daemon that does not know the backend says so.
-    shunt.reload(r#"
+    shunt.reload(
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80", "10.88.1.1:81"]
 backends = ["10.88.2.2:80", "10.88.2.3:80"]
-"#)?;
+"#,
+    )?;
     assert_eq!(who(&lab, "10.88.1.1:81")?, "b1");
     let wrong = shunt.cli(&["backend", "web", "10.88.2.9:80", "down"])?;
     assert_eq!(wrong.status.code(), Some(1));
@@ -121,19 +133,26 @@ fn udp_clients_of_a_dead_backend_reach_another_and_those_of_the_living_are_left_
     let lab = Lab::builder().client_addresses(8).build()?;
     let one = UdpServer::start(lab.backend(1), 53, "b1")?;
     let _two = UdpServer::start(lab.backend(2), 53, "b2")?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "dns"
 protocol = "udp"
 listen = ["10.88.1.1:53"]
 backends = ["10.88.2.2:53", "10.88.2.3:53"]
-"#)?;
-    let sockets: Vec<_> = lab.client_addresses().into_iter().map(|ip| {
-        let socket = lab.client().udp(SocketAddr::from((ip, 0)))?;
-        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
-        socket.connect("10.88.1.1:53")?;
-        Ok(socket)
-    }).collect::<Result<_>>()?;
+"#,
+    )?;
+    let sockets: Vec<_> = lab
+        .client_addresses()
+        .into_iter()
+        .map(|ip| {
+            let socket = lab.client().udp(SocketAddr::from((ip, 0)))?;
+            socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+            socket.connect("10.88.1.1:53")?;
+            Ok(socket)
+        })
+        .collect::<Result<_>>()?;
     let ask = |socket: &std::net::UdpSocket| -> Option<String> {
         let mut answer = [0; 32];
         socket.send(b"?").ok()?;
@@ -156,12 +175,15 @@ backends = ["10.88.2.2:53", "10.88.2.3:53"]
 fn a_backend_may_be_a_name() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Tagged("b1".into()))?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["localhost.invalid:80", "10.88.2.2:80"]
-"#)?;
+"#,
+    )?;
     wait_until("the name that does not resolve is no backend", SOON, || {
         shunt.route("web").is_ok_and(|r| r["backends"][0]["up"] == false && r["backends"][1]["up"] == true)
     })?;

@@ -1,9 +1,13 @@
 //! One clear error each, the right exit code, the kernel untouched.
 
-use std::{fs, process::Output, time::Duration};
+use std::{fs, net::SocketAddr, os::unix::fs::PermissionsExt, process::Output, time::Duration};
 
 use anyhow::{Result, ensure};
-use shunt_lab::{Lab, Shunt, shunt_binary};
+use shunt_lab::{
+    Lab, Running, Shunt,
+    scripted::{Behaviour, TcpServer},
+    shunt_binary,
+};
 
 const WEB: &str = "[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:80\"]\nbackends = [\"10.88.2.2:80\"]\n";
 
@@ -79,39 +83,60 @@ fn a_second_daemon_is_refused_and_the_first_is_not_disturbed() -> Result<()> {
 #[test]
 fn without_privilege_it_says_which_and_exits_4() -> Result<()> {
     let lab = Lab::new()?;
-    let file = lab.dir().join("plain.toml");
-    fs::write(&file, format!("[admin]\nlisten = \"off\"\nsocket = \"/tmp/shunt-test-{}.sock\"\n{WEB}", std::process::id()))?;
-    let output = lab
-        .gateway()
-        .command("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"])
-        .arg(readable_copy(&lab)?)
-        .arg("run")
-        .arg("--config")
-        .arg(readable(&file)?)
-        .output()?;
-    refused(&output, 4, &["CAP_NET_ADMIN"])
+    // Build and scratch folders may be closed to other users.
+    let open = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o777)).tempdir()?;
+    let (binary, file) = (open.path().join("shunt"), open.path().join("shunt.toml"));
+    fs::copy(shunt_binary()?, &binary)?;
+    fs::write(&file, format!("[admin]\nlisten = \"off\"\nsocket = \"admin.sock\"\n{WEB}"))?;
+    let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"];
+    let mut command = lab.gateway().command("setpriv");
+    refused(&command.args(nobody).arg(&binary).arg("run").arg("--config").arg(&file).output()?, 4, &["CAP_NET_ADMIN"])
 }
 
-/// The binary where an unprivileged user may execute it: build folders may be closed to others.
-fn readable_copy(lab: &Lab) -> Result<std::path::PathBuf> {
-    let copy = std::env::temp_dir().join(format!("shunt-test-{}-{}", std::process::id(), lab.gateway().name()));
-    fs::copy(shunt_binary()?, &copy)?;
-    Ok(copy)
-}
-
-fn readable(file: &std::path::Path) -> Result<std::path::PathBuf> {
-    let copy = std::env::temp_dir().join(format!("shunt-test-{}.toml", std::process::id()));
-    fs::copy(file, &copy)?;
-    Ok(copy)
+#[test]
+fn cap_net_admin_alone_is_enough() -> Result<()> {
+    let lab = Lab::new()?;
+    let open = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o777)).tempdir()?;
+    let (binary, file, socket) =
+        (open.path().join("shunt"), open.path().join("shunt.toml"), open.path().join("admin.sock"));
+    fs::copy(shunt_binary()?, &binary)?;
+    fs::write(&file, format!("[admin]\nlisten = \"off\"\nsocket = {socket:?}\n{WEB}"))?;
+    let caps = ["--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin", "--bounding-set=-all,+net_admin"];
+    let mut command = lab.gateway().command("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).args(caps);
+    let mut running = Running::start(
+        "shunt",
+        {
+            command.arg(&binary).arg("run").arg("--config").arg(&file);
+            command
+        },
+        lab.dir(),
+    )?;
+    let ready = || {
+        let status = lab.gateway().command(&binary).args(["status", "--json", "--socket"]).arg(&socket).output();
+        status.is_ok_and(|s| s.status.success() && String::from_utf8_lossy(&s.stdout).contains("\"ready\": true"))
+    };
+    running.wait_ready(Duration::from_secs(10), ready)?;
+    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    lab.client().connect_within(SocketAddr::from(([10, 88, 1, 1], 80)), Duration::from_secs(5))?;
+    ensure!(running.terminate(Duration::from_secs(5))?.success());
+    Ok(())
 }
 
 #[test]
 fn cleanup_puts_back_what_was_changed_and_leaves_what_others_have() -> Result<()> {
     let lab = Lab::builder().forwarding(false).build()?;
     lab.gateway().sh("nft add table inet mine; nft add chain inet mine c")?;
-    let mut shunt = Shunt::start(&lab, &format!("{WEB}[[route]]\nname = \"six\"\nlisten = [\"[fd88:1::1]:80\"]\nbackends = [\"[fd88:2::2]:80\"]\n"))?;
-    let keys = ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding", "net.netfilter.nf_conntrack_acct"];
+    let mut shunt = Shunt::start(
+        &lab,
+        &format!("{WEB}[[route]]\nname = \"six\"\nlisten = [\"[fd88:1::1]:80\"]\nbackends = [\"[fd88:2::2]:80\"]\n"),
+    )?;
+    let keys = [
+        "net.ipv4.ip_forward",
+        "net.ipv6.conf.all.forwarding",
+        "net.netfilter.nf_conntrack_acct",
+        "net.netfilter.nf_conntrack_timestamp",
+    ];
     for key in keys {
         assert_eq!(lab.gateway().sysctl(key)?.trim(), "1", "{key}");
     }

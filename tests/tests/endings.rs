@@ -41,7 +41,8 @@ fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<()> {
 fn reason(shunt: &Shunt, reason: &str, count: u64) -> Result<()> {
     shunt.wait_route("web", &format!("{reason} = {count}"), SOON, |r| {
         let total: u64 = r["terminations"].as_object()?.values().filter_map(Value::as_u64).sum();
-        (r["terminations"][reason] == count && r["connections_total"] == total && r["connections_active"] == 0).then_some(())
+        (r["terminations"][reason] == count && r["connections_total"] == total && r["connections_active"] == 0)
+            .then_some(())
     })
 }
 
@@ -88,13 +89,16 @@ fn socket2_reset(stream: TcpStream) -> Result<TcpStream> {
 #[test]
 fn a_closed_port_and_a_silent_backend_are_told_apart() -> Result<()> {
     let lab = Lab::new()?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80"]
 timeouts = { connect = "1s" }
-"#)?;
+"#,
+    )?;
     let refused = lab.client().connect_within(to(), SOON).expect_err("nobody listens");
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     reason(&shunt, "connect_refused", 1)?;
@@ -120,7 +124,9 @@ fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
         assert_eq!(server.accepted(), nth);
     }
     shunt.wait_route("web", "five connections, five ends", REPORTED, |r| {
-        (r["connections_total"] == 5 && r["terminations"]["finished_backend_first"] == 5 && r["connections_active"] == 0)
+        (r["connections_total"] == 5
+            && r["terminations"]["finished_backend_first"] == 5
+            && r["connections_active"] == 0)
             .then_some(())
     })
 }
@@ -157,7 +163,9 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
 fn an_idle_connection_lives_as_long_as_its_limit_and_a_half_closed_one_as_long_as_its_own() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
@@ -169,7 +177,8 @@ listen = ["10.88.1.1:81"]
 backends = ["10.88.2.2:80"]
 keepalive = "immortal"
 timeouts = { idle = "1s" }
-"#)?;
+"#,
+    )?;
     let mut day = lab.client().connect(SocketAddr::from(([10, 88, 1, 1], 81)))?;
     echo(&mut day, b"morning")?;
     let mut idle = lab.client().connect(to())?;
@@ -194,13 +203,16 @@ timeouts = { idle = "1s" }
 fn a_busy_connection_past_its_lifetime_ends_with_that_reason() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80"]
 timeouts = { lifetime = "2s" }
-"#)?;
+"#,
+    )?;
     let mut stream = lab.client().connect(to())?;
     let began = Instant::now();
     let ended = wait_for("the connection to be cut", Duration::from_secs(10), || echo(&mut stream, b"busy").err())?;
@@ -222,7 +234,11 @@ fn a_killed_connection_is_reset_and_counted_once() -> Result<()> {
     let connections = shunt.cli_json(&["connections", "--route", "web"])?;
     let list = connections.as_array().context("an array")?;
     assert_eq!(list.len(), 2);
-    let id = list.iter().find(|c| c["client"] == client).and_then(|c| c["id"].as_str()).context("the connection is listed")?;
+    let id = list
+        .iter()
+        .find(|c| c["client"] == client)
+        .and_then(|c| c["id"].as_str())
+        .context("the connection is listed")?;
     let explained = shunt.cli_json(&["explain", id])?;
     assert_eq!(explained["connection"]["client"], client);
     assert_eq!(shunt.cli_json(&["explain", &client])?["route"], "web");
@@ -263,7 +279,8 @@ fn the_access_log_says_what_the_sender_sent() -> Result<()> {
         log.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok()).find(|l| l["client"] == client)
     })?;
     println!("{line}");
-    for (key, value) in [("id", id.as_str()), ("route", "web"), ("engine", "nft"), ("reason", "finished_client_first")] {
+    for (key, value) in [("id", id.as_str()), ("route", "web"), ("engine", "nft"), ("reason", "finished_client_first")]
+    {
         assert_eq!(line[key], value, "{key}");
     }
     assert_eq!(line["backend"], "10.88.2.2:80");

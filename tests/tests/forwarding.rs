@@ -50,7 +50,9 @@ fn tcp_and_udp_of_both_families_reach_a_backend_and_the_port_is_translated() -> 
     let lab = Lab::builder().forwarding(false).build()?;
     let _servers = tagged(&lab, 8080)?;
     let _udp = UdpServer::start(lab.backend(2), 5353, "u2")?;
-    let _shunt = Shunt::start(&lab, r#"
+    let _shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80", "[fd88:1::1]:80"]
@@ -60,7 +62,8 @@ name = "dns"
 protocol = "udp"
 listen = ["10.88.1.1:53", "[fd88:1::1]:53"]
 backends = ["10.88.2.3:5353", "[fd88:2::3]:5353"]
-"#)?;
+"#,
+    )?;
     assert_eq!(who(lab.client(), "10.88.1.1:80")?, "b1");
     assert_eq!(who(lab.client(), "[fd88:1::1]:80")?, "b1");
     assert_eq!(ask_udp(lab.client(), "0.0.0.0:0", "10.88.1.1:53")?, "u2:who");
@@ -72,7 +75,9 @@ backends = ["10.88.2.3:5353", "[fd88:2::3]:5353"]
 fn a_wildcard_listens_on_every_address_of_its_family_and_an_exact_address_wins() -> Result<()> {
     let lab = Lab::new()?;
     let _servers = tagged(&lab, 80)?;
-    let _shunt = Shunt::start(&lab, r#"
+    let _shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "any"
 listen = ["0.0.0.0:80", "[::]:80"]
@@ -81,7 +86,8 @@ backends = ["10.88.2.2:80", "[fd88:2::2]:80"]
 name = "one"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.3:80"]
-"#)?;
+"#,
+    )?;
     assert_eq!(who(lab.client(), "10.88.1.1:80")?, "b2");
     assert_eq!(who(lab.client(), "10.88.2.1:80")?, "b1", "the gateway's other address is covered by 0.0.0.0");
     assert_eq!(who(lab.client(), "[fd88:1::1]:80")?, "b1");
@@ -98,7 +104,9 @@ fn a_port_range_keeps_the_dialled_port_or_leads_to_one() -> Result<()> {
         .map(|port| TcpServer::start(lab.backend(1), port, Behaviour::Tagged(format!("port {port}"))))
         .collect::<Result<_>>()?;
     let _one = TcpServer::start(lab.backend(2), 7777, Behaviour::Tagged("one".into()))?;
-    let _shunt = Shunt::start(&lab, r#"
+    let _shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "kept"
 listen = ["10.88.1.1:30000-30999", "[fd88:1::1]:30000-30999"]
@@ -111,7 +119,8 @@ backends = ["10.88.2.3:7777"]
 name = "any"
 listen = ["0.0.0.0:40000-40009"]
 backends = ["10.88.2.3:7777"]
-"#)?;
+"#,
+    )?;
     for port in [30000, 30017, 30999] {
         assert_eq!(who(lab.client(), &format!("10.88.1.1:{port}"))?, format!("port {port}"));
         assert_eq!(who(lab.client(), &format!("[fd88:1::1]:{port}"))?, format!("port {port}"));
@@ -127,12 +136,15 @@ backends = ["10.88.2.3:7777"]
 fn clients_on_the_gateway_itself_are_served_and_counted() -> Result<()> {
     let lab = Lab::new()?;
     let _servers = tagged(&lab, 80)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80", "0.0.0.0:81"]
 backends = ["10.88.2.2:80"]
-"#)?;
+"#,
+    )?;
     assert_eq!(who(lab.gateway(), "10.88.1.1:80")?, "b1");
     assert_eq!(who(lab.gateway(), "10.88.2.1:81")?, "b1");
     shunt.wait_route("web", "two connections, bytes both ways", SOON, |r| {
@@ -145,13 +157,18 @@ fn a_backend_that_dials_its_own_service_is_answered() -> Result<()> {
     let lab = Lab::new()?;
     let _servers = tagged(&lab, 80)?;
     for source in ["gateway", "client"] {
-        let _shunt = Shunt::start(&lab, &format!(r#"
+        let _shunt = Shunt::start(
+            &lab,
+            &format!(
+                r#"
 [[route]]
 name = "web"
 listen = ["10.88.2.1:80"]
 backends = ["10.88.2.2:80"]
 source_address = "{source}"
-"#))?;
+"#
+            ),
+        )?;
         assert_eq!(who(lab.backend(1), "10.88.2.1:80")?, "b1", "source_address = {source}");
     }
     Ok(())
@@ -161,7 +178,9 @@ source_address = "{source}"
 fn the_backend_sees_the_gateway_or_the_client_as_the_route_says() -> Result<()> {
     let lab = Lab::new()?;
     let server = TcpServer::start(lab.backend(1), 80, Behaviour::sink())?;
-    let _shunt = Shunt::start(&lab, r#"
+    let _shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "masked"
 listen = ["10.88.1.1:80"]
@@ -171,7 +190,8 @@ name = "shown"
 listen = ["10.88.1.1:81"]
 backends = ["10.88.2.2:80"]
 source_address = "client"
-"#)?;
+"#,
+    )?;
     for port in [80, 81] {
         drop(lab.client().connect(SocketAddr::from(([10, 88, 1, 1], port)))?);
     }
@@ -195,7 +215,9 @@ fn shares(client: &Host, to: &str, count: usize) -> Result<BTreeMap<String, usiz
 fn round_robin_is_exact_by_weight_and_not_disturbed_by_other_routes() -> Result<()> {
     let lab = Lab::builder().backends(3).build()?;
     let _servers = tagged(&lab, 80)?;
-    let _shunt = Shunt::start(&lab, r#"
+    let _shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "weighted"
 listen = ["10.88.1.1:80"]
@@ -208,7 +230,8 @@ backends = ["10.88.2.2:80", "10.88.2.3:80"]
 name = "right"
 listen = ["10.88.1.1:82"]
 backends = ["10.88.2.2:80", "10.88.2.3:80"]
-"#)?;
+"#,
+    )?;
     let weighted = shares(lab.client(), "10.88.1.1:80", 36)?;
     assert_eq!(weighted, BTreeMap::from([("b1".into(), 6), ("b2".into(), 12), ("b3".into(), 18)]));
     // Taking turns on two routes: a counter shared by both would give each only one backend.
@@ -226,23 +249,31 @@ fn hashed_clients_stay_with_their_backend_and_all_backends_have_some() -> Result
     let lab = Lab::builder().backends(3).client_addresses(60).build()?;
     let _servers = tagged(&lab, 80)?;
     for balance in ["source-hash", "maglev"] {
-        let shunt = Shunt::start(&lab, &format!(r#"
+        let shunt = Shunt::start(
+            &lab,
+            &format!(
+                r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80", "10.88.2.3:80", "10.88.2.4:80"]
 balance = "{balance}"
-"#))?;
+"#
+            ),
+        )?;
         let ask = || -> Result<Vec<String>> {
-            lab.client_addresses().into_iter().map(|from| {
-                let to: SocketAddr = "10.88.1.1:80".parse()?;
-                let mut stream = lab.client().connect_from(SocketAddr::from((from, 0)), to)?;
-                stream.set_read_timeout(Some(SOON))?;
-                let mut name = [0; 2];
-                stream.write_all(b"\n")?;
-                stream.read_exact(&mut name)?;
-                Ok(String::from_utf8(name.into())?)
-            }).collect()
+            lab.client_addresses()
+                .into_iter()
+                .map(|from| {
+                    let to: SocketAddr = "10.88.1.1:80".parse()?;
+                    let mut stream = lab.client().connect_from(SocketAddr::from((from, 0)), to)?;
+                    stream.set_read_timeout(Some(SOON))?;
+                    let mut name = [0; 2];
+                    stream.write_all(b"\n")?;
+                    stream.read_exact(&mut name)?;
+                    Ok(String::from_utf8(name.into())?)
+                })
+                .collect()
         };
         let first = ask()?;
         assert_eq!(first, ask()?, "{balance}: the same clients go to the same backends");
@@ -265,13 +296,16 @@ balance = "{balance}"
 fn random_balance_reaches_every_backend() -> Result<()> {
     let lab = Lab::builder().backends(3).build()?;
     let _servers = tagged(&lab, 80)?;
-    let _shunt = Shunt::start(&lab, r#"
+    let _shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80", "10.88.2.3:80", "10.88.2.4:80"]
 balance = "random"
-"#)?;
+"#,
+    )?;
     let shares = shares(lab.client(), "10.88.1.1:80", 90)?;
     ensure!(shares.len() == 3 && shares.values().all(|&n| n >= 12), "{shares:?}");
     Ok(())
@@ -281,7 +315,9 @@ balance = "random"
 fn routes_on_one_port_are_told_apart_by_the_clients_network() -> Result<()> {
     let lab = Lab::builder().backends(3).client_addresses(3).build()?;
     let _servers = tagged(&lab, 80)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "net"
 listen = ["10.88.1.1:80"]
@@ -306,9 +342,12 @@ name = "closed"
 listen = ["10.88.1.1:82"]
 match = { client = ["192.0.2.0/24"] }
 backends = ["10.88.2.2:80"]
-"#)?;
+"#,
+    )?;
     let from = |host: u8, port: u16| -> Result<String> {
-        let mut stream = lab.client().connect_from(SocketAddr::from(([10, 88, 1, host], 0)), SocketAddr::from(([10, 88, 1, 1], port)))?;
+        let mut stream = lab
+            .client()
+            .connect_from(SocketAddr::from(([10, 88, 1, host], 0)), SocketAddr::from(([10, 88, 1, 1], port)))?;
         stream.set_read_timeout(Some(SOON))?;
         stream.write_all(b"\n")?;
         let mut name = [0; 2];
@@ -326,7 +365,9 @@ backends = ["10.88.2.2:80"]
 fn without_a_healthy_backend_clients_are_told_at_once() -> Result<()> {
     let lab = Lab::new()?;
     let _servers = tagged(&lab, 80)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
@@ -336,7 +377,8 @@ name = "dns"
 protocol = "udp"
 listen = ["10.88.1.1:53"]
 backends = ["10.88.2.2:53"]
-"#)?;
+"#,
+    )?;
     for (route, backend) in [("web", "10.88.2.2:80"), ("web", "10.88.2.3:80"), ("dns", "10.88.2.2:53")] {
         ensure!(shunt.cli(&["backend", route, backend, "down"])?.status.success());
     }

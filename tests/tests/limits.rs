@@ -24,14 +24,17 @@ fn refused(lab: &Lab, from: u8, to: &str) -> Result<bool> {
 fn deny_wins_over_allow_and_refusals_are_counted() -> Result<()> {
     let lab = Lab::builder().client_addresses(4).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80", "[fd88:1::1]:80"]
 backends = ["10.88.2.2:80", "[fd88:2::2]:80"]
 allow = ["10.88.1.0/30", "10.88.1.5"]
 deny = ["10.88.1.3/32"]
-"#)?;
+"#,
+    )?;
     ensure!(!refused(&lab, 2, "10.88.1.1:80")?, ".2 is allowed");
     ensure!(refused(&lab, 3, "10.88.1.1:80")?, ".3 is allowed and denied: denied");
     ensure!(refused(&lab, 4, "10.88.1.1:80")?, ".4 is in neither list");
@@ -47,15 +50,20 @@ deny = ["10.88.1.3/32"]
 fn at_the_connection_limit_the_next_is_refused_and_the_old_ones_live() -> Result<()> {
     let lab = Lab::builder().client_addresses(3).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80"]
 limits = { connections = 4, connections_per_client = 3 }
-"#)?;
+"#,
+    )?;
     let to: SocketAddr = "10.88.1.1:80".parse()?;
-    let mut held: Vec<_> = (0..3).map(|_| lab.client().connect_from(SocketAddr::from(([10, 88, 1, 2], 0)), to)).collect::<Result<_, _>>()?;
+    let mut held: Vec<_> = (0..3)
+        .map(|_| lab.client().connect_from(SocketAddr::from(([10, 88, 1, 2], 0)), to))
+        .collect::<Result<_, _>>()?;
     ensure!(refused(&lab, 2, "10.88.1.1:80")?, "a fourth of one client");
     held.push(lab.client().connect_from(SocketAddr::from(([10, 88, 1, 3], 0)), to)?);
     ensure!(refused(&lab, 4, "10.88.1.1:80")?, "a fifth on the route");
@@ -67,7 +75,8 @@ limits = { connections = 4, connections_per_client = 3 }
     }
     shunt.wait_route("web", "each refusal under its reason", SOON, |r| {
         let reasons = &r["terminations"];
-        (reasons["limit_per_client"] == 1 && reasons["limit_connections"] == 1 && r["connections_active"] == 4).then_some(())
+        (reasons["limit_per_client"] == 1 && reasons["limit_connections"] == 1 && r["connections_active"] == 4)
+            .then_some(())
     })?;
     held.clear();
     wait_until("room again once they are gone", SOON, || refused(&lab, 2, "10.88.1.1:80").is_ok_and(|refused| !refused))
@@ -79,13 +88,16 @@ limits = { connections = 4, connections_per_client = 3 }
 fn short_connections_one_after_another_are_not_counted_as_many_at_once() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Reply(b"ok".to_vec()))?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80"]
 limits = { connections_per_client = 100 }
-"#)?;
+"#,
+    )?;
     let to: SocketAddr = "10.88.1.1:80".parse()?;
     for _ in 0..300 {
         use std::io::{Read, Write};
@@ -94,7 +106,8 @@ limits = { connections_per_client = 100 }
         stream.read_to_end(&mut Vec::new())?;
     }
     shunt.wait_route("web", "300 connections, none refused", SOON, |r| {
-        (r["connections_total"] == 300 && r["terminations"]["limit_per_client"].as_u64().unwrap_or(0) == 0).then_some(())
+        (r["connections_total"] == 300 && r["terminations"]["limit_per_client"].as_u64().unwrap_or(0) == 0)
+            .then_some(())
     })
 }
 
@@ -102,13 +115,16 @@ limits = { connections_per_client = 100 }
 fn a_client_above_its_rate_is_refused_and_another_is_not() -> Result<()> {
     let lab = Lab::builder().client_addresses(2).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, r#"
+    let shunt = Shunt::start(
+        &lab,
+        r#"
 [[route]]
 name = "web"
 listen = ["10.88.1.1:80"]
 backends = ["10.88.2.2:80"]
 limits = { rate_per_client = "5/hour" }
-"#)?;
+"#,
+    )?;
     for nth in 1..=5 {
         ensure!(!refused(&lab, 2, "10.88.1.1:80")?, "connection {nth} of 5");
     }

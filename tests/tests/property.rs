@@ -37,7 +37,8 @@ struct Sketch {
 }
 
 fn sketch() -> impl Strategy<Value = Sketch> {
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    let flags =
+        (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let backends = prop::collection::btree_map(2u8..9, 1u16..5, 1..5).prop_map(|m| m.into_iter().collect::<Vec<_>>());
     let balance = prop::sample::select(vec!["round-robin", "random", "source-hash", "maglev"]);
     (0u16..40, flags, backends, balance, 0u8..8, prop::option::of(1u16..9000)).prop_map(
@@ -69,25 +70,35 @@ impl Sketch {
             (true, false) => format!("[fd88:1::1]:{ports}"),
             (true, true) => format!("[::]:{ports}"),
         };
-        let backends: Vec<String> = self.backends.iter().map(|(host, weight)| {
-            let ip = if self.v6 { format!("fd88:2::{host}") } else { format!("10.88.2.{host}") };
-            let address = match (self.same_port, self.v6) {
-                (true, _) => ip,
-                (false, true) => format!("[{ip}]:80"),
-                (false, false) => format!("{ip}:80"),
-            };
-            format!("{{ address = \"{address}\", weight = {weight} }}")
-        }).collect();
+        let backends: Vec<String> = self
+            .backends
+            .iter()
+            .map(|(host, weight)| {
+                let ip = if self.v6 { format!("fd88:2::{host}") } else { format!("10.88.2.{host}") };
+                let address = match (self.same_port, self.v6) {
+                    (true, _) => ip,
+                    (false, true) => format!("[{ip}]:80"),
+                    (false, false) => format!("{ip}:80"),
+                };
+                format!("{{ address = \"{address}\", weight = {weight} }}")
+            })
+            .collect();
         let mut toml = format!(
             "[[route]]\nname = \"r{n}\"\nprotocol = \"{}\"\nlisten = [\"{listen}\"]\nbackends = [{}]\nbalance = \"{}\"\nsource_address = \"{}\"\n",
-            if self.udp { "udp" } else { "tcp" }, backends.join(", "), self.balance,
+            if self.udp { "udp" } else { "tcp" },
+            backends.join(", "),
+            self.balance,
             if self.client_source { "client" } else { "gateway" },
         );
         if self.access {
             toml += "allow = [\"10.0.0.0/8\", \"10.88.0.0/16\", \"fd88::/16\"]\ndeny = [\"10.9.0.0/16\"]\n";
         }
-        let limits: Vec<&str> = [(1, "connections = 10"), (2, "connections_per_client = 3"), (4, "rate_per_client = \"9/minute\"")]
-            .into_iter().filter(|(bit, _)| self.limits & bit != 0).map(|(_, text)| text).collect();
+        let limits: Vec<&str> =
+            [(1, "connections = 10"), (2, "connections_per_client = 3"), (4, "rate_per_client = \"9/minute\"")]
+                .into_iter()
+                .filter(|(bit, _)| self.limits & bit != 0)
+                .map(|(_, text)| text)
+                .collect();
         toml += &format!("limits = {{ {} }}\n", limits.join(", "));
         if let Some(idle) = self.idle {
             toml += &format!("timeouts = {{ idle = \"{idle}s\" }}\n");
@@ -106,7 +117,11 @@ fn file() -> impl Strategy<Value = Config> {
     })
 }
 
-fn run<T: std::fmt::Debug>(cases: u32, strategy: impl Strategy<Value = T>, test: impl Fn(T) -> Result<(), TestCaseError>) {
+fn run<T: std::fmt::Debug>(
+    cases: u32,
+    strategy: impl Strategy<Value = T>,
+    test: impl Fn(T) -> Result<(), TestCaseError>,
+) {
     let runs = Runs { cases, failure_persistence: None, ..Runs::default() };
     TestRunner::new(runs).run(&strategy, test).unwrap_or_else(|failure| panic!("{failure}"));
 }
@@ -114,7 +129,8 @@ fn run<T: std::fmt::Debug>(cases: u32, strategy: impl Strategy<Value = T>, test:
 #[test]
 fn what_the_kernel_holds_is_what_was_planned() {
     run(24, file(), |config| {
-        let wanted = plan(&config, &Capabilities::all()).preview(MarkLayout::new(config.kernel.mark_mask), &[]).ruleset();
+        let wanted =
+            plan(&config, &Capabilities::all()).preview(MarkLayout::new(config.kernel.mark_mask), &[]).ruleset();
         let left = in_new_namespace(move || -> anyhow::Result<usize> {
             let mut nft = KernelNft::open()?;
             let nothing = nft.snapshot()?;

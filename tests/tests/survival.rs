@@ -60,7 +60,8 @@ impl Load {
                 while !stop.load(Ordering::Relaxed) {
                     rounds += 1;
                     echo(&mut staying, b"staying").with_context(|| format!("thread {nth}, staying, round {rounds}"))?;
-                    let mut fresh = client.connect_within(to(), SOON).with_context(|| format!("connect, round {rounds}"))?;
+                    let mut fresh =
+                        client.connect_within(to(), SOON).with_context(|| format!("connect, round {rounds}"))?;
                     echo(&mut fresh, b"fresh").with_context(|| format!("fresh, round {rounds}"))?;
                     done.fetch_add(1, Ordering::Relaxed);
                 }
@@ -142,7 +143,10 @@ fn a_flushed_ruleset_is_noticed_repaired_and_counted() -> Result<()> {
         "nft flush map inet shunt exact4",
         "nft add rule inet shunt routed counter",
         "nft add set inet shunt stranger '{ type mark; }'",
-    ].into_iter().enumerate() {
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let listing = kernel::nft_ruleset(lab.gateway())?;
         lab.gateway().sh(damage)?;
         wait_until(&format!("drift counted after `{damage}`"), SOON, || {
@@ -187,10 +191,17 @@ fn changing_one_of_many_routes_disturbs_no_other() -> Result<()> {
     let lab = Lab::new()?;
     let _servers = servers(&lab)?;
     let config = |changed: &str| {
-        let many: String = (0..ROUTES).map(|n| format!(
-            "[[route]]\nname = \"r{n}\"\nlisten = [\"10.88.1.1:{}\"]\nbackends = [\"10.88.2.2:80\"]\n", 10_000 + n
-        )).collect();
-        format!("{many}[[route]]\nname = \"changing\"\nlisten = [\"10.88.1.1:81\"]\nbackends = [\"{changed}\"]\ntimeouts = {{ drain = \"1h\" }}\n{WEB}")
+        let many: String = (0..ROUTES)
+            .map(|n| {
+                format!(
+                    "[[route]]\nname = \"r{n}\"\nlisten = [\"10.88.1.1:{}\"]\nbackends = [\"10.88.2.2:80\"]\n",
+                    10_000 + n
+                )
+            })
+            .collect();
+        format!(
+            "{many}[[route]]\nname = \"changing\"\nlisten = [\"10.88.1.1:81\"]\nbackends = [\"{changed}\"]\ntimeouts = {{ drain = \"1h\" }}\n{WEB}"
+        )
     };
     let shunt = Shunt::start(&lab, &config("10.88.2.2:80"))?;
     let changing = SocketAddr::from(([10, 88, 1, 1], 81));

@@ -102,7 +102,8 @@ fn netlink_programs_what_nft_makes_of_the_template() -> Result<()> {
         })?
         .with_context(|| format!("netlink {name}"))?;
         let (by_script, by_netlink) = (sorted(&by_script), sorted(&by_netlink));
-        let only = |a: &[String], b: &[String]| a.iter().filter(|x| !b.contains(x)).cloned().collect::<Vec<_>>().join("\n\n");
+        let only =
+            |a: &[String], b: &[String]| a.iter().filter(|x| !b.contains(x)).cloned().collect::<Vec<_>>().join("\n\n");
         ensure!(
             by_script == by_netlink,
             "{name}: only nft -f made\n{}\nonly netlink made\n{}",

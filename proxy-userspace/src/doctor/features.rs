@@ -1,7 +1,10 @@
 //! What the kernel was built with.
 
 use super::Check;
-use crate::kernel::capability::{NftFacts, Probe, ebpf::Feature};
+use crate::kernel::{
+    bpf::{BpfError, ProbeReport},
+    capability::{NftFacts, Probe, ebpf::Feature},
+};
 
 const NOT_ASKED: &str = "not known: asking needs CAP_NET_ADMIN";
 const RUN_AS_ROOT: &str = "run shunt doctor with CAP_NET_ADMIN";
@@ -78,6 +81,19 @@ fn conntrack(probe: &Probe) -> Check {
         None => check.warn(NOT_ASKED, RUN_AS_ROOT),
         Some(true) => check.ok("answers over netlink"),
         Some(false) => check.missing("does not answer over netlink", "modprobe nf_conntrack_netlink"),
+    }
+}
+
+/// shunt's own object: verified by this kernel, run on packets, and its counters read.
+pub(super) fn own_object(probe: Result<ProbeReport, BpfError>) -> Check {
+    let check = Check::of("eBPF self-probe", "the engines that read the stream will run programs of this object");
+    match probe {
+        Ok(report) if report.jitted_bytes == 0 => check.warn(
+            format!("{} packets counted right, but programs are interpreted", report.packets),
+            "sysctl -w net.core.bpf_jit_enable=1",
+        ),
+        Ok(report) => check.ok(format!("{} packets counted right, ABI {}", report.packets, report.abi_version)),
+        Err(error) => check.warn(error.to_string(), "run with CAP_BPF and CAP_NET_ADMIN; the nft engine does without"),
     }
 }
 

@@ -60,7 +60,10 @@ impl NetlinkSocket {
             errno: Errno::from_raw(error.raw_os_error().unwrap_or_default()),
         };
         let socket = mnl::Socket::new(bus).map_err(failed)?;
-        for (set, flags) in [(FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC), "fcntl(F_SETFD)"), (FcntlArg::F_SETFL(OFlag::O_NONBLOCK), "fcntl(F_SETFL)")] {
+        for (set, flags) in [
+            (FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC), "fcntl(F_SETFD)"),
+            (FcntlArg::F_SETFL(OFlag::O_NONBLOCK), "fcntl(F_SETFL)"),
+        ] {
             fcntl(borrowed(&socket), set).map_err(self::failed(flags))?;
         }
         let on: libc::c_int = 1;
@@ -163,7 +166,13 @@ fn borrowed(socket: &mnl::Socket) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
 }
 
-fn set_option<T>(fd: &impl AsRawFd, level: i32, option: i32, value: &T, call: &'static str) -> Result<(), SyscallError> {
+fn set_option<T>(
+    fd: &impl AsRawFd,
+    level: i32,
+    option: i32,
+    value: &T,
+    call: &'static str,
+) -> Result<(), SyscallError> {
     // SAFETY: `value` lives until the call returns, its size is given, and the kernel copies it.
     let result = unsafe {
         let length = size_of::<T>() as libc::socklen_t;

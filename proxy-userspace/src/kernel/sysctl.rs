@@ -241,7 +241,9 @@ impl Settings {
     /// `None`: this kernel does not have it, and need not.
     fn read_needed(&self, need: &Needed) -> Result<Option<String>, SysctlError> {
         match self.read(&need.name) {
-            Err(SysctlError::Read { source, .. }) if need.optional && source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(SysctlError::Read { source, .. }) if need.optional && source.kind() == io::ErrorKind::NotFound => {
+                Ok(None)
+            }
             other => other.map(Some),
         }
     }

@@ -124,8 +124,13 @@ impl<N: Nft> Task<N> {
                 self.reloads_ok += 1;
                 self.last_problem = None;
                 tracing::info!(
-                    added = done.added.len(), changed = done.changed.len(), removed = done.removed.len(),
-                    unchanged = done.unchanged, changes = done.changes, apply_ms = done.apply_ms, "reloaded"
+                    added = done.added.len(),
+                    changed = done.changed.len(),
+                    removed = done.removed.len(),
+                    unchanged = done.unchanged,
+                    changes = done.changes,
+                    apply_ms = done.apply_ms,
+                    "reloaded"
                 );
             }
             Err(failure) => {
@@ -239,11 +244,7 @@ impl<N: Nft> Task<N> {
     /// Keeps health checks and names in step with routes that are new or changed.
     fn watch_backends(&mut self, routes: &[RouteName]) {
         let names = self.reconciler.plan().routes().iter().flat_map(|r| &r.route.backends);
-        let host = |target| match target {
-            &Target::Name { ref host, .. } => Some(host.as_str()),
-            Target::Address { .. } => None,
-        };
-        self.names.watch(names.filter_map(|b| host(&b.target)));
+        self.names.watch(names.filter_map(|backend| backend.target.host()));
         self.watch_hosts(routes);
     }
 
@@ -259,7 +260,9 @@ impl<N: Nft> Task<N> {
     fn foreign_hand(&mut self, news: Result<MonitorNews, NftError>) {
         match news {
             Ok(news) if !news.foreign_change && !news.overrun => return,
-            Ok(MonitorNews { process: Some((name, pid)), .. }) => tracing::warn!(name, pid, "a process changed table inet shunt"),
+            Ok(MonitorNews { process: Some((name, pid)), .. }) => {
+                tracing::warn!(name, pid, "a process changed table inet shunt")
+            }
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "nftables events were lost"),
         }
@@ -314,10 +317,7 @@ fn answer<T>(reply: Reply<T>, result: Result<T, view::Failure>) {
 }
 
 fn no_such_route(name: &str) -> view::Failure {
-    view::Failure {
-        error: format!("no route \"{name}\""),
-        hint: Some("`shunt routes` lists them".into()),
-    }
+    view::Failure { error: format!("no route \"{name}\""), hint: Some("`shunt routes` lists them".into()) }
 }
 
 /// The settings the routes of `config` need.
@@ -340,7 +340,9 @@ pub fn load(file: &Path) -> Result<Config, view::Failure> {
 
 pub fn failure(error: &ReconcileError) -> view::Failure {
     let hint = match error {
-        ReconcileError::Unserved(_) => Some("`shunt plan` shows every route with its engine and what rules the others out".into()),
+        ReconcileError::Unserved(_) => {
+            Some("`shunt plan` shows every route with its engine and what rules the others out".into())
+        }
         ReconcileError::TooManyRoutes(_) => Some("set kernel.mark_mask, for instance to 0xffffff00".into()),
         ReconcileError::NeedsRestart(_) => Some("restarting loses no connection: the kernel goes on forwarding".into()),
         ReconcileError::Nft(error) => error.mend(),

@@ -201,6 +201,14 @@ pub enum Target {
 }
 
 impl Target {
+    /// The name to resolve, if it is one.
+    pub fn host(&self) -> Option<&str> {
+        match self {
+            Self::Address { .. } => None,
+            Self::Name { host, .. } => Some(host),
+        }
+    }
+
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Address { port, .. } | Self::Name { port, .. } => *port,

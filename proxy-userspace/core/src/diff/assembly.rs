@@ -113,7 +113,9 @@ impl Assembly {
         for (name, policy) in new.timeouts.iter().chain(&old.timeouts) {
             let thing = Name::Timeout(name.clone());
             match fate(thing.clone()) {
-                Fate::Appears if first(&thing) => batch.add.push(Change::AddTimeout { name: name.clone(), policy: *policy }),
+                Fate::Appears if first(&thing) => {
+                    batch.add.push(Change::AddTimeout { name: name.clone(), policy: *policy })
+                }
                 Fate::Goes if first(&thing) => batch.delete_timeouts.push(Change::DeleteTimeout { name: name.clone() }),
                 _ => {}
             }
@@ -123,7 +125,9 @@ impl Assembly {
             let thing = Name::Set(name.clone());
             let differs = old.sets.iter().any(|(n, s)| n == name && s != spec);
             match fate(thing.clone()) {
-                Fate::Appears if first(&thing) => batch.add.push(Change::AddSet { name: name.clone(), spec: spec.clone() }),
+                Fate::Appears if first(&thing) => {
+                    batch.add.push(Change::AddSet { name: name.clone(), spec: spec.clone() })
+                }
                 Fate::Goes if first(&thing) => batch.delete_sets.push(Change::DeleteSet { name: name.clone() }),
                 Fate::Stays if differs && first(&thing) => {
                     remade = true;

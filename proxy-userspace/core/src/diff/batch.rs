@@ -39,7 +39,8 @@ impl Batch {
     }
 
     pub fn into_changes(self) -> Changes {
-        let Self { delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements } = self;
+        let Self { delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements } =
+            self;
         [delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements].concat()
     }
 }

@@ -167,7 +167,8 @@ impl FlowTable {
 
     /// Adds or replaces some routes and forgets others, as [`Self::set_routes`] does with all.
     pub fn change_routes(&mut self, changed: &[(u32, Arc<RouteInfo>)], gone: &[u32], now: Now) -> Vec<EntryKey> {
-        let renamed = changed.iter().filter(|(id, info)| self.tallies.get(id).is_some_and(|t| t.info.name != info.name));
+        let renamed =
+            changed.iter().filter(|(id, info)| self.tallies.get(id).is_some_and(|t| t.info.name != info.name));
         let gone: Vec<u32> = renamed.map(|(id, _)| *id).chain(gone.iter().copied()).collect();
         let cuts = if gone.is_empty() { Vec::new() } else { self.forget_routes(&gone, now) };
         let touched: HashSet<u32> = changed.iter().map(|(id, _)| *id).chain(gone).collect();

@@ -58,7 +58,9 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NeedsStream(need) => write!(f, "{need}"),
-            Self::SharesPortWith(route) => write!(f, "shares a port with route \"{route}\", which must read the stream"),
+            Self::SharesPortWith(route) => {
+                write!(f, "shares a port with route \"{route}\", which must read the stream")
+            }
             Self::LoopbackListen => f.write_str("listens on a loopback address while a backend is elsewhere"),
             Self::NoBackendOfFamily(Family::V4) => f.write_str("listens on IPv4, and no backend has an IPv4 address"),
             Self::NoBackendOfFamily(Family::V6) => f.write_str("listens on IPv6, and no backend has an IPv6 address"),
@@ -91,12 +93,14 @@ impl fmt::Display for Capability {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::NetAdmin => "CAP_NET_ADMIN is missing",
-            Self::NftNat => "this kernel has no nf_tables NAT (CONFIG_NF_TABLES_INET, CONFIG_NFT_NAT, CONFIG_NFT_FIB_INET)",
-            Self::NftConnlimit => "this kernel has no `ct count` (CONFIG_NFT_CONNLIMIT), which limits need",
-            Self::NftCtTimeout => {
-                "this kernel has no `ct timeout` (CONFIG_NF_CONNTRACK_TIMEOUT), which timeouts need"
+            Self::NftNat => {
+                "this kernel has no nf_tables NAT (CONFIG_NF_TABLES_INET, CONFIG_NFT_NAT, CONFIG_NFT_FIB_INET)"
             }
-            Self::NftBalance => "this kernel has no numgen or jhash (CONFIG_NFT_NUMGEN, CONFIG_NFT_HASH), which balance needs",
+            Self::NftConnlimit => "this kernel has no `ct count` (CONFIG_NFT_CONNLIMIT), which limits need",
+            Self::NftCtTimeout => "this kernel has no `ct timeout` (CONFIG_NF_CONNTRACK_TIMEOUT), which timeouts need",
+            Self::NftBalance => {
+                "this kernel has no numgen or jhash (CONFIG_NFT_NUMGEN, CONFIG_NFT_HASH), which balance needs"
+            }
             Self::Conntrack => "this kernel has no conntrack over netlink (CONFIG_NF_CT_NETLINK)",
             Self::Ipv6 => "IPv6 is switched off on this machine",
         })

@@ -27,7 +27,10 @@ fn a_plain_route_is_served_by_nft() {
 #[test]
 fn what_must_read_or_write_the_stream_is_refused_with_the_key_that_says_so() {
     let cases = [
-        ("match = { sni = [\"a.example\"] }\ntls = { mode = \"passthrough\" }", vec![Need::Sni, Need::TlsPassthroughCheck]),
+        (
+            "match = { sni = [\"a.example\"] }\ntls = { mode = \"passthrough\" }",
+            vec![Need::Sni, Need::TlsPassthroughCheck],
+        ),
         ("proxy_protocol = { send = \"v1\" }", vec![Need::SendProxy]),
         ("proxy_protocol = { accept_from = [\"10.0.0.0/8\"] }", vec![Need::AcceptProxy]),
         ("balance = \"least-connections\"", vec![Need::LeastConnections]),
@@ -88,7 +91,10 @@ fn a_forced_engine_that_cannot_serve_is_an_error_that_says_why() {
     let plan = planned(&route("engine = \"splice\""), &Capabilities::all());
     assert_eq!(plan.routes[0].engine, None);
     let [unserved] = &plan.unserved()[..] else { panic!("one route") };
-    assert_eq!(unserved.to_string(), "route \"web\": no engine can serve it here: splice: not in this version of shunt");
+    assert_eq!(
+        unserved.to_string(),
+        "route \"web\": no engine can serve it here: splice: not in this version of shunt"
+    );
 }
 
 #[test]

@@ -323,7 +323,12 @@ impl Fragment {
 /// Clients remembered per limit. A full set lets new clients pass unlimited (`nft_dynset_eval`).
 const CLIENTS: u32 = 65_536;
 
-fn port_key(listen: Listen, protocol: Protocol, exact: [&'static str; 2], any: [&'static str; 2]) -> (&'static str, Key) {
+fn port_key(
+    listen: Listen,
+    protocol: Protocol,
+    exact: [&'static str; 2],
+    any: [&'static str; 2],
+) -> (&'static str, Key) {
     let i = family_of(listen.address) as usize;
     let port = KeyPart::Port(listen.ports.first);
     if listen.address.is_unspecified() {
@@ -368,11 +373,9 @@ fn balancer(route: &Route, slots: u32) -> (String, Vec<Rule>) {
             (format!("round-robin-{}", route.name), |_, modulus| Load::Sequence { modulus })
         }
         Balance::Random => (format!("random-{slots}"), |_, modulus| Load::Random { modulus }),
-        Balance::SourceHash | Balance::Maglev => (format!("hash-{slots}"), |family, modulus| Load::SourceHash {
-            family,
-            modulus,
-            seed: balance::HASH_SEED,
-        }),
+        Balance::SourceHash | Balance::Maglev => {
+            (format!("hash-{slots}"), |family, modulus| Load::SourceHash { family, modulus, seed: balance::HASH_SEED })
+        }
     };
     let mut rules: Vec<Rule> = Vec::new();
     for family in FAMILIES {
@@ -385,7 +388,8 @@ fn balancer(route: &Route, slots: u32) -> (String, Vec<Rule>) {
 
 /// The conntrack timeouts of a route, whole seconds, at least 1.
 pub fn timeout_policy(route: &Route) -> TimeoutPolicy {
-    let seconds = |d: std::time::Duration| u32::try_from(d.as_secs_f64().ceil() as u64).unwrap_or(FOREVER).clamp(1, FOREVER);
+    let seconds =
+        |d: std::time::Duration| u32::try_from(d.as_secs_f64().ceil() as u64).unwrap_or(FOREVER).clamp(1, FOREVER);
     let idle = match (route.keepalive, route.timeouts.idle) {
         (Keepalive::Immortal, _) | (_, None) => FOREVER,
         (Keepalive::Standard, Some(idle)) => seconds(idle),

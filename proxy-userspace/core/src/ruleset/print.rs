@@ -255,12 +255,7 @@ impl Display for Load {
 }
 
 fn flag_names(flags: u8) -> String {
-    let names = [
-        (tcp_flags::FIN, "fin"),
-        (tcp_flags::SYN, "syn"),
-        (tcp_flags::RST, "rst"),
-        (tcp_flags::ACK, "ack"),
-    ];
+    let names = [(tcp_flags::FIN, "fin"), (tcp_flags::SYN, "syn"), (tcp_flags::RST, "rst"), (tcp_flags::ACK, "ack")];
     let set: Vec<&str> = names.into_iter().filter(|&(bit, _)| flags & bit != 0).map(|(_, name)| name).collect();
     if set.is_empty() { "0x0".into() } else { set.join(" | ") }
 }

@@ -1,8 +1,8 @@
 //! The static part of the table: chains and empty sets that are the same whatever the routes are.
 
 use super::{
-    Base, Chain, ChainKind, Data, Direction, Family, Field, Hook, Load, Rule, Ruleset, Set, SetKind, SetSpec, Statement as S,
-    TimeoutPolicy, events, names as n, tcp_flags,
+    Base, Chain, ChainKind, Data, Direction, Family, Field, Hook, Load, Rule, Ruleset, Set, SetKind, SetSpec,
+    Statement as S, TimeoutPolicy, events, names as n, tcp_flags,
 };
 use crate::{
     config::Protocol,
@@ -26,7 +26,8 @@ pub fn skeleton(mark: MarkLayout) -> Ruleset {
 }
 
 fn sets() -> Vec<(&'static str, SetSpec)> {
-    let map = |key: &[Field], data| SetSpec { key: key.to_vec(), data: Some(data), kind: SetKind::Hash, counter: false };
+    let map =
+        |key: &[Field], data| SetSpec { key: key.to_vec(), data: Some(data), kind: SetKind::Hash, counter: false };
     let set = |key: &[Field]| SetSpec { key: key.to_vec(), data: None, kind: SetKind::Hash, counter: false };
     let counted = || SetSpec { counter: true, ..set(&[Field::Mark]) };
     let mut sets = vec![
@@ -94,11 +95,10 @@ fn base_chains(mark: MarkLayout) -> Vec<(&'static str, Chain)> {
     vec![
         ("prerouting", base(ChainKind::Nat, Hook::Prerouting, -100, vec![vec![S::Jump("route".into())]])),
         ("output", base(ChainKind::Nat, Hook::Output, -100, vec![vec![S::Jump("route".into())]])),
-        ("postrouting", base(ChainKind::Nat, Hook::Postrouting, 100, vec![
-            masquerade,
-            hairpin(Family::V4),
-            hairpin(Family::V6),
-        ])),
+        (
+            "postrouting",
+            base(ChainKind::Nat, Hook::Postrouting, 100, vec![masquerade, hairpin(Family::V4), hairpin(Family::V6)]),
+        ),
         ("track-forward", base(ChainKind::Filter, Hook::Forward, 0, vec![vec![ours(), to_track()]])),
         ("track-output", base(ChainKind::Filter, Hook::Output, 0, vec![vec![ours(), to_track()]])),
         // What loopback delivers was counted on its way out.
@@ -218,9 +218,8 @@ fn ending(mark: MarkLayout) -> Vec<Rule> {
 /// A reset ends what is open or half-closed; after both FINs it says nothing new.
 fn ending_reset(mark: MarkLayout) -> Vec<Rule> {
     let told = || S::SetEvents(events::NEW | events::DESTROY | events::MARK);
-    let rule = |direction, from, to| {
-        vec![S::Direction(direction), end_is(mark, from), told(), set_end(mark, to), S::Return]
-    };
+    let rule =
+        |direction, from, to| vec![S::Direction(direction), end_is(mark, from), told(), set_end(mark, to), S::Return];
     [(Direction::Original, End::ResetByClient), (Direction::Reply, End::ResetByBackend)]
         .into_iter()
         .flat_map(|(direction, to)| {

@@ -200,7 +200,9 @@ pub enum Family {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Load {
     /// `ct mark`, or `ct mark & MASK`.
-    Mark { mask: Option<u32> },
+    Mark {
+        mask: Option<u32>,
+    },
     /// `ip saddr` / `ip6 saddr`
     SourceAddress(Family),
     /// `ip daddr` / `ip6 daddr`
@@ -210,10 +212,18 @@ pub enum Load {
     /// `th dport`
     DestinationPort,
     /// `numgen inc mod N` / `numgen random mod N`
-    Sequence { modulus: u32 },
-    Random { modulus: u32 },
+    Sequence {
+        modulus: u32,
+    },
+    Random {
+        modulus: u32,
+    },
     /// `jhash ip saddr mod N seed S` (`nft_jhash_eval`: jhash of the address, then `reciprocal_scale`).
-    SourceHash { family: Family, modulus: u32, seed: u32 },
+    SourceHash {
+        family: Family,
+        modulus: u32,
+        seed: u32,
+    },
 }
 
 /// One match or action of a rule.
@@ -224,7 +234,11 @@ pub enum Statement {
     /// `meta nfproto ipv4`
     IsFamily(Family),
     /// `tcp flags & (MASK) == VALUE`, or `!=`. Implies `meta l4proto tcp`.
-    TcpFlags { mask: u8, value: u8, equal: bool },
+    TcpFlags {
+        mask: u8,
+        value: u8,
+        equal: bool,
+    },
     /// `fib daddr type local`, or `!= local`.
     DestinationIsLocal(bool),
     /// `ip daddr 127.0.0.0/8`, `ip6 daddr ::1`: a whole prefix of the destination.
@@ -232,15 +246,29 @@ pub enum Statement {
     /// `ct direction original` (client → backend) or `reply`.
     Direction(Direction),
     /// `ct mark & MASK == VALUE`, or `!=`.
-    MarkIs { mask: u32, value: u32, equal: bool },
+    MarkIs {
+        mask: u32,
+        value: u32,
+        equal: bool,
+    },
     /// `ct status dnat`
     IsDnatted,
     /// `KEY @SET`, or `KEY != @SET`. Where the set has counters the element counts.
-    In { key: Vec<Load>, set: String, negate: bool },
+    In {
+        key: Vec<Load>,
+        set: String,
+        negate: bool,
+    },
     /// `ct mark set KEY map @MAP`; ends the rule when the key is not in the map.
-    SetMarkFrom { key: Vec<Load>, map: String },
+    SetMarkFrom {
+        key: Vec<Load>,
+        map: String,
+    },
     /// `ct mark set ct mark & KEEP | BITS`
-    SetMarkBits { keep: u32, bits: u32 },
+    SetMarkBits {
+        keep: u32,
+        bits: u32,
+    },
     /// `ct mark set MARK`
     SetMark(u32),
     /// `iif != "lo"`
@@ -250,15 +278,27 @@ pub enum Statement {
     /// `ct timeout set "NAME"`
     SetTimeout(String),
     /// `dnat ip to KEY map @MAP`, with or without a port in the map's data. Follows [`Statement::IsProtocol`] when with a port.
-    Dnat { family: Family, key: Vec<Load>, map: String, port: bool },
+    Dnat {
+        family: Family,
+        key: Vec<Load>,
+        map: String,
+        port: bool,
+    },
     /// `masquerade`
     Masquerade,
     /// `KEY vmap @MAP`; the rule goes on when the key is not in the map.
-    VerdictMap { key: Vec<Load>, map: String },
+    VerdictMap {
+        key: Vec<Load>,
+        map: String,
+    },
     /// `ct count over N`
     CountOver(u32),
     /// `add @SET { KEY ct count over N }` or `update @SET { KEY limit rate over … }`: true when the limit is passed.
-    Update { set: String, key: Load, over: Over },
+    Update {
+        set: String,
+        key: Load,
+        over: Over,
+    },
     /// `reject with tcp reset`
     RejectReset,
     /// `reject with icmpx type port-unreachable`

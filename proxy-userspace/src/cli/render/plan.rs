@@ -40,8 +40,11 @@ pub(in crate::cli) fn plan(plan: &Plan) -> String {
 /// Every engine of every route, with every reason.
 pub(in crate::cli) fn plan_json(plan: &Plan) -> Value {
     let route = |r: &std::sync::Arc<RoutePlan>| {
-        let refused: Vec<Value> =
-            r.refused.iter().map(|(engine, refusal)| json!({ "engine": engine, "reason": refusal.to_string() })).collect();
+        let refused: Vec<Value> = r
+            .refused
+            .iter()
+            .map(|(engine, refusal)| json!({ "engine": engine, "reason": refusal.to_string() }))
+            .collect();
         json!({
             "name": r.route.name.as_str(),
             "protocol": r.route.protocol.as_str(),

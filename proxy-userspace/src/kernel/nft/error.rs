@@ -103,10 +103,18 @@ impl NftError {
             Self::NotPermitted => "run as root, or give the service AmbientCapabilities=CAP_NET_ADMIN",
             Self::OwnedByOther => "stop the other shunt daemon of this network namespace first",
             Self::CannotLock => "set kernel.lock_table = false",
-            Self::Refused(_) => "`shunt doctor` shows what this kernel lacks; `shunt plan --format nft` shows what was asked of it",
+            Self::Refused(_) => {
+                "`shunt doctor` shows what this kernel lacks; `shunt plan --format nft` shows what was asked of it"
+            }
             Self::Interrupted => "something rewrites nftables all the time: find it with `nft monitor`",
-            Self::Syscall(_) | Self::LostAnswers | Self::NotTold { .. } => "`shunt doctor` shows what this kernel lacks",
-            Self::Malformed(_) | Self::Name(_) | Self::RuleTooLong { .. } | Self::Unsupported { .. } | Self::TooLong(_) => {
+            Self::Syscall(_) | Self::LostAnswers | Self::NotTold { .. } => {
+                "`shunt doctor` shows what this kernel lacks"
+            }
+            Self::Malformed(_)
+            | Self::Name(_)
+            | Self::RuleTooLong { .. }
+            | Self::Unsupported { .. }
+            | Self::TooLong(_) => {
                 return None;
             }
         };
@@ -117,7 +125,11 @@ impl NftError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NotPermitted | Self::CannotLock => 4,
-            Self::Refused(refusals) if refusals.iter().any(|r| matches!(r.errno, Errno::EOPNOTSUPP | Errno::ENOENT)) => 4,
+            Self::Refused(refusals)
+                if refusals.iter().any(|r| matches!(r.errno, Errno::EOPNOTSUPP | Errno::ENOENT)) =>
+            {
+                4
+            }
             _ => 1,
         }
     }

@@ -151,7 +151,10 @@ fn the_schema_is_of_the_draft_it_names_and_closed_everywhere() {
     let idle = &schema["properties"]["route"]["items"]["properties"]["timeouts"]["properties"]["idle"];
     assert_eq!(idle["default"], "4h");
     assert_eq!(idle["type"], "string");
-    assert_eq!(idle["description"], "Without a byte in either direction; 2m for a UDP route unless it or [defaults] says otherwise.");
+    assert_eq!(
+        idle["description"],
+        "Without a byte in either direction; 2m for a UDP route unless it or [defaults] says otherwise."
+    );
 }
 
 /// Rows of the manual look like `| `key` | type | default | meaning |`, below a heading that names the table.

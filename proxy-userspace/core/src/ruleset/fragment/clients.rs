@@ -30,7 +30,10 @@ pub fn segments(shared: &SharedListen, family: Family, context: &Context<'_>) ->
         let nets = if member.client.is_empty() { vec![whole] } else { member.client.clone() };
         prefixes.extend(nets.into_iter().filter(|n| family_of(n.addr()) == family).map(|net| (bounds(&net), mark)));
     }
-    flatten(prefixes).into_iter().map(|((first, last), mark)| (address(first, family), address(last, family), mark)).collect()
+    flatten(prefixes)
+        .into_iter()
+        .map(|((first, last), mark)| (address(first, family), address(last, family), mark))
+        .collect()
 }
 
 /// Nested or disjoint ranges → disjoint ones, the innermost winning. Of equal ones the first wins.
@@ -106,14 +109,15 @@ mod tests {
 
     #[test]
     fn overlapping_and_adjacent_networks_are_merged() {
-        let nets: Vec<IpNet> =
-            ["10.0.0.0/25", "10.0.0.128/25", "10.0.0.7/32", "fd00::/8", "0.0.0.0/32"].map(|n| n.parse().unwrap()).into();
-        let ip = |s: &str| s.parse::<IpAddr>().unwrap();
-        assert_eq!(ranges(&nets, Family::V4), [
-            (ip("0.0.0.0"), ip("0.0.0.0")),
-            (ip("10.0.0.0"), ip("10.0.0.255")),
-        ]);
-        assert_eq!(ranges(&["0.0.0.0/0".parse().unwrap()], Family::V4), [(ip("0.0.0.0"), ip("255.255.255.255"))]);
+        let nets: Vec<IpNet> = ["10.0.0.0/25", "10.0.0.128/25", "10.0.0.7/32", "fd00::/8", "0.0.0.0/32"]
+            .map(|n| n.parse().expect("valid"))
+            .into();
+        let ip = |s: &str| s.parse::<IpAddr>().expect("valid");
+        assert_eq!(ranges(&nets, Family::V4), [(ip("0.0.0.0"), ip("0.0.0.0")), (ip("10.0.0.0"), ip("10.0.0.255")),]);
+        assert_eq!(
+            ranges(&["0.0.0.0/0".parse().expect("valid")], Family::V4),
+            [(ip("0.0.0.0"), ip("255.255.255.255"))]
+        );
     }
 
     proptest! {
