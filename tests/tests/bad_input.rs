@@ -84,7 +84,8 @@ fn a_second_daemon_is_refused_and_the_first_is_not_disturbed() -> Result<()> {
 fn without_privilege_it_says_which_and_exits_4() -> Result<()> {
     let lab = Lab::new()?;
     // Build and scratch folders may be closed to other users.
-    let open = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o777)).tempdir()?;
+    let open = tempfile::tempdir()?;
+    fs::set_permissions(open.path(), fs::Permissions::from_mode(0o777))?;
     let (binary, file) = (open.path().join("shunt"), open.path().join("shunt.toml"));
     fs::copy(shunt_binary()?, &binary)?;
     fs::write(&file, format!("[admin]\nlisten = \"off\"\nsocket = \"admin.sock\"\n{WEB}"))?;
@@ -96,7 +97,8 @@ fn without_privilege_it_says_which_and_exits_4() -> Result<()> {
 #[test]
 fn cap_net_admin_alone_is_enough() -> Result<()> {
     let lab = Lab::new()?;
-    let open = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o777)).tempdir()?;
+    let open = tempfile::tempdir()?;
+    fs::set_permissions(open.path(), fs::Permissions::from_mode(0o777))?;
     let (binary, file, socket) =
         (open.path().join("shunt"), open.path().join("shunt.toml"), open.path().join("admin.sock"));
     fs::copy(shunt_binary()?, &binary)?;
