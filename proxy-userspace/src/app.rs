@@ -164,12 +164,20 @@ impl Daemon {
         let port_id = nft.port_id();
         let layout = MarkLayout::new(config.kernel.mark_mask);
         let (drained_tx, drained) = mpsc::channel(REPORTS);
+        let (failed_tx, failed_dials) = mpsc::channel(REPORTS);
         let clock = track::Clock::start();
         let access_log = AccessLog::stdout(config.log.format, config.log.access)
             .map_err(|e| Refusal::refused(format!("cannot write the access log: {e}"), None))?;
         let interval = REPORTING;
-        let options =
-            track::Options { layout, interval, max_flows: max_flows(), clock, access_log, drained: drained_tx };
+        let options = track::Options {
+            layout,
+            interval,
+            max_flows: max_flows(),
+            clock,
+            access_log,
+            drained: drained_tx,
+            failed_dials: failed_tx,
+        };
         // Before the table: no connection begins unseen.
         let tracker = Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE))
             .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))?;
@@ -227,7 +235,7 @@ impl Daemon {
             route_state,
             flow_state: tracker.state.clone(),
         };
-        let inputs = Inputs { commands, reports, resolved, drained, reload, monitor };
+        let inputs = Inputs { commands, reports, resolved, failed_dials, drained, reload, monitor };
         Ok(Self { task, inputs, control, reload: reload_tx, tracker })
     }
 

@@ -51,6 +51,8 @@ pub struct Reconciler<N> {
     /// What the kernel's counters said last, to go on from after somebody deletes the table.
     last_counters: HashMap<u32, Counters>,
     status: view::ReconcileStatus,
+    /// Routes with a host out of use for failed dials.
+    ejecting: HashSet<RouteName>,
     /// Something that others are shown has changed.
     unpublished: bool,
 }
@@ -300,6 +302,32 @@ impl<N: Nft> Reconciler<N> {
     /// A health check of a route's backend has ended.
     pub fn checked(&mut self, route: &RouteName, target: &Target, checked: &Checked) -> Result<Vec<Effect>, NftError> {
         self.change_pools(std::slice::from_ref(route), |pool| pool.checked(target, checked))
+    }
+
+    /// A connection of a route was refused by its backend, or not answered.
+    pub fn dial_failed(
+        &mut self,
+        route: &RouteName,
+        backend: std::net::SocketAddr,
+        now: Instant,
+    ) -> Result<Vec<Effect>, NftError> {
+        let effects =
+            self.change_pools(std::slice::from_ref(route), |pool| pool.dial_failed(backend.ip(), backend.port(), now))?;
+        if self.served.get(route).is_some_and(|s| s.pool.next_readmission().is_some()) {
+            self.ejecting.insert(route.clone());
+        }
+        Ok(effects)
+    }
+
+    /// Takes hosts back that were out of use for failed dials.
+    pub fn readmit(&mut self, now: Instant) -> Result<Vec<Effect>, NftError> {
+        let due = |name: &&RouteName| {
+            self.served.get(*name).and_then(|s| s.pool.next_readmission()).is_none_or(|until| until <= now)
+        };
+        let routes: Vec<RouteName> = self.ejecting.iter().filter(due).cloned().collect();
+        let effects = self.change_pools(&routes, |pool| pool.readmit(now))?;
+        self.ejecting.retain(|route| !routes.contains(route));
+        Ok(effects)
     }
 
     /// A name's addresses have changed.

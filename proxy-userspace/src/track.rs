@@ -10,7 +10,14 @@ mod tracker;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::HashMap, io, net::IpAddr, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    thread::JoinHandle,
+    time::Duration,
+};
 
 use proxy_core::{
     config,
@@ -42,8 +49,17 @@ pub struct Options {
     /// Shared with whoever fills [`proxy_core::flow::RouteInfo::drain_until`].
     pub clock: Clock,
     pub access_log: AccessLog,
+    /// Told of TCP dials that came to nothing; dropped when the hearer is behind.
+    pub failed_dials: mpsc::Sender<FailedDial>,
     /// Told the id of a draining route that has no active flow left.
     pub drained: mpsc::Sender<u32>,
+}
+
+/// A connection that its backend refused, or did not answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailedDial {
+    pub route: Arc<str>,
+    pub backend: SocketAddr,
 }
 
 /// What other owners tell the tracker.

@@ -122,7 +122,7 @@ fn settings_are_changed_in_this_namespace_and_put_back_with_those_that_followed(
         let before = ALL.map(read);
 
         let applied = settings.apply(&needed(Routes { ipv4: true, ipv6: true }), &path).expect("apply");
-        assert_eq!(applied.changed.len(), 3, "{applied:?}");
+        assert_eq!(applied.changed.len(), 4, "{applied:?}");
         assert_eq!(ALL.map(read), ["1"; 5]);
         let restored = restore(&settings, &path).expect("restore");
         assert!(restored.iter().all(|one| matches!(one, Restored::PutBack { .. })), "{restored:?}");

@@ -192,3 +192,29 @@ backends = ["localhost.invalid:80", "10.88.2.2:80"]
     }
     Ok(())
 }
+
+#[test]
+fn without_checks_a_backend_that_refuses_is_left_out_for_a_while() -> Result<()> {
+    let lab = Lab::new()?;
+    let _one = TcpServer::start(lab.backend(1), 80, Behaviour::Tagged("b1".into()))?;
+    let shunt = Shunt::start(
+        &lab,
+        r#"
+[[route]]
+name = "web"
+listen = ["10.88.1.1:80"]
+backends = ["10.88.2.2:80", "10.88.2.3:80"]
+"#,
+    )?;
+    wait_until("three refused connections take it out", SOON, || {
+        who(&lab, "10.88.1.1:80").ok();
+        shunt.route("web").is_ok_and(|r| r["backends"][1]["up"] == false)
+    })?;
+    for _ in 0..10 {
+        assert_eq!(who(&lab, "10.88.1.1:80")?, "b1");
+    }
+    let _two = TcpServer::start(lab.backend(2), 80, Behaviour::Tagged("b2".into()))?;
+    wait_until("it is tried again", Duration::from_secs(20), || {
+        who(&lab, "10.88.1.1:80").is_ok_and(|name| name == "b2")
+    })
+}

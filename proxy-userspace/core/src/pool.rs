@@ -1,6 +1,11 @@
 //! The state of a route's backends: where they are, whether they take connections, and who said so.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    collections::VecDeque,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::{
     config::{Health, Route, Target},
@@ -31,12 +36,22 @@ struct Host {
     /// Checks in a row that contradict `up`.
     streak: u32,
     last_error: Option<Arc<str>>,
+    /// Dials that failed lately, the oldest first; at most [`FAILURES`].
+    failures: VecDeque<Instant>,
+    ejected_until: Option<Instant>,
 }
+
+/// Without active checks: so many failed dials …
+const FAILURES: usize = 3;
+/// … within this time take a host out of use …
+const WITHIN: Duration = Duration::from_secs(10);
+/// … for this long, unless it is the last one.
+const EJECTED: Duration = Duration::from_secs(10);
 
 impl Host {
     /// New hosts take connections until a check says otherwise, as in HAProxy.
     fn new(ip: IpAddr) -> Self {
-        Self { ip, up: true, streak: 0, last_error: None }
+        Self { ip, up: true, streak: 0, last_error: None, failures: VecDeque::new(), ejected_until: None }
     }
 }
 
@@ -69,7 +84,8 @@ impl Pool {
             },
         };
         let mut pool = Self { backends: route.backends.iter().map(backend).collect(), health: route.health };
-        if pool.health.is_none() {
+        if previous.is_some_and(|p| p.health.is_some() != pool.health.is_some()) {
+            // What the other kind of check found says nothing to this one.
             for host in pool.backends.iter_mut().flat_map(|b| &mut b.hosts) {
                 *host = Host::new(host.ip);
             }
@@ -131,6 +147,49 @@ impl Pool {
         changed
     }
 
+    /// A connection to `ip` was refused or not answered. True when the host is out of use by it: only without active
+    /// checks, and never the last one.
+    pub fn dial_failed(&mut self, ip: IpAddr, port: u16, now: Instant) -> bool {
+        if self.health.is_some() {
+            return false;
+        }
+        let others = self.endpoints().iter().any(|e| e.up && (e.address != ip || e.port.is_some_and(|p| p != port)));
+        let mut changed = false;
+        for backend in self.backends.iter_mut().filter(|b| b.target.port().is_none_or(|p| p == port)) {
+            for host in backend.hosts.iter_mut().filter(|h| h.ip == ip && h.up) {
+                host.failures.push_back(now);
+                host.failures.retain(|&at| now.saturating_duration_since(at) < WITHIN);
+                if host.failures.len() >= FAILURES && others {
+                    host.failures.clear();
+                    host.up = false;
+                    host.ejected_until = Some(now + EJECTED);
+                    let seconds = EJECTED.as_secs();
+                    host.last_error = Some(format!("{FAILURES} connections failed: not used for {seconds} s").into());
+                    changed = true;
+                }
+                host.failures.truncate(FAILURES);
+            }
+        }
+        changed
+    }
+
+    /// Takes hosts back whose time out of use is over. True when there was one.
+    pub fn readmit(&mut self, now: Instant) -> bool {
+        let mut changed = false;
+        for host in self.backends.iter_mut().flat_map(|b| &mut b.hosts) {
+            if host.ejected_until.is_some_and(|until| until <= now) {
+                *host = Host::new(host.ip);
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// When [`Self::readmit`] has something to do.
+    pub fn next_readmission(&self) -> Option<Instant> {
+        self.backends.iter().flat_map(|b| &b.hosts).filter_map(|h| h.ejected_until).min()
+    }
+
     /// An operator's word. `None`: no such backend. The name is the one in the configuration, or one of its addresses.
     pub fn set_admin(&mut self, name: &str, admin: BackendAdmin) -> Option<view::Backend> {
         let named = |b: &&mut Backend| b.target.to_string() == name || b.hosts.iter().any(|h| h.ip.to_string() == name);
@@ -173,5 +232,77 @@ impl Backend {
             reason,
             connections_active: 0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn pool(extra: &str) -> Pool {
+        let text = format!(
+            "[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:80\"]\nbackends = [\"10.0.1.1:80\", \"10.0.1.2:80\"]\n{extra}"
+        );
+        let config = crate::config::parse(&text, Path::new("/t.toml")).unwrap_or_else(|problems| panic!("{problems}"));
+        Pool::new(&config.routes[0])
+    }
+
+    fn up(pool: &Pool) -> Vec<bool> {
+        pool.endpoints().iter().map(|e| e.up).collect()
+    }
+
+    fn check(pool: &mut Pool, good: bool) -> bool {
+        let ip = [10, 0, 1, 1].into();
+        let result = if good { Ok(()) } else { Err("refused".to_owned()) };
+        pool.checked(&Target::Address { ip, port: Some(80) }, &Checked { ip, result })
+    }
+
+    #[test]
+    fn a_backend_falls_after_fall_failures_and_rises_after_rise_successes() {
+        let mut pool = pool("health = { check = \"tcp\", rise = 2, fall = 3 }\n");
+        assert_eq!([check(&mut pool, false), check(&mut pool, false)], [false, false]);
+        // A success in between: three in a row are wanted.
+        assert!(!check(&mut pool, true));
+        assert_eq!([false; 3].map(|good| check(&mut pool, good)), [false, false, true]);
+        assert_eq!(up(&pool), [false, true]);
+        assert_eq!(pool.views()[0].reason.as_deref(), Some("refused"));
+        assert_eq!([true; 2].map(|good| check(&mut pool, good)), [false, true]);
+        assert_eq!(up(&pool), [true, true]);
+    }
+
+    #[test]
+    fn failed_dials_eject_a_host_for_a_while_but_never_the_last() {
+        let (mut pool, now) = (pool(""), Instant::now());
+        let fail = |pool: &mut Pool, host: u8, at: Duration| pool.dial_failed([10, 0, 1, host].into(), 80, now + at);
+        let second = Duration::from_secs(1);
+        // Three in half a minute are an accident.
+        assert!(!(0..3).any(|n| fail(&mut pool, 1, n * 15 * second)));
+        assert_eq!([60, 61, 62].map(|at| fail(&mut pool, 1, at * second)), [false, false, true]);
+        assert_eq!(up(&pool), [false, true]);
+        assert!(!(63..70).any(|at| fail(&mut pool, 2, at * second)), "the last one stays");
+        assert_eq!(pool.next_readmission(), Some(now + 72 * second));
+        assert!(!pool.readmit(now + 71 * second));
+        assert!(pool.readmit(now + 72 * second));
+        assert_eq!(up(&pool), [true, true]);
+    }
+
+    #[test]
+    fn with_active_checks_failed_dials_decide_nothing() {
+        let mut pool = pool("health = { check = \"tcp\" }\n");
+        assert!(!(0..9).any(|_| pool.dial_failed([10, 0, 1, 1].into(), 80, Instant::now())));
+    }
+
+    #[test]
+    fn an_operators_word_outlives_a_reload() {
+        let mut before = pool("");
+        assert!(before.set_admin("10.0.1.1:80", BackendAdmin::Drain).is_some());
+        assert!(before.set_admin("10.0.1.9:80", BackendAdmin::Down).is_none());
+        let text =
+            "[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:81\"]\nbackends = [\"10.0.1.1:80\", \"10.0.1.3:80\"]\n";
+        let config = crate::config::parse(text, Path::new("/t.toml")).unwrap_or_else(|problems| panic!("{problems}"));
+        let after = Pool::updated(&config.routes[0], Some(&before));
+        assert_eq!(up(&after), [false, true]);
     }
 }

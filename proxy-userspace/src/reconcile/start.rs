@@ -65,6 +65,7 @@ impl<N: Nft> Reconciler<N> {
             draining: Default::default(),
             last_counters: HashMap::new(),
             status: view::ReconcileStatus::default(),
+            ejecting: HashSet::new(),
             unpublished: true,
         };
         let snapshot = reconciler.nft.snapshot()?;

@@ -26,6 +26,7 @@ use crate::{
     },
     logging::LogHandle,
     resolve::{Names, Resolved},
+    track::FailedDial,
 };
 
 /// What the loop listens to.
@@ -34,6 +35,8 @@ pub struct Inputs {
     pub commands: mpsc::Receiver<RouteCommand>,
     pub reports: mpsc::Receiver<Report>,
     pub resolved: mpsc::Receiver<Resolved>,
+    /// Dials that came to nothing.
+    pub failed_dials: mpsc::Receiver<FailedDial>,
     /// Ids of draining routes that have no connection left.
     pub drained: mpsc::Receiver<u32>,
     /// SIGHUP.
@@ -76,10 +79,13 @@ impl<N: Nft> Task<N> {
                 Some(()) = inputs.reload.recv() => drop(self.reload().await),
                 Some(report) = inputs.reports.recv() => self.report(&report).await,
                 Some(resolved) = inputs.resolved.recv() => self.resolved(resolved).await,
+                Some(failed) = inputs.failed_dials.recv() => self.dial_failed(&failed).await,
                 Some(id) = inputs.drained.recv() => self.drained(id).await,
                 news = news_of(&mut inputs.monitor) => self.foreign_hand(news),
                 _ = counters.tick() => {
                     let began = Instant::now();
+                    let effects = self.reconciler.readmit(began);
+                    self.settle(effects).await;
                     if began >= rest_until {
                         self.count().await;
                         rest_until = Instant::now() + began.elapsed() * 50;
@@ -223,6 +229,12 @@ impl<N: Nft> Task<N> {
             }
             Err(why) => tracing::warn!(name = resolved.host, why, "backend name not resolved; its last addresses stay"),
         }
+    }
+
+    async fn dial_failed(&mut self, failed: &FailedDial) {
+        let Some(route) = RouteName::new(&failed.route) else { return };
+        let effects = self.reconciler.dial_failed(&route, failed.backend, Instant::now());
+        self.settle(effects).await;
     }
 
     async fn drained(&mut self, id: u32) {

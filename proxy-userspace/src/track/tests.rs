@@ -147,6 +147,7 @@ fn run(body: impl AsyncFnOnce(&mut Bench)) -> String {
             clock,
             access_log: AccessLog::new(LogFormat::Text, Filter::All, page.clone()).expect("thread"),
             drained: drained_out,
+            failed_dials: mpsc::channel(1).0,
         };
         let task = Task::new(options, kernel.clone(), publish);
         let mut bench = Bench { kernel, clock, inputs, commands, state, drained };

@@ -14,7 +14,7 @@ use proxy_core::{
 };
 use tokio::sync::{mpsc, watch};
 
-use super::{Clock, DropUdp, Input, Options, commands, publish::Publisher};
+use super::{Clock, DropUdp, FailedDial, Input, Options, commands, publish::Publisher};
 use crate::{
     access_log::AccessLog,
     control::{FlowCommand, FlowState},
@@ -55,6 +55,7 @@ pub struct Task<C> {
     interval: Duration,
     log: AccessLog,
     drained: mpsc::Sender<u32>,
+    failed_dials: mpsc::Sender<FailedDial>,
     publisher: Publisher,
     /// Routes have come: before, no flow would be known.
     routed: bool,
@@ -82,6 +83,7 @@ impl<C: Conntrack> Task<C> {
             interval: options.interval,
             log: options.access_log,
             drained: options.drained,
+            failed_dials: options.failed_dials,
             publisher: Publisher::new(publish),
             routed: false,
             retry_at: None,
@@ -393,6 +395,10 @@ impl<C: Conntrack> Task<C> {
             return;
         }
         for ended in self.ended.drain(..) {
+            if matches!(ended.reason, Reason::ConnectRefused | Reason::ConnectTimeout) {
+                let failed = FailedDial { route: Arc::clone(&ended.route), backend: ended.backend };
+                let _ = self.failed_dials.try_send(failed);
+            }
             self.log.write(&ended, Engine::Nft);
         }
         self.log.flush();

@@ -75,6 +75,7 @@ impl Running {
             clock,
             access_log: AccessLog::new(LogFormat::Text, Filter::All, log.clone()).expect("thread"),
             drained: drained_out,
+            failed_dials: mpsc::channel(1).0,
         };
         let id_mask = layout().id_mask();
         let tracker = lab.inside("g", || Tracker::spawn(options, move || NetlinkConntrack::open(id_mask, BUFFER)));

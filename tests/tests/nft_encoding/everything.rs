@@ -115,7 +115,7 @@ table inet shunt {
     chain routed {
         ct mark set ct mark & 0xfffff8ff | 0x00000100
         ct event set new,destroy
-        ct event set new,destroy,protoinfo
+        ct event set new,destroy,"mark"
         meta l4proto tcp ct timeout set "tcp-short"
         meta l4proto udp ct timeout set "udp-short"
         ct mark vmap @lb

@@ -1,0 +1,69 @@
+//! More events than the daemon can hear, more connections than conntrack should hold (E6).
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use shunt_lab::{
+    Lab, Shunt, load,
+    scripted::{Behaviour, TcpServer},
+    wait_until,
+};
+
+/// Some 52,000 events fit into the daemon's queue, and a connection makes three.
+const CONNECTIONS: u64 = 22_000;
+
+#[test]
+fn lost_events_are_said_aloud_and_the_numbers_come_right_again() -> Result<()> {
+    let lab = Lab::builder().client_addresses(8).build()?;
+    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Reply(b"bye".to_vec()))?;
+    let _held = TcpServer::start(lab.backend(1), 81, Behaviour::Hold)?;
+    let mut shunt = Shunt::start(
+        &lab,
+        r#"
+[[route]]
+name = "web"
+listen = ["10.88.1.1:80"]
+backends = ["10.88.2.2:80"]
+[[route]]
+name = "held"
+listen = ["10.88.1.1:81"]
+backends = ["10.88.2.2:81"]
+[log]
+access = "off"
+"#,
+    )?;
+    let to = SocketAddr::from(([10, 88, 1, 1], 81));
+    let held: Vec<_> = (0..20).map(|_| lab.client().connect(to)).collect::<Result<_, _>>()?;
+    shunt.wait_route("held", "20 open", Duration::from_secs(5), |r| (r["connections_active"] == 20).then_some(()))?;
+    // A daemon that gets no time at all: the kernel forwards, and its events find no room.
+    shunt.signal(Signal::SIGSTOP)?;
+    let mut made = 0;
+    while made < CONNECTIONS {
+        let load = load::NewConnections {
+            from: lab.client_addresses(),
+            to: [10, 88, 1, 1].into(),
+            ports: 80..81,
+            threads: 2,
+            rate: None,
+            duration: Duration::from_secs(2),
+        };
+        made += load::new_connections(lab.client(), &load)?.made;
+    }
+    shunt.signal(Signal::SIGCONT)?;
+    wait_until("the loss is counted", Duration::from_secs(20), || {
+        shunt.metrics().is_ok_and(|m| m.value("shunt_conntrack_events_lost_total", &[]) > 0.0)
+    })?;
+    let warned =
+        || Ok::<bool, anyhow::Error>(shunt.cli_json(&["status"])?["warnings"].to_string().contains("events were lost"));
+    ensure!(warned()?, "`shunt status` says so");
+    shunt.wait_route("web", "right again", Duration::from_secs(20), |r| {
+        // Two clients on one port of the gateway make one of them dial twice: seldom, and rightly counted.
+        let total = r["connections_total"].as_u64()?;
+        ((made..=made + made / 100).contains(&total) && r["connections_active"] == 0).then_some(())
+    })?;
+    assert_eq!(shunt.route("held")?["connections_active"], 20);
+    println!("{made} connections while stopped, every one counted; 20 open ones still known");
+    drop(held);
+    shunt.wait_route("held", "none open", Duration::from_secs(10), |r| (r["connections_active"] == 0).then_some(()))
+}
