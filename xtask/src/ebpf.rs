@@ -20,6 +20,8 @@ pub const EXIT_UNAVAILABLE: u8 = 77;
 
 const TARGET: &str = "bpfel-unknown-none";
 const OBJECT: &str = "proxy-ebpf/shunt.bpf.o";
+/// As bpf-linker itself generates code: for the oldest instruction set, memcpy expanded in order for the verifier's sake.
+const LLC_ARGUMENTS: [&str; 4] = ["-O3", "-mcpu=generic", "-filetype=obj", "--bpf-expand-memcpy-in-order"];
 const CHECKSUM: &str = "proxy-ebpf/shunt.bpf.o.sha256";
 
 /// Compiles the eBPF programs and replaces the committed object and its checksum.
@@ -64,26 +66,28 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// Compiles and strips the object; returns where it is.
+/// Compiles, links and strips the object; returns where it is.
 fn compile(root: &Path, pinned: &Pinned) -> Result<PathBuf> {
     // The folders of downloaded crates are in debug information; they exist once the crates are fetched.
     run(cargo(root).args(["fetch", "--locked"]))?;
-    let mut flags: Vec<OsString> = vec!["-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()];
-    flags.push(concat(&[b"-Clinker=", pinned.linker().as_os_str().as_encoded_bytes()])?);
+    // The linker by its name: cargo hashes every flag but `--remap-path-prefix` into the names of the crates.
+    let mut flags: Vec<OsString> =
+        ["-Cdebuginfo=2", "-Clink-arg=--btf", "-Clink-arg=--emit=llvm-bc", "-Clinker=bpf-linker"]
+            .map(OsString::from)
+            .to_vec();
     for (from, to) in remapped(root, pinned)? {
         flags.push(concat(&[b"--remap-path-prefix=", from.as_os_str().as_encoded_bytes(), b"=", to.as_bytes()])?);
     }
     run(pinned
-        .environment(&mut cargo(root))
+        .environment(&mut cargo(root))?
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(OsString::from("\x1f").as_os_str()))
         .args(["build", "--release", "--locked", "--target", TARGET]))?;
     let folder = root.join("proxy-ebpf/target").join(TARGET).join("release");
-    let stripped = folder.join("shunt.bpf.o");
-    run(pinned
-        .environment(&mut Command::new(pinned.strip()))
-        .args(["--strip-debug", "-o"])
-        .args([&stripped, &folder.join("shunt-bpf")]))?;
-    Ok(stripped)
+    // LLVM orders the types of BTF by the addresses of its nodes, and those move with the length of every path that the
+    // process is given. So the linker stops at bitcode, and code is generated from names that are the same everywhere.
+    run(pinned.llvm("llc").current_dir(&folder).args(LLC_ARGUMENTS).args(["-o", "whole.o", "shunt-bpf"]))?;
+    run(pinned.llvm("llvm-strip").current_dir(&folder).args(["--strip-debug", "-o", "shunt.bpf.o", "whole.o"]))?;
+    Ok(folder.join("shunt.bpf.o"))
 }
 
 /// Folders whose names must not reach the object, and what stands there instead. The last that matches wins.

@@ -58,11 +58,11 @@ impl Pinned {
         if !toolchain.rust.exists() {
             install_packages(&folder, &toolchain.rust).map_err(unavailable)?;
         }
-        output(toolchain.environment(&mut Command::new(toolchain.rustc())).arg("--version")).map_err(unavailable)?;
+        output(toolchain.environment(&mut Command::new(toolchain.rustc()))?.arg("--version")).map_err(unavailable)?;
         if !toolchain.linker().exists() {
             install_linker(root, &toolchain.linker).map_err(unavailable)?;
         }
-        output(toolchain.environment(&mut Command::new(toolchain.linker())).arg("--version")).map_err(unavailable)?;
+        output(toolchain.environment(&mut Command::new(toolchain.linker()))?.arg("--version")).map_err(unavailable)?;
         Ok(toolchain)
     }
 
@@ -70,24 +70,36 @@ impl Pinned {
         &self.rust
     }
 
-    pub fn linker(&self) -> PathBuf {
+    fn linker(&self) -> PathBuf {
         self.linker.join("bin/bpf-linker")
     }
 
-    pub fn strip(&self) -> PathBuf {
-        self.rust.join("usr/lib/llvm-22/bin/llvm-strip")
+    /// A tool of LLVM, without the caller's environment.
+    pub fn llvm(&self, tool: &str) -> Command {
+        let mut command = Command::new(self.rust.join("usr/lib/llvm-22/bin").join(tool));
+        command.env_clear().env("LD_LIBRARY_PATH", self.libraries());
+        command
+    }
+
+    fn libraries(&self) -> PathBuf {
+        self.rust.join("usr/lib/x86_64-linux-gnu")
     }
 
     fn rustc(&self) -> PathBuf {
         self.rust.join("usr/bin/rustc")
     }
 
-    /// Makes a command use this compiler and its libraries. The BPF target is unstable: hence `RUSTC_BOOTSTRAP`.
-    pub fn environment<'a>(&self, command: &'a mut Command) -> &'a mut Command {
-        command
+    /// Makes a command use this compiler and linker and their libraries. The BPF target is unstable: hence
+    /// `RUSTC_BOOTSTRAP`.
+    pub fn environment<'a>(&self, command: &'a mut Command) -> Result<&'a mut Command> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths([self.linker.join("bin")].into_iter().chain(std::env::split_paths(&path)))
+            .context("a folder whose name has a colon")?;
+        Ok(command
             .env("RUSTC", self.rustc())
             .env("RUSTC_BOOTSTRAP", "1")
-            .env("LD_LIBRARY_PATH", self.rust.join("usr/lib/x86_64-linux-gnu"))
+            .env("PATH", path)
+            .env("LD_LIBRARY_PATH", self.libraries()))
     }
 }
 
