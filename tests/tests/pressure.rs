@@ -17,7 +17,7 @@ const CONNECTIONS: u64 = 22_000;
 fn lost_events_are_said_aloud_and_the_numbers_come_right_again() -> Result<()> {
     let lab = Lab::builder().client_addresses(8).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Reply(b"bye".to_vec()))?;
-    let _held = TcpServer::start(lab.backend(1), 81, Behaviour::Hold)?;
+    let holder = TcpServer::start(lab.backend(1), 81, Behaviour::Hold)?;
     let mut shunt = Shunt::start(
         &lab,
         r#"
@@ -65,5 +65,6 @@ access = "off"
     assert_eq!(shunt.route("held")?["connections_active"], 20);
     println!("{made} connections while stopped, every one counted; 20 open ones still known");
     drop(held);
+    drop(holder);
     shunt.wait_route("held", "none open", Duration::from_secs(10), |r| (r["connections_active"] == 0).then_some(()))
 }
