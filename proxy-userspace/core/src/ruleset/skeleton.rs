@@ -91,7 +91,6 @@ fn base_chains(mark: MarkLayout) -> Vec<(&'static str, Chain)> {
     };
     let masquerade =
         vec![ours(), S::IsDnatted, S::In { key, set: n::CLIENT_SOURCE.into(), negate: true }, S::Masquerade];
-    let to_track = || S::Jump("track".into());
     vec![
         ("prerouting", base(ChainKind::Nat, Hook::Prerouting, -100, vec![vec![S::Jump("route".into())]])),
         ("output", base(ChainKind::Nat, Hook::Output, -100, vec![vec![S::Jump("route".into())]])),
@@ -99,10 +98,10 @@ fn base_chains(mark: MarkLayout) -> Vec<(&'static str, Chain)> {
             "postrouting",
             base(ChainKind::Nat, Hook::Postrouting, 100, vec![masquerade, hairpin(Family::V4), hairpin(Family::V6)]),
         ),
-        ("track-forward", base(ChainKind::Filter, Hook::Forward, 0, vec![vec![ours(), to_track()]])),
-        ("track-output", base(ChainKind::Filter, Hook::Output, 0, vec![vec![ours(), to_track()]])),
+        ("track-forward", base(ChainKind::Filter, Hook::Forward, 0, counted(mark, &[]))),
+        ("track-output", base(ChainKind::Filter, Hook::Output, 0, counted(mark, &[]))),
         // What loopback delivers was counted on its way out.
-        ("track-input", base(ChainKind::Filter, Hook::Input, 0, vec![vec![ours(), S::NotFromLoopback, to_track()]])),
+        ("track-input", base(ChainKind::Filter, Hook::Input, 0, counted(mark, &[S::NotFromLoopback]))),
     ]
 }
 
@@ -174,15 +173,21 @@ pub(super) fn dnat(
     ]
 }
 
-/// Every packet of a routed connection: counted, and its end remembered in the mark.
+/// Every packet: counted if its connection is of a route, and then looked at for an end. The look-up is the question
+/// whether it is, so that a packet pays for one.
+fn counted(mark: MarkLayout, only: &[S]) -> Vec<Rule> {
+    [(Direction::Original, n::TRAFFIC_IN), (Direction::Reply, n::TRAFFIC_OUT)]
+        .map(|(direction, set)| {
+            let key = vec![Load::Mark { mask: Some(mark.id_mask()) }];
+            let of_a_route = S::In { key, set: set.into(), negate: false };
+            [only, &[S::Direction(direction), of_a_route, S::Goto("track".into())]].concat()
+        })
+        .into()
+}
+
+/// The rare ends among the packets of routed connections.
 fn track(mark: MarkLayout) -> Vec<Rule> {
-    let counted = |direction, set: &str| {
-        let key = vec![Load::Mark { mask: Some(mark.id_mask()) }];
-        vec![S::Direction(direction), S::In { key, set: set.into(), negate: false }]
-    };
     vec![
-        counted(Direction::Original, n::TRAFFIC_IN),
-        counted(Direction::Reply, n::TRAFFIC_OUT),
         vec![end_is(mark, End::Cut), S::Goto("cut".into())],
         vec![tcp_any(tcp_flags::FIN | tcp_flags::RST), S::Goto("ending".into())],
     ]
