@@ -83,7 +83,7 @@ pub struct RouteState {
 
 #[derive(Debug, Clone, Default)]
 pub struct FlowState {
-    /// By route name.
+    /// By route name; a route that never had anything to count is absent.
     pub routes: HashMap<String, view::RouteStats>,
     /// By route name, then backend address and port.
     pub backends: HashMap<String, HashMap<std::net::SocketAddr, u64>>,

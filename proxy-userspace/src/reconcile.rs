@@ -349,12 +349,13 @@ impl<N: Nft> Reconciler<N> {
         }
     }
 
-    /// What the kernel has counted, by route id.
+    /// What the kernel has counted, by route id; silent routes are left out.
     pub fn counters(&mut self) -> Result<&HashMap<u32, Counters>, NftError> {
         let layout = self.ids.layout();
         let mut all: HashMap<u32, Counters> = HashMap::with_capacity(self.last_counters.len());
         let mut read = |nft: &mut N, set: &str, put: &dyn Fn(&mut Counters, proxy_core::ruleset::Counter)| {
-            for (key, counter) in nft.counters(set)? {
+            let counted = |counter: &proxy_core::ruleset::Counter| counter.packets > 0;
+            for (key, counter) in nft.counters(set)?.into_iter().filter(|(_, counter)| counted(counter)) {
                 if let Some(id) = mark_of(&key).and_then(|mark| layout.route_id(mark)) {
                     put(all.entry(id).or_default(), counter);
                 }

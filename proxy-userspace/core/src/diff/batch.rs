@@ -41,6 +41,10 @@ impl Batch {
     pub fn into_changes(self) -> Changes {
         let Self { delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements } =
             self;
-        [delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements].concat()
+        let mut changes = delete_elements;
+        for mut part in [flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements] {
+            changes.append(&mut part);
+        }
+        changes
     }
 }
