@@ -5,7 +5,7 @@
 //! kernel forwards it goes on forwarding.
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -136,7 +136,7 @@ impl Daemon {
         capabilities: Capabilities,
         log: logging::LogHandle,
     ) -> Result<Self, Refusal> {
-        let record = settings_record(&config.admin.socket);
+        let record = sysctl::record_beside(&config.admin.socket);
         let recorded_before = record.exists();
         let settings = Settings::default();
         let applied = settings.apply(&needed(&config), &record).map_err(|e| Refusal::missing(&e, e.mend()))?;
@@ -293,11 +293,6 @@ fn notify(state: &[sd_notify::NotifyState<'_>]) {
     }
 }
 
-/// Where the values of kernel settings from before shunt are kept.
-pub fn settings_record(socket: &Path) -> PathBuf {
-    socket.parent().unwrap_or(Path::new("/run/shunt")).join("restore.json")
-}
-
 /// What `shunt cleanup` did, one line each.
 pub fn cleanup(socket: &Path) -> Result<Vec<String>, Refusal> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -319,7 +314,7 @@ pub fn cleanup(socket: &Path) -> Result<Vec<String>, Refusal> {
         nft.apply(&changes).map_err(refuse)?;
         done.push("deleted table inet shunt: what it forwarded ends".into());
     }
-    let restored = sysctl::restore(&Settings::default(), &settings_record(socket));
+    let restored = sysctl::restore(&Settings::default(), &sysctl::record_beside(socket));
     for setting in restored.map_err(|e| Refusal::missing(&e, e.mend()))? {
         done.push(match setting {
             Restored::PutBack { name, from, to } => format!("{name}: {from} -> {to}, as before shunt"),
