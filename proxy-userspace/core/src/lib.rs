@@ -15,4 +15,6 @@ pub mod plan;
 pub mod pool;
 pub mod reason;
 pub mod ruleset;
+pub mod session;
 pub mod view;
+pub mod wheel;
