@@ -7,6 +7,7 @@
 
 pub mod balance;
 pub mod capability;
+pub mod classify;
 pub mod config;
 pub mod conntrack;
 pub mod diff;
