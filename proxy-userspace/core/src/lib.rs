@@ -8,6 +8,7 @@
 
 pub mod balance;
 pub mod capability;
+pub mod classify;
 pub mod config;
 pub mod conntrack;
 pub mod diff;
