@@ -7,6 +7,8 @@
 pub mod ended;
 pub mod memory;
 pub mod meter;
+mod path;
+pub mod rates;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -14,6 +16,7 @@ use proxy_core::{config::Listen, plan::RoutePlan, ruleset::Endpoint, view};
 use tokio::sync::mpsc;
 
 pub use ended::{Ended, StreamId};
+pub use path::StreamPath;
 
 use crate::{
     control::{ConnectionFilter, Reply},
