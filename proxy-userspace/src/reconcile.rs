@@ -329,7 +329,10 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
     fn fragment(&self, served: &Served) -> Option<Fragment> {
         let own = self.mark(served.id);
         if served.plan.is_relayed() {
-            let counted = served.carriers.kernel.then(|| draining(&served.plan.route.name, own)).unwrap_or_default();
+            let counted = match served.carriers.kernel {
+                true => draining(&served.plan.route.name, own),
+                false => Fragment::default(),
+            };
             return Some(passing(&served.plan).and(counted)).filter(|fragment| !fragment.is_empty());
         }
         let endpoints = served.pool.endpoints();
