@@ -431,6 +431,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         if nobody {
             self.draining.remove(&id);
             self.ids.release(id);
+            self.streams.iter_mut().for_each(|streams| streams.forget(id));
         }
         self.unpublished = true;
         Ok(effects)

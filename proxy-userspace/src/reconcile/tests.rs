@@ -178,7 +178,7 @@ fn a_relayed_route_that_is_removed_drains_in_the_daemon_alone() {
     let views = both.route_views();
     assert_eq!((views[1].name.as_str(), views[1].engine), ("a", Engine::Copy));
     assert!(both.drained(id, Carrier::Daemon).expect("known").is_empty());
-    assert!(!both.in_use());
+    assert!(!both.in_use() && both.daemon().gone.is_empty(), "its counters are forgotten too");
 }
 
 #[test]
