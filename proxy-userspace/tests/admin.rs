@@ -12,6 +12,7 @@ use proxy_core::{config::Engine, view};
 use proxy_userspace::{
     admin::{Listeners, serve},
     control::{Control, FlowCommand, FlowState, RouteCommand, RouteState},
+    stream::meter::Reader,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -169,7 +170,11 @@ fn owners() -> Control {
             }
         }
     });
-    Control { routes, flows, route_state, flow_state }
+    // Nothing is relayed.
+    let (streams, _) = mpsc::channel(1);
+    let (_, relayed_rates) = watch::channel(Arc::default());
+    let relayed = Reader::default();
+    Control { routes, flows: Some(flows), streams, relayed, relayed_rates, route_state, flow_state }
 }
 
 #[test]

@@ -1,15 +1,13 @@
 //! Kernel settings: what `shunt run` would change, and whether it may.
 
-use std::net::IpAddr;
-
 use proxy_core::config::{Config, SourceAddress};
 
 use super::Check;
 use crate::kernel::sysctl::{self, Routes, Settings, Sysctl};
 
-/// One check per setting the nft engine needs; without a configuration, for IPv4 and IPv6 routes.
-pub(super) fn checks(settings: &Settings, config: Option<&Config>) -> Vec<Check> {
-    let mut checks: Vec<_> = sysctl::needed(families(config)).iter().map(|need| check(settings, need)).collect();
+/// One check per setting the nft engine needs for these routes.
+pub(super) fn checks(settings: &Settings, routes: Routes) -> Vec<Check> {
+    let mut checks: Vec<_> = sysctl::needed(routes).iter().map(|need| check(settings, need)).collect();
     checks.push(events(settings));
     let lost = settings.router_advertisements_lost();
     let forwards = settings.read(&Sysctl::new("net/ipv6/conf/all/forwarding")).is_ok_and(|value| value != "0");
@@ -19,15 +17,6 @@ pub(super) fn checks(settings: &Settings, config: Option<&Config>) -> Vec<Check>
         checks.push(advertisements.warn("an interface depends on them", lost.join("; ")));
     }
     checks
-}
-
-/// The address families of the routes.
-pub(super) fn families(config: Option<&Config>) -> Routes {
-    let Some(config) = config else { return Routes { ipv4: true, ipv6: true } };
-    let has = |wanted: fn(&IpAddr) -> bool| {
-        config.routes.iter().flat_map(|route| &route.listen).any(|listen| wanted(&listen.address))
-    };
-    Routes { ipv4: has(IpAddr::is_ipv4), ipv6: has(IpAddr::is_ipv6) }
 }
 
 fn check(settings: &Settings, need: &sysctl::Needed) -> Check {

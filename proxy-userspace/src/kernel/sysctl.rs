@@ -163,7 +163,7 @@ pub struct Needed {
     optional: bool,
 }
 
-/// What the routes ask of the kernel.
+/// What the routes that the kernel forwards ask of it.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Routes {
     pub ipv4: bool,
@@ -173,6 +173,9 @@ pub struct Routes {
 /// The settings the `nft` engine needs for these routes.
 pub fn needed(routes: Routes) -> Vec<Needed> {
     let mut needed = Vec::new();
+    if !routes.ipv4 && !routes.ipv6 {
+        return needed;
+    }
     if routes.ipv4 {
         needed.push(Needed {
             name: Sysctl::new("net/ipv4/ip_forward"),

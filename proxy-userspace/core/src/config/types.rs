@@ -98,7 +98,7 @@ pub struct Route {
     /// processes of one build, when nothing that concerns this route has changed.
     pub fingerprint: u64,
     /// Indices into [`Config::routes`], in file order, of the routes that claim a listen address, port and protocol of
-    /// this one, itself included; empty when it has its ports to itself. Routes that listen alike hold the same
+    /// this one, or of another of them, itself included; empty when it has its ports to itself. They hold the same
     /// allocation: 50,000 names on port 443 are one list, not 50,000.
     pub shares_port_with: Arc<[usize]>,
 }
