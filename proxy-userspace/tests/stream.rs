@@ -184,6 +184,24 @@ fn socket_with_a_full_queue() -> (TcpListener, Vec<TcpStream>) {
 }
 
 #[test]
+fn a_route_that_is_told_apart_anew_is_so_without_a_new_listener() {
+    let mut served = serve(Engine::Copy, &[echo_server()], "");
+    let only_others = change(Engine::Copy, served.listen, &[echo_server()], "match = { client = [\"10.0.0.0/8\"] }");
+    let only_others = Change { ports: Vec::new(), ..only_others };
+    let prepared = served.path.prepare(only_others).expect("nothing can fail");
+    served.path.commit(prepared);
+    let deadline = Instant::now() + SOON;
+    loop {
+        let mut stream = served.connect();
+        if stream.write_all(b"x").is_err() || stream.read_exact(&mut [0]).is_err() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the client is not of the route any more");
+    }
+    served.ended(Reason::NoRoute);
+}
+
+#[test]
 fn a_killed_connection_is_gone_for_both_sides() {
     let mut served = serve(Engine::Copy, &[echo_server()], "");
     let mut stream = served.connect();
