@@ -339,7 +339,6 @@ impl Daemon {
         tracing::info!("ready");
         signals.stop(Some(&self.reload)).await;
         notify(&[sd_notify::NotifyState::Stopping]);
-        tracing::info!("stopping; the kernel goes on forwarding, `shunt cleanup` would end that");
         stop_tx.send_replace(true);
         let drained = async {
             drop(routes.await);
