@@ -92,7 +92,10 @@ pub fn run(config_file: &Path) -> Result<(), Refusal> {
         .enable_all()
         .build()
         .map_err(|e| Refusal::refused(format!("cannot start: {e}"), None))?;
-    runtime.block_on(start(config_file))
+    let result = runtime.block_on(start(config_file));
+    // Not for relayed connections that a second signal has cut.
+    runtime.shutdown_background();
+    result
 }
 
 async fn start(config_file: &Path) -> Result<(), Refusal> {
