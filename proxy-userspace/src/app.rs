@@ -92,7 +92,10 @@ pub fn run(config_file: &Path) -> Result<(), Refusal> {
         .enable_all()
         .build()
         .map_err(|e| Refusal::refused(format!("cannot start: {e}"), None))?;
-    runtime.block_on(start(config_file))
+    let result = runtime.block_on(start(config_file));
+    // Not for relayed connections that a second signal has cut.
+    runtime.shutdown_background();
+    result
 }
 
 async fn start(config_file: &Path) -> Result<(), Refusal> {
@@ -339,7 +342,6 @@ impl Daemon {
         tracing::info!("ready");
         signals.stop(Some(&self.reload)).await;
         notify(&[sd_notify::NotifyState::Stopping]);
-        tracing::info!("stopping; the kernel goes on forwarding, `shunt cleanup` would end that");
         stop_tx.send_replace(true);
         let drained = async {
             drop(routes.await);

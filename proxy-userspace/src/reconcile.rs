@@ -190,7 +190,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         let (mut next, mut added, mut changed) = (Vec::new(), Vec::new(), Vec::new());
         for route in new {
             match self.served.get(&route.route.name) {
-                Some(served) if served.plan.route.fingerprint == route.route.fingerprint => continue,
+                Some(served) if is_same(&served.plan, route) => continue,
                 Some(_) => changed.push(route.route.name.clone()),
                 None => added.push(route.route.name.clone()),
             }
@@ -229,6 +229,12 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         if let Err(error) = self.replace(&replan, &next, &gone, now, &mut outcome) {
             fresh.into_iter().for_each(|id| self.ids.release(id));
             return Err(error);
+        }
+        for plan in &replan.routes {
+            // Also of those that are the same: the configuration before is not kept for them.
+            if let Some(served) = self.served.get_mut(&plan.route.name) {
+                served.plan = Arc::clone(plan);
+            }
         }
         outcome.apply = began.elapsed();
         self.plan.put(replan);
@@ -552,6 +558,20 @@ fn seed_counters(last: &HashMap<u32, Counters>, layout: MarkLayout, ruleset: &mu
 
 fn mark_of(key: &proxy_core::ruleset::Key) -> Option<u32> {
     Some(u32::from_ne_bytes(key.bytes().try_into().ok()?))
+}
+
+/// Nothing that is done for the route has changed. Who shares a port with a relayed route is a matter of the port: one more
+/// name on a port of 50,000 does not change the others.
+fn is_same(old: &RoutePlan, new: &RoutePlan) -> bool {
+    let itself = old.route.own_fingerprint == new.route.own_fingerprint && old.refused == new.refused;
+    let relayed = old.is_relayed() && old.engine == new.engine;
+    old.route.fingerprint == new.route.fingerprint || (relayed && itself && same_listens(old, new))
+}
+
+/// The addresses it carries in the table: alone, or as the first of several routes.
+fn same_listens(old: &RoutePlan, new: &RoutePlan) -> bool {
+    let shared = |plan: &RoutePlan| plan.shared_listens.iter().map(|shared| shared.listen).collect::<Vec<_>>();
+    old.own_listens == new.own_listens && shared(old) == shared(new)
 }
 
 /// The plan holds the routes; a second copy of fifty thousand of them is not kept. Letting go of them takes a while: elsewhere.

@@ -115,7 +115,7 @@ fn connection(number: usize) -> view::Connection {
         protocol: "tcp".into(),
         client: "192.0.2.1:4711".parse().expect("address"),
         listen: "10.9.9.9:80".parse().expect("address"),
-        backend: "10.0.0.1:80".parse().expect("address"),
+        backend: "10.0.0.1:80".parse().ok(),
         state: "established".into(),
         age_seconds: 1.0,
         idle_seconds: 0.5,

@@ -5,7 +5,7 @@ use proxy_core::config::{Config, SourceAddress};
 use super::Check;
 use crate::kernel::sysctl::{self, Routes, Settings, Sysctl};
 
-/// One check per setting the nft engine needs for these routes.
+/// One check per setting these routes need.
 pub(super) fn checks(settings: &Settings, routes: Routes) -> Vec<Check> {
     let mut checks: Vec<_> = sysctl::needed(routes).iter().map(|need| check(settings, need)).collect();
     checks.push(events(settings));
@@ -26,10 +26,15 @@ fn check(settings: &Settings, need: &sysctl::Needed) -> Check {
         Ok(value) if settings.writable(&need.name) => {
             check.ok(format!("{value}; shunt run sets it to {}, shunt cleanup puts it back", need.value))
         }
+        Ok(value) if need.optional => check.warn(
+            format!("{value}, and may not be set from here"),
+            format!("sysctl -w {}={}, where the network namespace is made", need.name, need.value),
+        ),
         Ok(value) => check.missing(
             format!("{value}, and may not be set from here"),
             format!("sysctl -w {}={}, where the network namespace is made", need.name, need.value),
         ),
+        Err(error) if need.optional => check.warn(error.to_string(), error.mend()),
         Err(error) => check.missing(error.to_string(), error.mend()),
     }
 }

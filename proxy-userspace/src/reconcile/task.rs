@@ -108,6 +108,10 @@ impl<N: Nft, S: Streams> Task<N, S> {
 
     /// Lets relayed connections finish, within the bounds of their routes, and answers meanwhile.
     async fn stop(mut self, mut inputs: Inputs) {
+        match self.reconciler.has_table() {
+            true => tracing::info!("stopping; the kernel goes on forwarding, `shunt cleanup` would end that"),
+            false => tracing::info!("stopping"),
+        }
         self.publish_as(false);
         let Some(streams) = self.reconciler.take_streams() else { return };
         let bound = self.reconciler.longest_drain() + STOP_GRACE;
@@ -399,9 +403,11 @@ pub fn needed<'a>(routes: impl Iterator<Item = &'a Arc<RoutePlan>>) -> Vec<sysct
 
 pub fn routes_of<'a>(routes: impl Iterator<Item = &'a Arc<RoutePlan>>) -> sysctl::Routes {
     let mut all = sysctl::Routes::default();
-    for plan in routes.filter(|plan| plan.engine == Some(Engine::Nft)) {
-        all.ipv4 |= plan.route.listen.iter().any(|l| l.address.is_ipv4());
-        all.ipv6 |= plan.route.listen.iter().any(|l| l.address.is_ipv6());
+    for plan in routes {
+        let forwarded = plan.engine == Some(Engine::Nft);
+        all.ipv4 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv4());
+        all.ipv6 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv6());
+        all.relayed |= plan.is_relayed();
     }
     all
 }

@@ -211,6 +211,9 @@ fn a_port_is_told_its_whole_membership_whenever_it_changes() {
         |name: &str| route(name, 443, &format!("match.sni = [\"{name}.example\"]\ntls = {{ mode = \"passthrough\" }}"));
     let mut both = begin(&(sni("a") + &sni("b")));
     assert_eq!(both.behind(443), ["a", "b"]);
+    let outcome = reload(&mut both, &(sni("a") + &sni("b") + &sni("c"))).expect("accepted");
+    assert_eq!((outcome.added.len(), outcome.changed.len()), (1, 0), "one more name changes no other route");
+    assert_eq!(both.behind(443), ["a", "b", "c"]);
     reload(&mut both, &(sni("c") + &sni("a") + &sni("b") + &route("d", 80, COPY))).expect("accepted");
     assert_eq!(
         (both.behind(443), both.behind(80)),

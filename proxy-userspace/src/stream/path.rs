@@ -345,7 +345,7 @@ fn connection(row: &Row) -> view::Connection {
         protocol: "tcp".into(),
         client: row.client,
         listen: row.listen,
-        backend: row.backend.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0))),
+        backend: row.backend,
         state: row.state.into(),
         age_seconds: row.age.as_secs_f64(),
         idle_seconds: row.idle.as_secs_f64(),

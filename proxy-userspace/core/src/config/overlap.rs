@@ -231,15 +231,16 @@ impl<'a> Overlaps<'a> {
         self.source.report(claim.offset, format!("{label}: listen[{}]", claim.item), message);
     }
 
-    /// For each route the value of [`Route::shares_port_with`] and of [`Route::fingerprint`].
-    pub fn shared(&self) -> Vec<(Arc<[usize]>, u64)> {
+    /// For each route the value of [`Route::shares_port_with`], of [`Route::fingerprint`] and of [`Route::own_fingerprint`].
+    pub fn shared(&self) -> Vec<(Arc<[usize]>, u64, u64)> {
         let own: Vec<u64> = self.routes.iter().map(fingerprint::of_route).collect();
-        let mut all: Vec<(Arc<[usize]>, u64)> = own.iter().map(|own| (Arc::default(), *own)).collect();
+        let mut all: Vec<_> = own.iter().map(|own| (Arc::default(), *own, *own)).collect();
         for sharers in self.sharers() {
             let theirs = fingerprint::of_all(sharers.iter().filter_map(|route| own.get(*route)).copied());
             for &route in sharers.iter() {
-                if let (Some(of_route), Some(own)) = (all.get_mut(route), own.get(route)) {
-                    *of_route = (Arc::clone(&sharers), fingerprint::of_all([*own, theirs].into_iter()));
+                if let Some((group, fingerprint, own)) = all.get_mut(route) {
+                    *group = Arc::clone(&sharers);
+                    *fingerprint = fingerprint::of_all([*own, theirs].into_iter());
                 }
             }
         }
