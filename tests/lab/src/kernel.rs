@@ -103,3 +103,18 @@ pub fn slab_bytes(cache: &str) -> Result<u64> {
     anyhow::ensure!(fields.len() >= 3, "/proc/slabinfo: {cache}: {fields:?}");
     Ok(fields[0] * fields[2])
 }
+
+/// What a process holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holdings {
+    pub descriptors: usize,
+    pub threads: usize,
+    /// Resident memory in bytes.
+    pub memory: u64,
+}
+
+/// What the process `pid` holds now.
+pub fn holdings(pid: u32) -> Result<Holdings> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))?.count();
+    Ok(Holdings { descriptors: open_descriptors(pid)?, threads, memory: resident_bytes(pid)? })
+}
