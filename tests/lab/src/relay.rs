@@ -9,7 +9,13 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{shunt::Shunt, topology::GATEWAY, wait::wait_for};
+use crate::{
+    dialog::echo,
+    scripted::{Behaviour, TcpServer},
+    shunt::Shunt,
+    topology::{GATEWAY, Lab},
+    wait::wait_for,
+};
 
 /// Far more than a connection has to carry before it is moved to splice.
 const SURELY_PROMOTED: u64 = 128 << 20;
@@ -79,6 +85,14 @@ impl Relay {
         )
     }
 
+    /// Connects a client to its route and makes the connection what this way says; the backend echoes.
+    pub fn connect(self, lab: &Lab, shunt: &Shunt) -> Result<TcpStream> {
+        let mut stream = lab.client().connect(self.listen())?;
+        echo(&mut stream, b"hello")?;
+        self.prime(shunt, &mut stream)?;
+        Ok(stream)
+    }
+
     /// Makes sure that the connection, to an echoing backend, is moved as this way says. The bytes it echoed each way.
     pub fn prime(self, shunt: &Shunt, stream: &mut TcpStream) -> Result<u64> {
         if self != Self::Promoted {
@@ -100,6 +114,11 @@ impl Relay {
             (shunt.engine_of(stream).ok()?.as_deref() == Some("splice")).then_some(echoed)
         })
     }
+}
+
+/// A server on backend 1 for each way, in the order of [`Relay::ALL`].
+pub fn servers(lab: &Lab, behaviour: &Behaviour) -> Result<Vec<TcpServer>> {
+    Relay::ALL.iter().map(|r| TcpServer::start(lab.backend(1), r.backend_port(), behaviour.clone())).collect()
 }
 
 /// Does `work` for each of `relays` at the same time; every failure is told, not only the first.
