@@ -40,6 +40,7 @@ pub mod relay;
 pub mod scripted;
 mod servers;
 mod shunt;
+mod talk;
 mod topology;
 mod wait;
 
@@ -48,5 +49,6 @@ pub use process::{Running, run};
 pub use programs::Certificate;
 pub use servers::HttpFiles;
 pub use shunt::{Metrics, Shunt, ShuntBuilder, shunt_binary};
+pub use talk::Talk;
 pub use topology::{BACKEND_SIDE, BACKEND_SIDE6, CLIENT, CLIENT6, GATEWAY, GATEWAY6, Lab, LabBuilder};
 pub use wait::{wait_for, wait_until};
