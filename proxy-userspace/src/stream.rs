@@ -4,9 +4,17 @@
 //! of a byte is shared between workers. What others see of them are counters ([`meter`]) and answers to commands
 //! ([`Streams`] changes, [`StreamCommand`] asks).
 
+mod admission;
 pub mod ended;
+mod flow;
 pub mod memory;
 pub mod meter;
+mod path;
+mod poll;
+mod relay;
+mod route;
+mod socket;
+mod worker;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -14,6 +22,7 @@ use proxy_core::{config::Listen, plan::RoutePlan, ruleset::Endpoint, view};
 use tokio::sync::mpsc;
 
 pub use ended::{Ended, StreamId};
+pub use path::{MAX_PORTS, StreamPath};
 
 use crate::{
     control::{ConnectionFilter, Reply},
@@ -31,6 +40,9 @@ pub trait Streams {
     /// Serves the change. Connections of routes that stay are not touched; they keep the backend they have and take the
     /// timeouts of the new settings.
     fn commit(&mut self, prepared: Self::Prepared);
+
+    /// The owner of the routes has forgotten a route that was gone: so are its counters.
+    fn forget(&mut self, id: u32);
 
     /// Accepts what waits, then stops listening everywhere and lets every route drain for its own `timeouts.drain`.
     /// Resolves when no connection is left.

@@ -84,6 +84,7 @@ fn routes(root: &Section<'_>, defaults: &Defaults, admin: Option<SocketAddr>) ->
     }
     let overlaps = Overlaps::find(source, &routes, &labels, claims);
     overlaps.report_conflicts();
+    overlaps.report_headers();
     if let Some(admin) = admin {
         overlaps.report_admin(admin);
     }

@@ -42,5 +42,9 @@ impl Streams for MemoryStreams {
         }
     }
 
+    fn forget(&mut self, id: u32) {
+        self.gone.retain(|gone| *gone != id);
+    }
+
     async fn stop(self) {}
 }

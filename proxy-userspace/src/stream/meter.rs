@@ -55,10 +55,14 @@ pub struct RouteMeter {
     pub age_micros: Counter,
 }
 
-/// … by one engine. A connection that changes its engine is active in the one it has, and is counted as begun and ended in
-/// the one it ends with.
+/// … by one engine. A connection is begun in the engine it starts with, active in the one it has and ended in the one it
+/// ends with, so that over all engines `began` is `active` plus all terminations.
 #[derive(Debug, Default)]
 pub struct EngineMeter {
+    /// Every connection that came, also the refused ones.
+    pub began: Counter,
+    /// Connections moved to this engine while they live.
+    pub promoted: Counter,
     pub active: Counter,
     pub bytes_in: Counter,
     pub bytes_out: Counter,
@@ -81,8 +85,10 @@ pub struct Meters {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct EngineTotals {
     pub active: u64,
-    /// Every connection that came, also the refused ones: `active` plus all terminations.
+    /// Every connection that began with this engine, also the refused ones.
     pub total: u64,
+    /// Connections that came to this engine from another while they live.
+    pub promoted: u64,
     pub bytes_in: u64,
     pub bytes_out: u64,
     /// Zeros left out.
@@ -124,17 +130,17 @@ impl Meters {
             let of = |counter: &dyn Fn(&EngineMeter) -> u64| sum(&|w| counter(&w.engines[slot]));
             let count = |reason: &Reason| (*reason, of(&|e| e.terminations[*reason as usize].get()));
             let terminations: Vec<_> = Reason::ALL.iter().map(count).filter(|(_, n)| *n > 0).collect();
-            let active = of(&|e| e.active.get());
             let totals = EngineTotals {
-                active,
-                total: active + terminations.iter().map(|(_, n)| n).sum::<u64>(),
+                active: of(&|e| e.active.get()),
+                total: of(&|e| e.began.get()),
+                promoted: of(&|e| e.promoted.get()),
                 bytes_in: of(&|e| e.bytes_in.get()),
                 bytes_out: of(&|e| e.bytes_out.get()),
                 terminations,
             };
             (*engine, totals)
         };
-        let engines = ENGINES.iter().enumerate().map(engine).filter(|(_, t)| t.total > 0).collect();
+        let engines = ENGINES.iter().enumerate().map(engine).filter(|(_, t)| t.total + t.promoted > 0).collect();
         let backends = self.backends.read().map(|b| b.iter().map(|(a, n)| (*a, n.load(Relaxed))).collect());
         RouteTotals {
             engines,

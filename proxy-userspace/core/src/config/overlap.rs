@@ -180,6 +180,37 @@ impl<'a> Overlaps<'a> {
         self.reject(later, format!("{how}, and {why}"));
     }
 
+    /// Reports routes on one port that do not agree who sends a PROXY header: it comes before anything that could tell
+    /// them apart.
+    pub fn report_headers(&self) {
+        let mut reported = HashSet::new();
+        for (here, spot) in self.spots.iter().enumerate() {
+            let Some(first) = self.claims_of(here).first() else { continue };
+            let others = spot
+                .neighbours
+                .iter()
+                .filter(|there| **there < here)
+                .filter_map(|there| self.claims_of(*there).first());
+            for claim in self.claims_of(here).iter().chain(others) {
+                let (a, b) = if first.route < claim.route { (first, claim) } else { (claim, first) };
+                if self.senders(a) != self.senders(b) && reported.insert((a.route, b.route)) {
+                    let Some((label, line)) = self.labels.get(a.route) else { continue };
+                    let message = format!(
+                        "{} is shared with {label} (line {line}), whose proxy_protocol.accept_from is another: the PROXY \
+                         header comes before what tells the two apart; give both the same, or another port",
+                        spot_name(b)
+                    );
+                    self.reject(b, message);
+                }
+            }
+        }
+    }
+
+    fn senders(&self, claim: &Claim) -> HashSet<IpNet> {
+        let route = self.routes.get(claim.route);
+        route.map(|route| route.proxy_protocol.accept_from.iter().copied().collect()).unwrap_or_default()
+    }
+
     /// Reports a listen address that takes the port of `[admin] listen` away.
     pub fn report_admin(&self, admin: SocketAddr) {
         for claim in &self.claims {

@@ -310,7 +310,7 @@ impl Fragment {
         self.chain(chain, rules);
         for family in FAMILIES {
             let endpoints: Vec<&Endpoint> = context.endpoints.iter().filter(|e| e.family() == family).collect();
-            for (slot, index) in fill(route.balance, &endpoints, slots).into_iter().enumerate() {
+            for (slot, index) in balance::fill(route.balance, &endpoints, slots).into_iter().enumerate() {
                 let endpoint = endpoints[index];
                 let set = if endpoint.port.is_some() { n::SLOTS } else { n::SLOTS_SAME_PORT };
                 let key = Key::new(&[KeyPart::Mark(context.own), KeyPart::Slot(slot as u32)]);
@@ -342,26 +342,6 @@ fn target(endpoint: &Endpoint) -> Value {
     match endpoint.port {
         Some(port) => Value::Endpoint((endpoint.address, port).into()),
         None => Value::Address(endpoint.address),
-    }
-}
-
-/// Which endpoint each slot goes to; empty when none is up.
-fn fill(balance: Balance, endpoints: &[&Endpoint], slots: u32) -> Vec<usize> {
-    let weight = |e: &&Endpoint| if e.up { e.weight } else { 0 };
-    let weights: Vec<u16> = endpoints.iter().map(weight).collect();
-    match balance {
-        Balance::RoundRobin | Balance::Random | Balance::LeastConnections => balance::round_robin(&weights, slots),
-        Balance::SourceHash => {
-            let all: Vec<u16> = endpoints.iter().map(|e| e.weight).collect();
-            let up: Vec<bool> = endpoints.iter().map(|e| e.up).collect();
-            balance::homes(&all, &up, slots)
-        }
-        Balance::Maglev => {
-            let names: Vec<String> =
-                endpoints.iter().map(|e| format!("{}:{}", e.address, e.port.unwrap_or_default())).collect();
-            let named: Vec<(&str, u16)> = names.iter().map(String::as_str).zip(weights).collect();
-            balance::maglev(&named, slots)
-        }
     }
 }
 

@@ -74,6 +74,20 @@ fn routes_that_can_be_told_apart_share_a_port() {
 }
 
 #[test]
+fn routes_on_one_port_agree_on_who_sends_a_proxy_header() {
+    let from = |net: &str| format!("proxy_protocol.accept_from = {net}\nmatch.sni = [\"x\"]");
+    let expected = "8: route \"b\": listen[0]: 0.0.0.0:443/tcp is shared with route \"a\" (line 1), whose \
+                    proxy_protocol.accept_from is another: the PROXY header comes before what tells the two apart; give \
+                    both the same, or another port";
+    let b = from("[\"10.0.0.0/8\", \"fd00::/8\"]");
+    for listen in [PORT, "0.0.0.0:400-500"] {
+        assert_eq!(bad(&two((listen, ""), (PORT, &b))), [expected], "{listen}");
+    }
+    let a = "proxy_protocol.accept_from = [\"fd00::/8\", \"10.0.0.0/8\"]\nmatch.alpn = [\"h2\"]";
+    good(&two((PORT, a), (PORT, &b)));
+}
+
+#[test]
 fn other_addresses_protocols_and_ports_are_not_shared() {
     for text in [
         two((PORT, ""), ("10.0.0.1:443", "")),

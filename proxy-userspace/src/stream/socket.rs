@@ -1,0 +1,123 @@
+//! The sockets of the stream path: how they are made, and what edge-triggered epoll has told of them.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use rustix::{
+    event::epoll::EventFlags,
+    io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, bind, connect, getsockname, ipproto, listen, socket_with, sockopt},
+};
+
+/// Connections that may wait to be accepted; `net.core.somaxconn` caps it.
+const BACKLOG: i32 = 4096;
+const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
+
+/// A connected or connecting socket and its readiness. A flag that is set may be wrong, and the call then says EAGAIN; one
+/// that is not set is right until the next event.
+#[derive(Debug)]
+pub struct Socket {
+    pub fd: OwnedFd,
+    pub readable: bool,
+    pub writable: bool,
+    /// The peer's FIN has come: after what is queued there is nothing more.
+    pub finished: bool,
+    /// Both directions are over, or there was a reset.
+    pub hung_up: bool,
+}
+
+impl Socket {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { fd, readable: false, writable: false, finished: false, hung_up: false }
+    }
+
+    pub fn note(&mut self, events: EventFlags) {
+        let over = events.intersects(EventFlags::HUP | EventFlags::ERR);
+        self.hung_up |= over;
+        self.finished |= events.contains(EventFlags::RDHUP);
+        self.readable |= over || events.intersects(EventFlags::IN | EventFlags::RDHUP);
+        self.writable |= over || events.contains(EventFlags::OUT);
+    }
+
+    /// The FIN is known to be all that is left once the queue is empty: no call is needed to read it.
+    pub fn only_fin_left(&self) -> bool {
+        self.finished && !self.hung_up
+    }
+
+    /// Closing it will send a reset, and throws away what is not sent.
+    pub fn reset_on_close(&self) {
+        let _ = sockopt::set_socket_linger(&self.fd, Some(Duration::ZERO));
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::INET,
+        IpAddr::V6(_) => AddressFamily::INET6,
+    }
+}
+
+/// Listens, but accepts nothing yet. Other sockets of this kind may have the same address: the kernel deals connections out
+/// among them (`SO_REUSEPORT`). The address need not be on this machine yet. What is accepted inherits `TCP_NODELAY`.
+pub fn listener(address: SocketAddr) -> io::Result<OwnedFd> {
+    let fd = socket_with(family(address.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
+    sockopt::set_socket_reuseaddr(&fd, true)?;
+    sockopt::set_socket_reuseport(&fd, true)?;
+    sockopt::set_tcp_nodelay(&fd, true)?;
+    match address.ip() {
+        IpAddr::V4(_) => sockopt::set_ip_freebind(&fd, true)?,
+        IpAddr::V6(_) => {
+            sockopt::set_ipv6_v6only(&fd, true)?;
+            sockopt::set_ipv6_freebind(&fd, true)?;
+        }
+    }
+    bind(&fd, &address)?;
+    Ok(fd)
+}
+
+/// Whether nobody listens there: `SO_REUSEPORT` would let a second program of the same user take a part of the connections.
+pub fn is_free(address: SocketAddr) -> io::Result<()> {
+    let fd = socket_with(family(address.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
+    sockopt::set_socket_reuseaddr(&fd, true)?;
+    match address.ip() {
+        IpAddr::V4(_) => sockopt::set_ip_freebind(&fd, true)?,
+        IpAddr::V6(_) => {
+            sockopt::set_ipv6_v6only(&fd, true)?;
+            sockopt::set_ipv6_freebind(&fd, true)?;
+        }
+    }
+    Ok(bind(&fd, &address)?)
+}
+
+/// From here on connections are taken by the kernel.
+pub fn start_listening(fd: &OwnedFd) -> io::Result<()> {
+    Ok(listen(fd, BACKLOG)?)
+}
+
+/// Begins to connect. The socket becomes writable when the backend has answered.
+pub fn dial(to: SocketAddr, keepalive: bool) -> Result<Socket, Errno> {
+    let fd = socket_with(family(to.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
+    sockopt::set_tcp_nodelay(&fd, true)?;
+    if keepalive {
+        sockopt::set_socket_keepalive(&fd, true)?;
+    }
+    match connect(&fd, &to) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(Socket::new(fd)),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// What the client dialled.
+pub fn local_address(fd: &OwnedFd) -> Option<SocketAddr> {
+    SocketAddr::try_from(getsockname(fd).ok()?).ok()
+}
