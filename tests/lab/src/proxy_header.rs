@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use anyhow::{Context, Result, bail};
+
 const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 
 /// Version 1, one line of text. Both addresses of one family.
@@ -39,6 +41,51 @@ pub fn v2_raw(version_command: u8, family: u8, rest: &[u8]) -> Vec<u8> {
     [&SIGNATURE[..], &[version_command, family], &(rest.len() as u16).to_be_bytes(), rest].concat()
 }
 
+/// What a received header says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Said {
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    /// Bytes of the header.
+    pub length: usize,
+}
+
+/// Reads the header, of either version, that `bytes` begin with.
+///
+/// # Errors
+/// When there is none, or it names nobody.
+pub fn read(bytes: &[u8]) -> Result<Said> {
+    if bytes.starts_with(&SIGNATURE) { read_v2(bytes) } else { read_v1(bytes) }
+}
+
+fn read_v1(bytes: &[u8]) -> Result<Said> {
+    let end = bytes.windows(2).position(|two| two == b"\r\n").context("no end of line")?;
+    let line = std::str::from_utf8(&bytes[..end])?;
+    let ["PROXY", "TCP4" | "TCP6", from, to, from_port, to_port] = line.split(' ').collect::<Vec<_>>()[..] else {
+        bail!("no header of version 1: {line:?}");
+    };
+    let at = |ip: &str, port: &str| anyhow::Ok(SocketAddr::new(ip.parse()?, port.parse()?));
+    Ok(Said { source: at(from, from_port)?, destination: at(to, to_port)?, length: end + 2 })
+}
+
+fn read_v2(bytes: &[u8]) -> Result<Said> {
+    let fixed: &[u8; 16] = bytes.first_chunk().context("too short")?;
+    let (kind, length) = ((fixed[12], fixed[13]), usize::from(u16::from_be_bytes([fixed[14], fixed[15]])));
+    let rest = bytes.get(16..16 + length).context("too short")?;
+    let size = match kind {
+        (0x21, 0x11) => 4,
+        (0x21, 0x21) => 16,
+        other => bail!("command and family {other:?}"),
+    };
+    let ip = |at: &[u8]| -> Result<IpAddr> {
+        Ok(if size == 4 { IpAddr::from(<[u8; 4]>::try_from(at)?) } else { IpAddr::from(<[u8; 16]>::try_from(at)?) })
+    };
+    let port = |at: usize| rest.get(at..at + 2).map(|p| u16::from_be_bytes([p[0], p[1]])).context("too short");
+    let source = SocketAddr::new(ip(rest.get(..size).context("too short")?)?, port(2 * size)?);
+    let destination = SocketAddr::new(ip(rest.get(size..2 * size).context("too short")?)?, port(2 * size + 2)?);
+    Ok(Said { source, destination, length: 16 + length })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,5 +98,9 @@ mod tests {
         let v2 = v2(source, destination, &[(4, b"x")]);
         assert_eq!(v2[..16], *b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x10");
         assert_eq!(v2.len(), 16 + 12 + 4);
+        for (header, length) in [(v1(source, destination), 47), (v2, 32)] {
+            let said = read(&[header.as_slice(), b"payload"].concat()).expect("a header");
+            assert_eq!(said, Said { source, destination, length });
+        }
     }
 }
