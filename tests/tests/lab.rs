@@ -137,7 +137,10 @@ fn a_real_tls_server_answers_every_hello_that_is_built_here() -> Result<()> {
     let lab = Lab::new()?;
     let certificate = lab.certificate(&["a.example"])?;
     let (cert, key) = (certificate.cert.display(), certificate.key.display());
-    let http = format!("http {{ ssl_certificate {cert}; ssl_certificate_key {key}; server {{ listen 443 ssl; }} }}");
+    let http = format!(
+        "http {{ ssl_certificate {cert}; ssl_certificate_key {key}; ssl_protocols TLSv1.2 TLSv1.3;\n\
+                server {{ listen 443 ssl; }} }}"
+    );
     let _nginx = lab.nginx_with(lab.backend(1), &http, 443)?;
     let hello = Hello::to("a.example");
     for hello in [
@@ -149,7 +152,7 @@ fn a_real_tls_server_answers_every_hello_that_is_built_here() -> Result<()> {
     ] {
         let mut stream = lab.client().connect((lab.backend(1).ip, 443))?;
         stream.write_all(&hello.build())?;
-        let answer = dialog::read_some(&mut stream, 6)?;
+        let answer = dialog::read_some(&mut stream, 7)?;
         assert!(answer[..3] == [0x16, 3, 3] && answer[5] == 2, "no ServerHello to {hello:?}: {answer:?}");
     }
     Ok(())

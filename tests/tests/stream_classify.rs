@@ -280,7 +280,7 @@ fn tls_plain_and_keep_alive_clients_on_one_port_each_get_their_own() -> Result<(
     let certificate = lab.certificate(&names)?;
     let (cert, key) = (certificate.cert.display(), certificate.key.display());
     let http = format!(
-        "http {{ access_log off; ssl_certificate {cert}; ssl_certificate_key {key};\n\
+        "http {{ access_log off; ssl_certificate {cert}; ssl_certificate_key {key}; ssl_protocols TLSv1.2 TLSv1.3;\n\
          server {{ listen 443 ssl http2; location / {{ return 200 \"tls $ssl_server_name $request_uri $server_protocol\"; }} }}\n\
          server {{ listen 80; location / {{ return 200 \"plain $request_uri\"; }} }} }}"
     );

@@ -1,6 +1,7 @@
 //! TLS ClientHellos as clients of every kind send them, built byte by byte (RFC 8446 §4.1.2). A TLS server answers them.
 
 /// IANA numbers of what is offered.
+const P256: u16 = 0x0017;
 const X25519: u16 = 0x001d;
 const X25519MLKEM768: u16 = 0x11ec;
 /// Encapsulation key of ML-KEM-768 and an X25519 share.
@@ -64,7 +65,7 @@ impl Hello {
         body.extend((0..32).map(|n| n * 7));
         body.extend(vec8(&[9; 32]));
         // TLS 1.3 suites, and one of TLS 1.2.
-        body.extend(vec16(&u16s(&[0x1301, 0x1302, 0x1303, 0xc02f])));
+        body.extend(vec16(&u16s(&[0x1301, 0x1302, 0x1303, 0xc02b, 0xc02f])));
         body.extend(vec8(&[0]));
         body.extend(vec16(&self.extensions()));
         let length = (body.len() as u32).to_be_bytes();
@@ -79,7 +80,7 @@ impl Hello {
         if let Some(name) = &self.server_name {
             put(0, vec16(&[&[0], vec16(name.as_bytes()).as_slice()].concat()));
         }
-        let groups = if self.post_quantum { u16s(&[X25519MLKEM768, X25519]) } else { u16s(&[X25519]) };
+        let groups = if self.post_quantum { u16s(&[X25519MLKEM768, X25519, P256]) } else { u16s(&[X25519, P256]) };
         put(10, vec16(&groups));
         put(13, vec16(&u16s(&[0x0403, 0x0804, 0x0401])));
         if !self.alpn.is_empty() {

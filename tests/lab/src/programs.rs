@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write,
     os::unix::fs::{PermissionsExt, chown},
     path::{Path, PathBuf},
     process::Command,
@@ -54,7 +55,7 @@ impl Lab {
         let config = format!(
             "global\n  maxconn 4096\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1m\n  timeout server 1m\n{sections}\n"
         );
-        std::io::Write::write_all(&mut file, config.as_bytes()).context("write haproxy.cfg")?;
+        file.write_all(config.as_bytes()).context("write haproxy.cfg")?;
         let path = file.into_temp_path().keep().context("keep haproxy.cfg")?;
         self.serve(host, "haproxy", "haproxy", &["-db", "-f", path.to_str().context("path of haproxy.cfg")?], port)
     }
@@ -84,6 +85,9 @@ impl Lab {
         let mut initdb = as_user("initdb");
         initdb.args(["-A", "trust", "-U", "postgres", "--no-sync", "--locale=C", "-D"]).arg(&data);
         run(&mut initdb)?;
+        // Clients of the lab come from other hosts.
+        let mut access = fs::OpenOptions::new().append(true).open(data.join("pg_hba.conf")).context("pg_hba.conf")?;
+        writeln!(access, "host all all all trust").context("pg_hba.conf")?;
         let mut server = as_user("postgres");
         server.args(["-p", &port.to_string(), "-c", "listen_addresses=*", "-c", "fsync=off", "-k"]).arg(&dir);
         server.args(["-c", "logging_collector=off", "-D"]).arg(&data);
