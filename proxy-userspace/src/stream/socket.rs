@@ -28,16 +28,19 @@ pub struct Socket {
     pub finished: bool,
     /// Both directions are over, or there was a reset.
     pub hung_up: bool,
+    /// There was a reset, or the peer has vanished.
+    pub failed: bool,
 }
 
 impl Socket {
     pub fn new(fd: OwnedFd) -> Self {
-        Self { fd, readable: false, writable: false, finished: false, hung_up: false }
+        Self { fd, readable: false, writable: false, finished: false, hung_up: false, failed: false }
     }
 
     pub fn note(&mut self, events: EventFlags) {
         let over = events.intersects(EventFlags::HUP | EventFlags::ERR);
         self.hung_up |= over;
+        self.failed |= events.contains(EventFlags::ERR);
         self.finished |= events.contains(EventFlags::RDHUP);
         self.readable |= over || events.intersects(EventFlags::IN | EventFlags::RDHUP);
         self.writable |= over || events.contains(EventFlags::OUT);

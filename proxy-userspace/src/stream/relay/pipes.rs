@@ -21,13 +21,13 @@ pub struct Pipe {
 /// A pipe with bytes in it.
 #[derive(Debug)]
 pub struct Loaded {
-    pub pipe: Box<Pipe>,
+    pub pipe: Pipe,
     pub bytes: usize,
 }
 
 #[derive(Debug)]
 pub struct Pipes {
-    spare: Vec<Box<Pipe>>,
+    spare: Vec<Pipe>,
     /// Pipes that exist, spare ones too.
     open: usize,
     max: usize,
@@ -40,7 +40,7 @@ impl Pipes {
     }
 
     /// `None` when there are no more to be had: the connection goes on in `copy`.
-    pub fn take(&mut self) -> Option<Box<Pipe>> {
+    pub fn take(&mut self) -> Option<Pipe> {
         if let Some(pipe) = self.spare.pop() {
             return Some(pipe);
         }
@@ -51,11 +51,11 @@ impl Pipes {
         self.open += 1;
         // Beyond `pipe-user-pages-soft` the kernel gives less.
         let size = fcntl_setpipe_size(&write, SIZE).unwrap_or(64 * 1024);
-        Some(Box::new(Pipe { read, write, size }))
+        Some(Pipe { read, write, size })
     }
 
     /// An empty pipe comes back.
-    pub fn give_back(&mut self, pipe: Box<Pipe>) {
+    pub fn give_back(&mut self, pipe: Pipe) {
         if self.spare.len() < KEPT {
             self.spare.push(pipe);
         } else {

@@ -9,11 +9,12 @@ use proxy_core::{
     session::{Event, How},
 };
 
-use super::{Fate, NO_ROUTE, TOLD_TOGETHER, UNTOLD, Worker, engine_of, meter_slot, wall};
+use super::{Fate, NO_ROUTE, UNTOLD, Worker, engine_of, meter_slot, wall};
 use crate::stream::{
     Ended,
     flow::Flow,
     relay::{Broken, Means, Waiting, Way},
+    socket::Socket,
 };
 
 /// A flow of a `splice` route begins in `copy`, which is better for little, and is moved when it has carried so many bytes.
@@ -38,6 +39,12 @@ impl Worker {
             (Err(Broken::From), _) | (_, Err(Broken::To)) => return self.step(key, flow, Event::Reset(Side::Client)),
             (Err(Broken::To), _) | (_, Err(Broken::From)) => return self.step(key, flow, Event::Reset(Side::Backend)),
         };
+        // Also where nobody reads or writes any more, as behind a FIN or a stalled reader.
+        let failed = |side, socket: &Socket| (socket.failed && !up.again && !down.again).then_some(side);
+        let backend = flow.backend.as_ref().and_then(|backend| failed(Side::Backend, backend));
+        if let Some(side) = failed(Side::Client, &flow.client).or(backend) {
+            return self.step(key, flow, Event::Reset(side));
+        }
         if (up.again || down.again) && !flow.queued {
             flow.queued = true;
             self.queue.push_back(key);
@@ -125,7 +132,6 @@ impl Worker {
         } else {
             self.shared.pressure.unlogged.fetch_add(1, Relaxed);
         }
-        debug_assert!(TOLD_TOGETHER < UNTOLD);
     }
 }
 
