@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt,
-    dialog::{End, end_of, read_some},
+    dialog::{End, read_some, turned_away},
     link,
     relay::{Relay, on_each},
     scripted::{Behaviour, TcpServer},
@@ -184,8 +184,7 @@ fn without_a_backend_that_is_up_the_client_is_told_at_once() -> Result<()> {
         let (held, _) = who(&lab, relay)?;
         let backend = format!("10.88.2.2:{}", relay.backend_port());
         ensure!(shunt.cli(&["backend", relay.route(), &backend, "down"])?.status.success());
-        let mut stream = lab.client().connect(relay.listen())?;
-        let end = end_of(&mut stream, AT_ONCE)?;
+        let end = turned_away(lab.client(), lab.client().ip.into(), relay.listen(), AT_ONCE)?;
         ensure!(end == End::Reset, "{end:?}");
         shunt.wait_route(relay.route(), "counted", SOON, |r| {
             (r["terminations"]["no_backend"] == 1 && r["connections_active"].as_u64()? <= 1).then_some(())

@@ -32,8 +32,6 @@ fn watched<T>(pid: u32, work: impl FnOnce() -> Result<T>) -> Result<(T, Holdings
             while !over.load(Ordering::Relaxed) {
                 let now = kernel::holdings(pid)?;
                 most.memory = most.memory.max(now.memory);
-                most.descriptors = most.descriptors.max(now.descriptors);
-                most.threads = most.threads.max(now.threads);
                 thread::sleep(Duration::from_millis(5));
             }
             Ok(most)

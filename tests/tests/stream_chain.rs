@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use shunt_lab::{
     Lab, Shunt,
-    dialog::{echo, read_to_end},
+    dialog::{echo, read_to_end, turned_away},
     kernel,
     relay::{Relay, on_each, on_every_relay},
     scripted::{Behaviour, TcpServer},
@@ -140,8 +140,8 @@ fn a_middle_that_is_away_for_a_moment_is_used_again_at_once() -> Result<()> {
     ensure!(inner.terminate(SOON)?.success());
     on_each(&Relay::ENGINES, |relay| {
         for _ in 0..5 {
-            let mut stream = lab.client().connect(relay.listen())?;
-            read_to_end(&mut stream, AT_ONCE).context("refused at once, however often")?;
+            turned_away(lab.client(), lab.client().ip.into(), relay.listen(), AT_ONCE)
+                .context("refused at once, however often")?;
         }
         Ok(())
     })?;

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt,
-    dialog::{End, echo, end_of, reset},
+    dialog::{End, echo, end_of, reset, turned_away},
     kernel, link, pattern,
     relay::{Relay, on_each, servers},
     scripted::{Behaviour, Start, TcpServer},
@@ -25,8 +25,7 @@ fn a_closed_port_is_told_at_once_and_counted_once() -> Result<()> {
     let lab = Lab::new()?;
     let shunt = Shunt::start(&lab, &Relay::routes(""))?;
     on_each(&Relay::ENGINES, |relay| {
-        let mut stream = lab.client().connect(relay.listen())?;
-        let end = end_of(&mut stream, AT_ONCE)?;
+        let end = turned_away(lab.client(), lab.client().ip.into(), relay.listen(), AT_ONCE)?;
         ensure!(end == End::Reset, "the client saw {end:?}");
         shunt.wait_ended(relay.route(), &[("connect_refused", 1)], SOON)?;
         // The daemon lives.
@@ -61,8 +60,8 @@ fn a_backend_that_cannot_be_reached_is_told_at_once() -> Result<()> {
     let shunt = Shunt::start(&lab, &routes)?;
     on_each(&Relay::ENGINES, |relay| {
         for (name, port) in [("none", 70), ("refusing", 80), ("icmp", 90)] {
-            let mut stream = lab.client().connect(SocketAddr::from(([10, 88, 1, 1], port + relay as u16)))?;
-            let end = end_of(&mut stream, AT_ONCE).with_context(|| name)?;
+            let to = SocketAddr::from(([10, 88, 1, 1], port + relay as u16));
+            let end = turned_away(lab.client(), lab.client().ip.into(), to, AT_ONCE).with_context(|| name)?;
             ensure!(end == End::Reset, "{name}: the client saw {end:?}");
             shunt.wait_ended(&format!("{name}-{}", relay.route()), &[("connect_unreachable", 1)], SOON)?;
         }

@@ -118,16 +118,26 @@ fn promote(shunt: &Shunt, client: &mut TcpStream, backend: &mut TcpStream) -> Re
     anyhow::bail!("64 MiB were not enough to be moved to splice")
 }
 
+/// Of the servers at hand the one that does not mind a client that has finished: nginx takes it for one that has gone.
+const HTTP_SERVER: &str = r#"
+import functools, http.server
+serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory="www")
+http.server.ThreadingHTTPServer(("0.0.0.0", PORT), serve).serve_forever()
+"#;
+
 #[test]
 fn an_http_response_streams_on_after_the_request_side_has_closed() -> Result<()> {
     const BYTES: usize = 24 << 20;
     let lab = Lab::new()?;
     let mut page = vec![0; BYTES];
     pattern::Pattern::new(4).fill(&mut page);
-    let _nginx = Relay::ALL
-        .iter()
-        .map(|r| lab.nginx(lab.backend(1), r.backend_port(), &[("page", page.clone())]))
-        .collect::<Result<Vec<_>>>()?;
+    std::fs::create_dir(lab.dir().join("www"))?;
+    std::fs::write(lab.dir().join("www/page"), &page)?;
+    let server = |relay: &Relay| {
+        let port = relay.backend_port();
+        lab.python(lab.backend(1), "http", &HTTP_SERVER.replace("PORT", &port.to_string()), port)
+    };
+    let _servers = Relay::ALL.iter().map(server).collect::<Result<Vec<_>>>()?;
     let shunt = Shunt::start(&lab, &Relay::routes(""))?;
     on_every_relay(|relay| {
         let mut stream = lab.client().connect(relay.listen())?;

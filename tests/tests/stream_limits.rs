@@ -1,15 +1,15 @@
 //! Who may use a relayed route, how often and how many at once: the same as in the kernel (A15).
 
 use std::{
-    io::Read,
+    io::{ErrorKind, Read},
     net::{Ipv4Addr, TcpStream},
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt,
-    dialog::{End, echo, end_of, read_to_end},
+    dialog::{End, echo, read_to_end, turned_away},
     relay::{Relay, on_each, on_every_relay, servers},
     scripted::Behaviour,
     wait_until,
@@ -20,18 +20,23 @@ const SOON: Duration = Duration::from_secs(5);
 const AT_ONCE: Duration = Duration::from_secs(2);
 
 /// Connects from the client's address 10.88.1.`from`.
-fn connect(lab: &Lab, relay: Relay, from: u8) -> Result<TcpStream> {
-    Ok(lab.client().connect_from((Ipv4Addr::new(10, 88, 1, from), 0), relay.listen())?)
+/// `None`: reset before connect had returned.
+fn connect(lab: &Lab, relay: Relay, from: u8) -> Result<Option<TcpStream>> {
+    match lab.client().connect_from((Ipv4Addr::new(10, 88, 1, from), 0), relay.listen()) {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn refused(lab: &Lab, relay: Relay, from: u8) -> Result<()> {
-    let end = end_of(&mut connect(lab, relay, from)?, AT_ONCE)?;
+    let end = turned_away(lab.client(), Ipv4Addr::new(10, 88, 1, from).into(), relay.listen(), AT_ONCE)?;
     ensure!(end == End::Reset, "refused with {end:?}");
     Ok(())
 }
 
 fn served(lab: &Lab, relay: Relay, from: u8) -> Result<TcpStream> {
-    let mut stream = connect(lab, relay, from)?;
+    let mut stream = connect(lab, relay, from)?.context("it was turned away")?;
     echo(&mut stream, b"hello")?;
     Ok(stream)
 }
@@ -85,7 +90,11 @@ fn limits_hold_when_everybody_comes_at_once() -> Result<()> {
         // From many threads: they are accepted by all workers at the same time.
         let streams: Vec<TcpStream> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8)
-                .map(|_| scope.spawn(|| (0..CLIENTS / 8).map(|_| connect(&lab, relay, 2)).collect::<Result<Vec<_>>>()))
+                .map(|_| {
+                    scope.spawn(|| {
+                        (0..CLIENTS / 8).filter_map(|_| connect(&lab, relay, 2).transpose()).collect::<Result<Vec<_>>>()
+                    })
+                })
                 .collect();
             let all: Result<Vec<Vec<TcpStream>>> = threads.into_iter().map(|t| t.join().expect("client")).collect();
             all.map(|all| all.into_iter().flatten().collect())
@@ -137,7 +146,7 @@ fn short_connections_one_after_another_are_not_counted_as_many_at_once() -> Resu
     let shunt = Shunt::start(&lab, &Relay::routes("limits = { connections_per_client = 20 }"))?;
     on_each(&Relay::ENGINES, |relay| {
         for n in 0..200 {
-            let mut stream = connect(&lab, relay, 2)?;
+            let mut stream = connect(&lab, relay, 2)?.context("it was turned away")?;
             std::io::Write::write_all(&mut stream, b"x")?;
             let (answer, end) = read_to_end(&mut stream, SOON)?;
             ensure!(answer == b"ok" && end == End::Finished, "connection {n}: {answer:?} {end:?}");

@@ -2,12 +2,14 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::TcpStream,
+    net::{IpAddr, SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, bail, ensure};
 use socket2::SockRef;
+
+use crate::host::Host;
 
 /// Longer than any answer takes in a lab.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -63,6 +65,16 @@ pub fn end_of(stream: &mut TcpStream, within: Duration) -> Result<End> {
     let (bytes, end) = read_to_end(stream, within)?;
     ensure!(bytes.is_empty(), "{:?} came before the end", String::from_utf8_lossy(&bytes));
     Ok(end)
+}
+
+/// Connects to where the connection shall be ended at once; how that is seen. The reset may be there before connect has
+/// returned.
+pub fn turned_away(host: &Host, from: IpAddr, to: SocketAddr, within: Duration) -> Result<End> {
+    match host.connect_from((from, 0), to) {
+        Ok(mut stream) => end_of(&mut stream, within),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(End::Reset),
+        Err(error) => bail!("connect {to}: {error}"),
+    }
 }
 
 /// Reads exactly `count` bytes, or what came until there were no more.
