@@ -103,3 +103,32 @@ pub fn slab_bytes(cache: &str) -> Result<u64> {
     anyhow::ensure!(fields.len() >= 3, "/proc/slabinfo: {cache}: {fields:?}");
     Ok(fields[0] * fields[2])
 }
+
+/// What a process holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holdings {
+    pub sockets: usize,
+    /// Ends of pipes.
+    pub pipes: usize,
+    /// Descriptors of everything else.
+    pub others: usize,
+    pub threads: usize,
+    /// Resident memory in bytes.
+    pub memory: u64,
+}
+
+/// What the process `pid` holds now.
+pub fn holdings(pid: u32) -> Result<Holdings> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))?.count();
+    let mut holdings = Holdings { sockets: 0, pipes: 0, others: 0, threads, memory: resident_bytes(pid)? };
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("process {pid}"))?;
+    // One that is closed meanwhile is nothing.
+    for target in descriptors.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok()) {
+        match target.to_string_lossy() {
+            name if name.starts_with("socket:") => holdings.sockets += 1,
+            name if name.starts_with("pipe:") => holdings.pipes += 1,
+            _ => holdings.others += 1,
+        }
+    }
+    Ok(holdings)
+}
