@@ -56,6 +56,11 @@ impl HelloReader {
         message::read(message.get(MESSAGE_HEADER..).unwrap_or_default()).map(Some)
     }
 
+    #[cfg(test)]
+    pub(super) fn at(&self) -> usize {
+        self.at
+    }
+
     /// Length of the record that begins here; `None` when its header is not complete.
     fn record(&self, bytes: &[u8]) -> Result<Option<usize>, NotHello> {
         if self.at + RECORD_HEADER >= MAX_HELLO {
