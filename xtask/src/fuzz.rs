@@ -117,7 +117,7 @@ fn fuzz(target: &Target, program: &Path, seconds: u64) -> Result<()> {
         .arg(format!("-timeout={TIMEOUT_SECONDS}"))
         .arg(format!("-rss_limit_mb={MEMORY_MIB}"))
         .arg(format!("-artifact_prefix={}/", artifacts.display()))
-        .arg("-print_final_stats=1");
+        .env("RUST_BACKTRACE", "0");
     if target.text {
         command.arg(format!("-dict={}", dictionary(target, &seeds)?.display()));
     }
@@ -179,9 +179,9 @@ fn reproducers(folder: &Path) -> BTreeSet<PathBuf> {
 /// What the target said last, without figures and without the input itself, which is in the reproducer.
 fn end_of(log: &Path) -> String {
     let text = read(log);
-    let lines = text.lines().filter(|line| !is_figures(line) && !line.starts_with('\t') && !line.starts_with("0x"));
+    let lines = text.lines().filter(|line| !is_figures(line) && !line.starts_with(['\t', '=']));
     let lines: Vec<&str> = lines.map(|line| line.get(..300).unwrap_or(line)).collect();
-    lines[lines.len().saturating_sub(30)..].join("\n")
+    lines[lines.len().saturating_sub(12)..].join("\n")
 }
 
 fn read(log: &Path) -> String {

@@ -27,9 +27,7 @@ fn write(header: &Header) {
     let line = read(&write_v1(ends.source, ends.destination));
     assert_eq!(line.and_then(|(line, _)| line.ends), Some(ends));
 
-    let Ends { source, destination } = ends;
-    let received = Some(&header.tlvs);
-    let outgoing = Outgoing { source, destination, alpn: None, authority: None, unique_id: None, ssl: None, received };
+    let outgoing = Outgoing { received: Some(&header.tlvs), ..Outgoing::new(ends.source, ends.destination) };
     let written = read(&write_v2(&outgoing, true)).map(|(header, _)| header);
     let written = written.as_ref();
     assert_eq!(written.and_then(|written| written.ends), Some(ends));

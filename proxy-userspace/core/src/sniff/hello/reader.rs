@@ -31,7 +31,8 @@ pub struct HelloReader {
 }
 
 impl HelloReader {
-    /// Like [`parse`](super::parse). `received` begins with everything the calls before were given.
+    /// Like [`parse`](super::parse). `received` begins with everything the calls before were given; after a hello or
+    /// an error there is nothing more to ask.
     ///
     /// # Errors
     /// As [`parse`](super::parse).

@@ -40,15 +40,7 @@ fn address(text: &str) -> SocketAddr {
 }
 
 fn outgoing<'a>(source: &str, destination: &str) -> Outgoing<'a> {
-    Outgoing {
-        source: address(source),
-        destination: address(destination),
-        alpn: None,
-        authority: None,
-        unique_id: None,
-        ssl: None,
-        received: None,
-    }
+    Outgoing::new(address(source), address(destination))
 }
 
 /// A header of version 2 with this 13th and 14th byte.

@@ -27,7 +27,7 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
     let v1 = (end(), end()).prop_map(|(source, destination)| write_v1(source, destination));
     let v2 = (end(), end(), blob(200), blob(40), any::<bool>()).prop_map(|(source, destination, ssl, alpn, crc32c)| {
         let [ssl, alpn] = [ssl.as_deref(), alpn.as_deref()];
-        write_v2(&Outgoing { source, destination, ssl, alpn, ..outgoing("0.0.0.0:0", "0.0.0.0:0") }, crc32c)
+        write_v2(&Outgoing { ssl, alpn, ..Outgoing::new(source, destination) }, crc32c)
     });
     let good = prop_oneof![prop::sample::select(REAL.map(<[u8]>::to_vec).to_vec()), v1, v2];
     let change = prop_oneof![Just(0u8), any::<u8>()];
@@ -50,13 +50,11 @@ proptest! {
         prop_assert_eq!(complete(&line).ends, ends);
         let header = complete(&write_v2(
             &Outgoing {
-                source,
-                destination,
                 alpn: alpn.as_deref(),
                 authority: Some("a.example"),
                 unique_id: id.as_deref(),
                 ssl: ssl.as_deref(),
-                received: None,
+                ..Outgoing::new(source, destination)
             },
             crc32c,
         ));
