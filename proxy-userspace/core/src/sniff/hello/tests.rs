@@ -140,15 +140,19 @@ fn a_hello_without_extensions_is_one_without_a_name() {
     for end in 0..body.len() {
         assert_eq!(parse(&records(&message(1, &body[..end]), 1000)), Err(NotHello::Malformed), "{end}");
     }
-    let spoilt = |at: usize, with: u8| {
-        let mut body = body.clone();
-        body[at] = with;
-        parse(&records(&message(1, &body), 1000))
-    };
-    assert_eq!(spoilt(36, 1), Err(NotHello::Malformed), "half a cipher suite");
-    assert_eq!(spoilt(39, 0), Err(NotHello::Malformed), "no compression method");
-    let long_session = Sample { session_id: vec![0; 33], ..Sample::browser() };
-    assert_eq!(parse(&long_session.record()), Err(NotHello::Malformed));
+}
+
+#[test]
+fn lists_of_lengths_that_cannot_be_are_refused() {
+    let sample = Sample::browser();
+    for spoilt in [
+        Sample { session_id: vec![0; 33], ..sample.clone() },
+        Sample { cipher_suites: vec![], ..sample.clone() },
+        Sample { cipher_suites: vec![0x13, 0x01, 0x13], ..sample.clone() },
+        Sample { compression: vec![], ..sample },
+    ] {
+        assert_eq!(parse(&spoilt.record()), Err(NotHello::Malformed), "{spoilt:?}");
+    }
 }
 
 #[test]

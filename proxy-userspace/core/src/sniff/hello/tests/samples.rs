@@ -6,6 +6,7 @@ pub struct Sample {
     pub version: [u8; 2],
     pub session_id: Vec<u8>,
     pub cipher_suites: Vec<u8>,
+    pub compression: Vec<u8>,
     pub extensions: Vec<(u16, Vec<u8>)>,
 }
 
@@ -22,6 +23,7 @@ impl Sample {
             version: [3, 3],
             session_id: vec![7; 32],
             cipher_suites: vec![0x13, 0x01],
+            compression: vec![0],
             extensions: extensions.to_vec(),
         }
     }
@@ -63,7 +65,7 @@ impl Sample {
             &[9; 32],
             &vector8(&self.session_id),
             &vector16(&self.cipher_suites),
-            &vector8(&[0]),
+            &vector8(&self.compression),
             &vector16(&extensions.collect::<Vec<_>>().concat()),
         ]
         .concat();
