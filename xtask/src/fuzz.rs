@@ -125,7 +125,6 @@ fn fuzz(target: &Target, program: &Path, seconds: u64) -> Result<()> {
     let before = reproducers(&artifacts);
     let child = command.spawn().with_context(|| format!("start {}", program.display()))?;
     let status = follow(child, target, &log)?;
-    report(target, &log);
     stop::check()?;
     if status.success() {
         return Ok(());
@@ -142,30 +141,36 @@ fn fuzz(target: &Target, program: &Path, seconds: u64) -> Result<()> {
 
 /// Until it ends, saying now and then how far it is.
 fn follow(mut child: Child, target: &Target, log: &Path) -> Result<ExitStatus> {
-    let mut said = Instant::now();
+    let begin = Instant::now();
+    let mut said = begin;
     loop {
         if let Some(status) = child.try_wait().context("wait for the fuzz target")? {
+            report(target, log, begin);
             return Ok(status);
         }
         if stop::asked() {
             child.kill().context("stop the fuzz target")?;
         }
         if said.elapsed() >= REPORT_EVERY {
-            report(target, log);
+            report(target, log, begin);
             said = Instant::now();
         }
         thread::sleep(Duration::from_millis(200));
     }
 }
 
-/// The last line with figures, such as `#58172 DONE cov: 5374 ft: 17395 corp: 1606/3607Kb … exec/s: 4474 rss: 40Mb`.
-fn report(target: &Target, log: &Path) {
-    let text = read(log);
-    let Some(line) = text.lines().rev().find(|line| is_figures(line)) else { return };
-    let words: Vec<&str> = line.split_whitespace().collect();
+fn report(target: &Target, log: &Path, begin: Instant) {
+    if let Some(figures) = figures(&read(log)) {
+        ui::note(&format!("{}: {:.0} s, {figures}", target.name, begin.elapsed().as_secs_f64()));
+    }
+}
+
+/// Of the last line that has some: `#58172 DONE cov: 5374 ft: 17395 corp: 1606/3607Kb … exec/s: 4474 rss: 40Mb`.
+fn figures(log: &str) -> Option<String> {
+    let words: Vec<&str> = log.lines().rev().find(|line| is_figures(line))?.split_whitespace().collect();
     let after = |name: &str| words.iter().skip_while(|word| **word != name).nth(1).copied().unwrap_or("?");
-    let runs = words.first().map_or("?", |word| word.trim_start_matches('#'));
-    ui::note(&format!("{}: {runs} runs, {} edges, {} runs/s", target.name, after("cov:"), after("exec/s:")));
+    let runs = words.first()?.trim_start_matches('#');
+    Some(format!("{runs} runs, {} edges, {} runs/s", after("cov:"), after("exec/s:")))
 }
 
 fn is_figures(line: &str) -> bool {
@@ -201,4 +206,18 @@ fn dictionary(target: &Target, seeds: &Path) -> Result<PathBuf> {
     let text: String = words.iter().map(|word| format!("\"{word}\"\n")).collect();
     fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_figures_are_told_whatever_is_said_after_them() {
+        let log = "INFO: Seed: 1\n#3\tINITED cov: 10 ft: 20 corp: 3/9Kb exec/s: 0 rss: 29Mb\n\
+                   #99\tDONE   cov: 12 ft: 30 corp: 4/10Kb lim: 4218 exec/s: 33 rss: 40Mb\n\
+                   ###### Recommended dictionary. ######\nDone 99 runs in 3 second(s)\n";
+        assert_eq!(figures(log).as_deref(), Some("99 runs, 12 edges, 33 runs/s"));
+        assert_eq!(figures("INFO: Seed: 1\n"), None);
+    }
 }
