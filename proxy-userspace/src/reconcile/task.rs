@@ -217,6 +217,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
         };
         self.track.announce(&self.reconciler.serves(&prepared)).await;
         let outcome = self.reconciler.carry_out(prepared, Instant::now()).map_err(|e| failure(&e))?;
+        self.reconciler.look_at_certificates();
         if let Err(error) = self.log.apply(&log) {
             tracing::warn!(%error, "the log stays as it was");
         }

@@ -30,6 +30,7 @@ use super::{
     socket,
     worker::{Applied, Command, Leaving, PortChange, Row, Shared, Worker},
 };
+use crate::tls::Watch;
 
 /// Listen addresses and ports of all routes together, at most: each costs a descriptor and an epoll entry per worker.
 pub const MAX_PORTS: usize = 16_384;
@@ -48,6 +49,7 @@ pub struct StreamPath {
     workers: Vec<Handle>,
     routes: HashMap<u32, Arc<Route>>,
     listens: BTreeMap<SocketAddr, Vec<u32>>,
+    certificates: Watch,
 }
 
 #[derive(Debug)]
@@ -121,7 +123,9 @@ impl StreamPath {
         let (commands, queue) = mpsc::channel(64);
         let links = workers.iter().map(|worker| worker.link.clone()).collect();
         tokio::spawn(answer(queue, links));
-        Ok(Self { commands, reader, workers, routes: HashMap::new(), listens: BTreeMap::new() })
+        let certificates = Watch::start(reader.tls.clone());
+        let certificates = certificates.map_err(|error| StreamError::Start { call: "clone", error })?;
+        Ok(Self { commands, reader, workers, routes: HashMap::new(), listens: BTreeMap::new(), certificates })
     }
 
     /// The addresses whose routes are the same as before while what tells them apart has changed.
@@ -164,10 +168,11 @@ impl Streams for StreamPath {
     fn prepare(&mut self, change: Change) -> Result<Prepared, StreamError> {
         let count = self.workers.len();
         let route = |spec: super::RouteSpec| {
-            let before = self.routes.get(&spec.id).map(Arc::clone);
-            Arc::new(Route::new(spec, before.as_deref(), count))
+            let (before, name) = (self.routes.get(&spec.id).map(Arc::clone), spec.plan.route.name.to_string());
+            let made = Route::new(spec, before.as_deref(), count);
+            made.map(Arc::new).map_err(|error| StreamError::Tls { route: name, error })
         };
-        let routes: Vec<Arc<Route>> = change.routes.into_iter().map(route).collect();
+        let routes: Vec<Arc<Route>> = change.routes.into_iter().map(route).collect::<Result<_, _>>()?;
         let fresh: HashMap<u32, &Arc<Route>> = routes.iter().map(|route| (route.id, route)).collect();
         let mut asked = change.ports;
         asked.extend(self.told_apart_anew(&routes, &asked));
@@ -209,6 +214,7 @@ impl Streams for StreamPath {
         let mut changes: Vec<Applied> = self.workers.iter().map(|_| Applied::default()).collect();
         for route in &routes {
             self.reader.meters.put(Arc::clone(&route.meters));
+            self.reader.tls.put(route.id, route.tls.clone());
             changes.iter_mut().for_each(|change| change.routes.push(Arc::clone(route)));
         }
         for (address, members, sockets) in ports {
@@ -234,12 +240,17 @@ impl Streams for StreamPath {
         for id in gone {
             let leaving = Leaving::new(self.workers.len());
             self.routes.remove(&id);
+            self.reader.tls.put(id, None);
             changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));
         }
         self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
         for (worker, change) in self.workers.iter().zip(changes) {
             worker.link.send(Command::Apply(change));
         }
+    }
+
+    fn look_at_certificates(&mut self) {
+        self.certificates.look();
     }
 
     fn forget(&mut self, id: u32) {

@@ -18,7 +18,7 @@ use rustix::{
     net::{RecvFlags, SendFlags, recv, send},
 };
 
-use super::{Fate, NO_ROUTE, Worker};
+use super::{Fate, NO_ROUTE, Worker, handshake::about_tls};
 use crate::stream::flow::{Early, Flow};
 
 /// The most bytes that are held of a connection whose route is not known.
@@ -85,7 +85,8 @@ impl Worker {
         match route.admission.enter(&route.config, flow.client_address.ip(), self.clock()) {
             Ok(admitted) => {
                 flow.admitted = Some(admitted);
-                self.step(key, flow, Event::Classified)
+                let tls = route.tls.as_ref().is_some_and(|tls| tls.terminates());
+                self.step(key, flow, Event::Classified { tls })
             }
             Err(reason) => self.refuse(flow, reason, None),
         }
@@ -132,13 +133,18 @@ impl Worker {
             ProxyVersion::V2 => {
                 let id = self.id(flow).to_string();
                 let hello = early.hello.as_ref();
+                let leg = flow.tls.as_ref().and_then(|tls| tls.client.as_ref());
+                let ssl = leg.map(about_tls);
                 let outgoing = Outgoing {
                     source,
                     destination,
-                    alpn: hello.and_then(|hello| hello.alpn.iter().next()),
+                    alpn: match leg {
+                        Some(leg) => leg.alpn(),
+                        None => hello.and_then(|hello| hello.alpn.iter().next()),
+                    },
                     authority: hello.and_then(|hello| hello.sni.as_deref()),
                     unique_id: Some(id.as_bytes()),
-                    ssl: None,
+                    ssl: ssl.as_deref(),
                     received: early.header.as_ref().map(|header| &header.tlvs),
                 };
                 write_v2(&outgoing, true)
