@@ -2,7 +2,8 @@
 //!
 //! What is counted is the plaintext: when it is written, or when it is enciphered. A `close_notify` is to TLS what a FIN is
 //! to TCP, and each becomes the other. A FIN without `close_notify` may be an attacker's (RFC 8446 §6.1): it goes on as
-//! what it is, a FIN without `close_notify`, or as a reset where the other side has no TLS.
+//! what it is, a FIN without `close_notify`, or as a reset where the other side has no TLS. Only behind the other side's own
+//! end it goes on as a FIN: many clients just close when they have everything.
 
 use proxy_core::session::Tick;
 use rustix::{
@@ -50,11 +51,13 @@ enum Read {
 }
 
 impl Way {
-    /// Moves what can be moved without waiting, at most about [`TURN`] bytes.
+    /// Moves what can be moved without waiting, at most about [`TURN`] bytes. `answered`: the end of the other way is
+    /// through.
     pub fn pump_secured(
         &mut self,
         mut from: End<'_>,
         mut to: End<'_>,
+        answered: bool,
         stores: &mut Stores,
         now: Tick,
     ) -> Result<Moved, Broken> {
@@ -82,7 +85,7 @@ impl Way {
                 Read::Nothing => break,
             }
         }
-        let finished = self.ended && !self.passed_on && self.pass_on(to, stores)?;
+        let finished = self.ended && !self.passed_on && self.pass_on(to, answered, stores)?;
         Ok(Moved { bytes: self.bytes - before, finished, again, moved: moved || self.bytes > before })
     }
 
@@ -113,13 +116,10 @@ impl Way {
                 }
             }
             Some(leg) => match leg.open(input, &mut out) {
-                Ok(used) => {
-                    leg.keep(input.get(used..).unwrap_or_default());
-                    self.ended = leg.closed;
-                }
+                Ok(()) => self.ended = leg.closed,
                 Err(error) => {
                     tracing::debug!(%error, "TLS");
-                    leg.say_the_rest();
+                    leg.say_why();
                     let _ = send(&from.socket.fd, &leg.control, SendFlags::NOSIGNAL);
                     return Err(Broken::From);
                 }
@@ -180,12 +180,12 @@ impl Way {
     }
 
     /// The end, in the words of the other side. True when it is through.
-    fn pass_on(&mut self, to: End<'_>, stores: &mut Stores) -> Result<bool, Broken> {
+    fn pass_on(&mut self, to: End<'_>, answered: bool, stores: &mut Stores) -> Result<bool, Broken> {
         if !matches!(self.waiting, Waiting::Nothing) {
             return Ok(false);
         }
         match to.leg {
-            None if self.truncated => return Err(Broken::From),
+            None if self.truncated && !answered => return Err(Broken::From),
             Some(leg) if !self.truncated && !leg.close_sent => {
                 self.waiting = Waiting::Bytes(Held::first(leg.close(), &[]));
                 if !self.flush(to.socket, &mut stores.buffers)? {

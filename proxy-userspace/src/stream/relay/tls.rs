@@ -2,6 +2,9 @@
 //!
 //! rustls' unbuffered interface works in the worker's buffers. A connection keeps only the part of a record that has come
 //! so far; one that is silent keeps nothing.
+//!
+//! rustls remembers where in its input the parts of a handshake message are, and panics when that is not there: whatever
+//! it is called for, it is given everything it has not used up.
 
 use std::{fmt, sync::Arc};
 
@@ -33,6 +36,8 @@ pub struct Leg {
     pub pending: Vec<u8>,
     /// `pending` has not been looked at to its end.
     pub more: bool,
+    /// Plaintext that came out when it was not asked for.
+    stash: Vec<u8>,
     /// What this end has to say on its own account: to be written behind what waits already, and before anything else.
     pub control: Vec<u8>,
     /// The peer has said that nothing more comes (`close_notify`).
@@ -149,6 +154,7 @@ impl Leg {
             peer,
             pending: Vec::new(),
             more: false,
+            stash: Vec::new(),
             control: Vec::new(),
             closed: false,
             close_sent: false,
@@ -183,37 +189,55 @@ impl Leg {
         about!(self, connection => connection.peer_certificates())?.first()
     }
 
-    /// Goes on with the handshake until it is complete or `input` is used up. How much of it was used.
-    pub fn shake(&mut self, input: &mut [u8]) -> Result<usize, Error> {
+    /// Goes on with the handshake until it is complete or `input` is used up. What is not used is kept.
+    pub fn shake(&mut self, input: &mut [u8]) -> Result<(), Error> {
         self.read(input, None)
     }
 
-    /// What is in `input` becomes plaintext in `out`, as far as there is room. How much of it was used.
-    pub fn open(&mut self, input: &mut [u8], out: &mut Out<'_>) -> Result<usize, Error> {
+    /// What is in `input` becomes plaintext in `out`, as far as there is room. What is not used is kept.
+    pub fn open(&mut self, input: &mut [u8], out: &mut Out<'_>) -> Result<(), Error> {
+        if !self.stash.is_empty() {
+            let stash = std::mem::take(&mut self.stash);
+            stash.chunks(RECORD).try_for_each(|record| out.put(record))?;
+        }
         self.read(input, Some(out))
     }
 
-    fn read(&mut self, input: &mut [u8], mut out: Option<&mut Out<'_>>) -> Result<usize, Error> {
+    /// `input`: what was pending, and more.
+    fn read(&mut self, input: &mut [u8], mut out: Option<&mut Out<'_>>) -> Result<(), Error> {
         let mut used = 0;
         self.more = false;
-        loop {
+        let result = loop {
             let stop = match &out {
                 Some(out) => !out.has_room(),
                 None => !self.is_handshaking(),
             };
             if stop {
                 self.more = true;
-                return Ok(used);
+                break Ok(());
             }
             let rest = input.get_mut(used..).unwrap_or_default();
-            let (control, closed) = (&mut self.control, &mut self.closed);
-            let (discard, next) =
-                with!(&mut self.peer, connection => take(connection.next(rest), control, closed, &mut out));
+            let Self { peer, control, closed, stash, .. } = self;
+            let (discard, next) = with!(peer, connection => {
+                let status = connection.next(rest);
+                let put = &mut |plain: &[u8]| match &mut out {
+                    Some(out) => out.put(plain),
+                    None => {
+                        stash.extend_from_slice(plain);
+                        Ok(())
+                    }
+                };
+                (status.discard, take(status.state, control, closed, put))
+            });
             used += discard;
-            if !next? {
-                return Ok(used);
+            match next {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error),
             }
-        }
+        };
+        self.keep(input.get(used..).unwrap_or_default());
+        result
     }
 
     /// Records of `plain`, at the front of `out`.
@@ -228,7 +252,7 @@ impl Leg {
             self.small = self.small.saturating_sub(1);
             let (record, rest) = left.split_at(most.min(left.len()));
             let room = out.get_mut(length..).unwrap_or_default();
-            length += with!(&mut self.peer, connection => seal(connection, Some(record), room))?;
+            length += self.write(Some(record), room)?;
             left = rest;
         }
         Ok(length)
@@ -238,21 +262,88 @@ impl Leg {
     pub fn close(&mut self) -> Vec<u8> {
         self.close_sent = true;
         let mut record = vec![0; 1024];
-        let length = with!(&mut self.peer, connection => seal(connection, None, &mut record)).unwrap_or_default();
+        let length = self.write(None, &mut record).unwrap_or_default();
         record.truncate(length);
         record
     }
 
-    /// What rustls still wants to say: tickets after a handshake, an alert after an error.
-    pub fn say_the_rest(&mut self) {
-        let (control, closed) = (&mut self.control, &mut self.closed);
-        while let (_, Ok(true)) =
-            with!(&mut self.peer, connection => take(connection.next(&mut []), control, closed, &mut None))
-        {}
+    /// After an error: the alert, if there is one. Asked a second time rustls would go on reading.
+    pub fn say_why(&mut self) {
+        let Self { peer, control, closed, pending, .. } = self;
+        let _ = with!(peer, connection => take(connection.next(pending).state, control, closed, &mut |_| Ok(())));
     }
 
-    /// Keeps what has not been used of what was read.
-    pub fn keep(&mut self, unused: &[u8]) {
+    /// What rustls still wants to say after a handshake: tickets.
+    pub fn say_the_rest(&mut self) {
+        loop {
+            let Self { peer, control, closed, stash, pending, .. } = self;
+            let (discard, next) = with!(peer, connection => {
+                let status = connection.next(pending);
+                let put = &mut |plain: &[u8]| {
+                    stash.extend_from_slice(plain);
+                    Ok(())
+                };
+                (status.discard, take(status.state, control, closed, put))
+            });
+            self.used(discard);
+            if !matches!(next, Ok(true)) {
+                return;
+            }
+        }
+    }
+
+    /// One record at the front of `room`, and before it what rustls wants to say. `None`: `close_notify`.
+    fn write(&mut self, plain: Option<&[u8]>, room: &mut [u8]) -> Result<usize, Error> {
+        let general = |error: &dyn fmt::Display| Error::General(error.to_string());
+        let mut length = 0;
+        loop {
+            let Self { peer, control, closed, stash, pending, .. } = self;
+            let room = room.get_mut(length..).unwrap_or_default();
+            let (discard, next) = with!(peer, connection => {
+                let status = connection.next(pending);
+                let next = match status.state {
+                    Ok(ConnectionState::WriteTraffic(mut traffic)) => {
+                        let written = match plain {
+                            Some(plain) => traffic.encrypt(plain, room),
+                            None => traffic.queue_close_notify(room),
+                        };
+                        written.map(|written| (written, true)).map_err(|error| general(&error))
+                    }
+                    // It is written before the record, which has a later number.
+                    Ok(ConnectionState::EncodeTlsData(mut data)) => {
+                        data.encode(room).map(|written| (written, false)).map_err(|error| general(&error))
+                    }
+                    state => {
+                        let put = &mut |plain: &[u8]| {
+                            stash.extend_from_slice(plain);
+                            Ok(())
+                        };
+                        match take(state, control, closed, put) {
+                            Ok(true) => Ok((0, false)),
+                            Ok(false) => Err(Error::HandshakeNotComplete),
+                            Err(error) => Err(error),
+                        }
+                    }
+                };
+                (status.discard, next)
+            });
+            self.used(discard);
+            let (written, done) = next?;
+            length += written;
+            if done {
+                return Ok(length);
+            }
+        }
+    }
+
+    fn used(&mut self, discard: usize) {
+        if discard > 0 {
+            self.pending.drain(..discard.min(self.pending.len()));
+            self.more = true;
+        }
+    }
+
+    fn keep(&mut self, unused: &[u8]) {
         if unused.is_empty() {
             self.pending = Vec::new();
         } else {
@@ -262,30 +353,21 @@ impl Leg {
     }
 }
 
-/// How much of the input is used up, and whether there may be more to take.
+/// True when there may be more to take.
 fn take<D>(
-    status: UnbufferedStatus<'_, '_, D>,
+    state: Result<ConnectionState<'_, '_, D>, Error>,
     control: &mut Vec<u8>,
     closed: &mut bool,
-    out: &mut Option<&mut Out<'_>>,
-) -> (usize, Result<bool, Error>) {
-    let UnbufferedStatus { discard, state, .. } = status;
-    let result = match state {
-        Err(error) => Err(error),
-        Ok(ConnectionState::ReadTraffic(mut traffic)) => loop {
-            match (traffic.next_record(), out.as_deref_mut()) {
-                (Some(Ok(record)), Some(out)) => {
-                    if let Err(error) = out.put(record.payload) {
-                        break Err(error);
-                    }
-                }
-                (Some(Err(error)), _) => break Err(error),
-                // Not asked for during a handshake.
-                (Some(Ok(_)), None) => break Err(Error::HandshakeNotComplete),
-                (None, _) => break Ok(true),
+    put: &mut dyn FnMut(&[u8]) -> Result<(), Error>,
+) -> Result<bool, Error> {
+    match state? {
+        ConnectionState::ReadTraffic(mut traffic) => {
+            while let Some(record) = traffic.next_record() {
+                put(record?.payload)?;
             }
-        },
-        Ok(ConnectionState::EncodeTlsData(mut data)) => {
+            Ok(true)
+        }
+        ConnectionState::EncodeTlsData(mut data) => {
             let length = control.len();
             // What it needs is what it says when there is no room.
             let mut result = data.encode(&mut []);
@@ -295,41 +377,16 @@ fn take<D>(
             }
             result.map(|_| true).map_err(|error| Error::General(error.to_string()))
         }
-        Ok(ConnectionState::TransmitTlsData(data)) => {
+        ConnectionState::TransmitTlsData(data) => {
             data.done();
             Ok(true)
         }
-        Ok(ConnectionState::PeerClosed) => {
+        ConnectionState::PeerClosed => {
             *closed = true;
             Ok(true)
         }
         // Early data is not offered.
-        Ok(_) => Ok(false),
-    };
-    (discard, result)
-}
-
-/// `None`: `close_notify`.
-fn seal<R: Records>(connection: &mut R, plain: Option<&[u8]>, out: &mut [u8]) -> Result<usize, Error> {
-    let mut length = 0;
-    loop {
-        let room = out.get_mut(length..).unwrap_or_default();
-        match connection.next(&mut []).state? {
-            ConnectionState::WriteTraffic(mut traffic) => {
-                let written = match plain {
-                    Some(plain) => traffic.encrypt(plain, room),
-                    None => traffic.queue_close_notify(room),
-                };
-                return written.map(|written| length + written).map_err(|error| Error::General(error.to_string()));
-            }
-            ConnectionState::EncodeTlsData(mut data) => {
-                length += data.encode(room).map_err(|error| Error::General(error.to_string()))?;
-            }
-            ConnectionState::TransmitTlsData(data) => data.done(),
-            // The peer's end is noticed where its records are read: there is none among no bytes.
-            ConnectionState::PeerClosed => {}
-            _ => return Err(Error::HandshakeNotComplete),
-        }
+        _ => Ok(false),
     }
 }
 

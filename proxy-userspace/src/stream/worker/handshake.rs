@@ -166,13 +166,14 @@ impl Worker {
         let cut_before = [flow.up.truncated, flow.down.truncated];
         let from = End { socket: &mut flow.client, leg: tls.client.as_mut(), early: Some(&mut tls.early) };
         let to = End { socket: backend, leg: tls.backend.as_mut(), early: None };
-        let mut up = flow.up.pump_secured(from, to, &mut self.stores, now);
+        let (up_over, down_over) = (flow.up.passed_on, flow.down.passed_on);
+        let mut up = flow.up.pump_secured(from, to, down_over, &mut self.stores, now);
         let down = match up {
             Err(Broken::From) => Ok(Moved::default()),
             Ok(_) | Err(Broken::To) => {
                 let from = End { socket: backend, leg: tls.backend.as_mut(), early: None };
                 let to = End { socket: &mut flow.client, leg: tls.client.as_mut(), early: None };
-                flow.down.pump_secured(from, to, &mut self.stores, now)
+                flow.down.pump_secured(from, to, up_over, &mut self.stores, now)
             }
         };
         // What reading from the backend has made this side say to it.
@@ -234,14 +235,10 @@ fn go_on(socket: &mut Socket, leg: &mut Leg, buffers: &mut Buffers) -> Step {
                 Err(_) => return Step::Reset,
             }
         }
-        let input = room.get_mut(..there).unwrap_or_default();
-        match leg.shake(input) {
-            Ok(used) => leg.keep(input.get(used..).unwrap_or_default()),
-            Err(error) => {
-                leg.say_the_rest();
-                let _ = say(socket, leg);
-                return Step::Failed(error);
-            }
+        if let Err(error) = leg.shake(room.get_mut(..there).unwrap_or_default()) {
+            leg.say_why();
+            let _ = say(socket, leg);
+            return Step::Failed(error);
         }
     }
 }
