@@ -403,3 +403,6 @@ impl fmt::Debug for Leg {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;
