@@ -4,8 +4,13 @@
 //! costs lines, which are counted, and never holds the flow table up.
 
 use std::{
+    fmt::Display,
     io::{self, Write},
-    sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    net::SocketAddr,
+    sync::{
+        atomic::Ordering::Relaxed,
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -15,6 +20,9 @@ use proxy_core::{
     flow::Ended,
     reason::Reason,
 };
+use tokio::sync::{mpsc, watch};
+
+use crate::stream::{self, meter::Pressure};
 
 /// A buffer goes to the writer at this size, in bytes, or at the next [`AccessLog::flush`].
 const FULL: usize = 256 * 1024;
@@ -64,20 +72,55 @@ impl AccessLog {
         self.lost
     }
 
+    /// A connection that the kernel forwarded.
     pub fn write(&mut self, ended: &Ended, engine: Engine) {
+        let (inward, outward) = (ended.traffic_in, ended.traffic_out);
+        self.line(&Line {
+            at: ended.at,
+            id: &ended.id,
+            client: ended.client,
+            listen: ended.listen,
+            route: &ended.route,
+            engine,
+            backend: Some(ended.backend),
+            reason: ended.reason,
+            duration: ended.duration,
+            bytes: ended.metered.then_some([inward.bytes, outward.bytes]),
+            packets: ended.metered.then_some([inward.packets, outward.packets]),
+        });
+    }
+
+    /// A connection that the daemon relayed, or refused.
+    pub fn write_relayed(&mut self, ended: &stream::Ended) {
+        self.line(&Line {
+            at: ended.at,
+            id: &ended.id,
+            client: ended.client,
+            listen: ended.listen,
+            route: &ended.route,
+            engine: ended.engine,
+            backend: ended.backend,
+            reason: ended.reason,
+            duration: ended.duration,
+            bytes: Some([ended.bytes_in, ended.bytes_out]),
+            packets: None,
+        });
+    }
+
+    fn line(&mut self, line: &Line<'_>) {
         let wanted = match self.filter {
             Filter::All => true,
-            Filter::Errors => !matches!(ended.reason, Reason::FinishedClientFirst | Reason::FinishedBackendFirst),
+            Filter::Errors => !matches!(line.reason, Reason::FinishedClientFirst | Reason::FinishedBackendFirst),
             Filter::Off => false,
         };
         if !wanted {
             return;
         }
-        let time = self.clock.text(ended.at);
+        let time = self.clock.text(line.at);
         // Writing into a Vec cannot fail.
         let _ = match self.format {
-            LogFormat::Text => text_line(&mut self.buffer, time, ended, engine),
-            LogFormat::Json => json_line(&mut self.buffer, time, ended, engine),
+            LogFormat::Text => text_line(&mut self.buffer, time, line),
+            LogFormat::Json => json_line(&mut self.buffer, time, line),
         };
         self.lines += 1;
         if self.buffer.len() >= FULL {
@@ -112,6 +155,30 @@ impl Drop for AccessLog {
     }
 }
 
+/// Writes of the connections that the daemon relayed, until the last of those who tell is gone.
+pub async fn write_relayed(
+    mut log: AccessLog,
+    mut ended: mpsc::Receiver<Vec<stream::Ended>>,
+    mut filter: watch::Receiver<Filter>,
+    pressure: std::sync::Arc<Pressure>,
+) {
+    loop {
+        tokio::select! {
+            biased;
+            Ok(()) = filter.changed() => log.set_filter(*filter.borrow_and_update()),
+            batch = ended.recv() => {
+                let Some(batch) = batch else { break };
+                let lost = log.lost();
+                batch.iter().for_each(|one| log.write_relayed(one));
+                log.flush();
+                pressure.unlogged.fetch_add(log.lost() - lost, Relaxed);
+            }
+        }
+    }
+    // Waits for the writer.
+    drop(tokio::task::spawn_blocking(move || drop(log)).await);
+}
+
 fn write_all(filled: &Receiver<Vec<u8>>, written: &SyncSender<Vec<u8>>, mut out: impl Write) {
     for mut buffer in filled {
         // Nobody reads the log any more: connections go on without it.
@@ -123,54 +190,64 @@ fn write_all(filled: &Receiver<Vec<u8>>, written: &SyncSender<Vec<u8>>, mut out:
     }
 }
 
-fn text_line(out: &mut Vec<u8>, time: &str, ended: &Ended, engine: Engine) -> io::Result<()> {
-    write!(
-        out,
-        "time={time} id={} client={} listen={} route={} engine={engine} backend={} reason={} duration={}.{:06}",
-        ended.id,
-        ended.client,
-        ended.listen,
-        ended.route,
-        ended.backend,
-        ended.reason.label(),
-        ended.duration.as_secs(),
-        ended.duration.subsec_micros(),
-    )?;
-    if !ended.metered {
-        return out.write_all(b" bytes_in=- bytes_out=- packets_in=- packets_out=-\n");
+/// What a line says.
+struct Line<'a> {
+    /// Since the Unix epoch.
+    at: Duration,
+    id: &'a dyn Display,
+    client: SocketAddr,
+    listen: SocketAddr,
+    route: &'a str,
+    engine: Engine,
+    backend: Option<SocketAddr>,
+    reason: Reason,
+    duration: Duration,
+    /// In and out; `None`: not known.
+    bytes: Option<[u64; 2]>,
+    packets: Option<[u64; 2]>,
+}
+
+fn text_line(out: &mut Vec<u8>, time: &str, line: &Line<'_>) -> io::Result<()> {
+    let Line { id, client, listen, route, engine, .. } = line;
+    write!(out, "time={time} id={id} client={client} listen={listen} route={route} engine={engine} backend=")?;
+    match line.backend {
+        Some(backend) => write!(out, "{backend}")?,
+        None => out.write_all(b"-")?,
     }
-    let (inward, outward) = (ended.traffic_in, ended.traffic_out);
-    writeln!(
-        out,
-        " bytes_in={} bytes_out={} packets_in={} packets_out={}",
-        inward.bytes, outward.bytes, inward.packets, outward.packets
-    )
+    let (reason, seconds, micros) = (line.reason.label(), line.duration.as_secs(), line.duration.subsec_micros());
+    write!(out, " reason={reason} duration={seconds}.{micros:06}")?;
+    match line.bytes {
+        Some([inward, outward]) => write!(out, " bytes_in={inward} bytes_out={outward}")?,
+        None => out.write_all(b" bytes_in=- bytes_out=-")?,
+    }
+    match line.packets {
+        Some([inward, outward]) => writeln!(out, " packets_in={inward} packets_out={outward}"),
+        None => out.write_all(b" packets_in=- packets_out=-\n"),
+    }
 }
 
 /// No value needs escaping: addresses, numbers, labels, and route names of `[a-z0-9-]`.
-fn json_line(out: &mut Vec<u8>, time: &str, ended: &Ended, engine: Engine) -> io::Result<()> {
+fn json_line(out: &mut Vec<u8>, time: &str, line: &Line<'_>) -> io::Result<()> {
+    let Line { id, client, listen, route, engine, .. } = line;
     write!(
         out,
-        "{{\"time\":\"{time}\",\"id\":\"{}\",\"client\":\"{}\",\"listen\":\"{}\",\"route\":\"{}\",\"engine\":\"{engine}\",\
-         \"backend\":\"{}\",\"reason\":\"{}\",\"duration\":{}.{:06}",
-        ended.id,
-        ended.client,
-        ended.listen,
-        ended.route,
-        ended.backend,
-        ended.reason.label(),
-        ended.duration.as_secs(),
-        ended.duration.subsec_micros(),
+        "{{\"time\":\"{time}\",\"id\":\"{id}\",\"client\":\"{client}\",\"listen\":\"{listen}\",\
+         \"route\":\"{route}\",\"engine\":\"{engine}\",\"backend\":"
     )?;
-    if !ended.metered {
-        return out.write_all(b",\"bytes_in\":null,\"bytes_out\":null,\"packets_in\":null,\"packets_out\":null}\n");
+    match line.backend {
+        Some(backend) => write!(out, "\"{backend}\"")?,
+        None => out.write_all(b"null")?,
     }
-    let (inward, outward) = (ended.traffic_in, ended.traffic_out);
-    writeln!(
-        out,
-        ",\"bytes_in\":{},\"bytes_out\":{},\"packets_in\":{},\"packets_out\":{}}}",
-        inward.bytes, outward.bytes, inward.packets, outward.packets
-    )
+    let (reason, seconds, micros) = (line.reason.label(), line.duration.as_secs(), line.duration.subsec_micros());
+    write!(out, ",\"reason\":\"{reason}\",\"duration\":{seconds}.{micros:06}")?;
+    match line.bytes {
+        Some([inward, outward]) => write!(out, ",\"bytes_in\":{inward},\"bytes_out\":{outward}")?,
+        None => out.write_all(b",\"bytes_in\":null,\"bytes_out\":null")?,
+    }
+    match line.packets {
+        Some([inward, outward]) => writeln!(out, ",\"packets_in\":{inward},\"packets_out\":{outward}}}"),
+        None => out.write_all(b",\"packets_in\":null,\"packets_out\":null}\n"),
+    }
 }
 
 /// RFC 3339 in UTC. Lines come in bursts of the same second, so only the fraction is written anew.
@@ -282,6 +359,68 @@ mod tests {
         assert_eq!(values[0]["bytes_out"], 9000);
         assert_eq!(values[0]["reason"], "killed");
         assert!(values[1]["bytes_out"].is_null());
+    }
+
+    #[test]
+    fn a_relayed_connection_has_a_line_of_the_same_form() {
+        let relayed = stream::Ended {
+            id: stream::StreamId::new(1, 2),
+            route: "-".into(),
+            engine: Engine::Copy,
+            client: "10.0.0.1:40000".parse().expect("address"),
+            listen: "[fd00::1]:443".parse().expect("address"),
+            backend: None,
+            reason: Reason::NoRoute,
+            at: Duration::new(1_709_210_096, 5_000),
+            duration: Duration::from_micros(42),
+            bytes_in: 7,
+            bytes_out: 0,
+        };
+        let line = |format| {
+            let page = Page::default();
+            let mut log = AccessLog::new(format, Filter::Errors, page.clone()).expect("thread");
+            log.write_relayed(&relayed);
+            drop(log);
+            String::from_utf8(page.0.lock().expect("page").clone()).expect("UTF-8")
+        };
+        assert_eq!(
+            line(LogFormat::Text),
+            "time=2024-02-29T12:34:56.000005Z id=s010000000000002 client=10.0.0.1:40000 listen=[fd00::1]:443 route=- \
+             engine=copy backend=- reason=no_route duration=0.000042 bytes_in=7 bytes_out=0 packets_in=- packets_out=-\n"
+        );
+        let json: serde_json::Value = serde_json::from_str(&line(LogFormat::Json)).expect("JSON");
+        assert!(json["backend"].is_null() && json["packets_in"].is_null());
+        assert_eq!(json["bytes_in"], 7);
+    }
+
+    #[tokio::test]
+    async fn lines_of_relayed_connections_are_written_before_the_daemon_is_gone() {
+        let page = Page::default();
+        let log = AccessLog::new(LogFormat::Text, Filter::Off, page.clone()).expect("thread");
+        let (told, hears) = mpsc::channel(4);
+        let (filter, filters) = watch::channel(Filter::Off);
+        let pressure = Arc::new(Pressure::default());
+        filter.send_replace(Filter::All);
+        let one = stream::Ended {
+            id: stream::StreamId::new(0, 1),
+            route: "web".into(),
+            engine: Engine::Splice,
+            client: "10.0.0.1:40000".parse().expect("address"),
+            listen: "10.0.0.2:443".parse().expect("address"),
+            backend: None,
+            reason: Reason::Denied,
+            at: Duration::ZERO,
+            duration: Duration::ZERO,
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        let task = tokio::spawn(write_relayed(log, hears, filters, pressure));
+        // The level is taken over before lines that come after it.
+        tokio::task::yield_now().await;
+        told.send(vec![one.clone(), one]).await.expect("heard");
+        drop(told);
+        task.await.expect("ended");
+        assert_eq!(page.0.lock().expect("page").iter().filter(|b| **b == b'\n').count(), 2);
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod memory;
 pub mod meter;
 mod path;
 mod poll;
+pub mod rates;
 mod relay;
 mod route;
 mod socket;

@@ -145,6 +145,63 @@ fn a_closed_backend_is_a_reset_for_the_client_and_another_is_tried_first() {
 }
 
 #[test]
+fn a_backend_that_is_slow_to_answer_has_another_asked_beside_it_and_may_still_win() {
+    // A full queue drops SYNs until somebody accepts: the backend answers when its SYN is sent again.
+    let slow = socket_with_a_full_queue();
+    let address = slow.0.local_addr().expect("an address");
+    let served = serve(Engine::Copy, &[address, echo_server()], "timeouts = { connect = \"8s\" }");
+    let began = Instant::now();
+    let mut streams: Vec<TcpStream> = (0..8).map(|_| served.connect()).collect();
+    for stream in &mut streams {
+        stream.write_all(b"x").expect("written");
+        stream.read_exact(&mut [0]).expect("an answer");
+    }
+    let took = began.elapsed();
+    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(4), "{took:?}");
+    let alone = serve(Engine::Copy, &[address], "timeouts = { connect = \"8s\" }");
+    let mut stream = alone.connect();
+    let (listener, waiting) = slow;
+    thread::sleep(Duration::from_millis(1200));
+    drop(waiting);
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.write_all(b"late");
+        }
+    });
+    let mut word = [0; 4];
+    stream.read_exact(&mut word).expect("the slow one has answered");
+    assert_eq!(&word, b"late");
+}
+
+/// The second connection to it is not answered.
+fn socket_with_a_full_queue() -> (TcpListener, Vec<TcpStream>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    rustix::net::listen(&listener, 0).expect("a queue of one");
+    let address = listener.local_addr().expect("an address");
+    let connect = |_| TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok();
+    let waiting = (0..4).filter_map(connect).collect();
+    (listener, waiting)
+}
+
+#[test]
+fn a_route_that_is_told_apart_anew_is_so_without_a_new_listener() {
+    let mut served = serve(Engine::Copy, &[echo_server()], "");
+    let only_others = change(Engine::Copy, served.listen, &[echo_server()], "match = { client = [\"10.0.0.0/8\"] }");
+    let only_others = Change { ports: Vec::new(), ..only_others };
+    let prepared = served.path.prepare(only_others).expect("nothing can fail");
+    served.path.commit(prepared);
+    let deadline = Instant::now() + SOON;
+    loop {
+        let mut stream = served.connect();
+        if stream.write_all(b"x").is_err() || stream.read_exact(&mut [0]).is_err() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the client is not of the route any more");
+    }
+    served.ended(Reason::NoRoute);
+}
+
+#[test]
 fn a_killed_connection_is_gone_for_both_sides() {
     let mut served = serve(Engine::Copy, &[echo_server()], "");
     let mut stream = served.connect();

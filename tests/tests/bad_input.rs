@@ -39,8 +39,12 @@ fn a_file_that_cannot_be_served_leaves_the_kernel_untouched() -> Result<()> {
         ("unknown", &format!("{WEB}colour = \"red\"\n"), &["unknown.toml:8", "colour"]),
         ("overlap", &format!("{WEB}{}", WEB.replace("\"web\"", "\"web2\"")), &["\"web\"", "\"web2\"", "10.88.1.1:80"]),
         ("range", &WEB.replace(":80\"]\nb", ":70000\"]\nb"), &["70000", "65535"]),
-        ("stream", &format!("{WEB}proxy_protocol = {{ send = \"v2\" }}\n"), &["\"web\"", "proxy_protocol.send"]),
-        ("forced", &format!("{WEB}engine = \"splice\"\n"), &["\"web\"", "splice", "not in this version"]),
+        (
+            "stream",
+            &format!("{WEB}engine = \"nft\"\nproxy_protocol = {{ send = \"v2\" }}\n"),
+            &["\"web\"", "proxy_protocol.send"],
+        ),
+        ("forced", &format!("{WEB}engine = \"sockmap\"\n"), &["\"web\"", "sockmap", "not in this version"]),
     ];
     for (name, config, words) in cases {
         refused(&run(&lab, name, config)?, 1, words)?;

@@ -14,9 +14,10 @@ use clap::Args;
 use crate::{cargo, root, ui};
 
 /// Name of the package, and what it is for.
-const PACKAGES: [(&str, &str); 24] = [
+const PACKAGES: [(&str, &str); 25] = [
     ("gcc", "links"),
     ("libc6-dev", "links"),
+    ("g++", "compiles libFuzzer"),
     ("pkg-config", "finds libmnl and libnftnl"),
     ("libmnl-dev", "netlink"),
     ("libnftnl-dev", "nftables over netlink"),

@@ -16,7 +16,8 @@ use crate::track::{Clock, DropUdp, Input, KernelCounters, RouteCounters};
 /// The owner of the flow table, as the owner of the routes sees it.
 #[derive(Debug)]
 pub struct Announcer {
-    inputs: mpsc::Sender<Input>,
+    /// `None`: the kernel forwards nothing.
+    inputs: Option<mpsc::Sender<Input>>,
     clock: Clock,
     /// The kernel ends idle flows by itself.
     kernel_timeouts: bool,
@@ -24,12 +25,15 @@ pub struct Announcer {
 }
 
 impl Announcer {
-    pub fn new(inputs: mpsc::Sender<Input>, clock: Clock, kernel_timeouts: bool) -> Self {
+    pub fn new(inputs: Option<mpsc::Sender<Input>>, clock: Clock, kernel_timeouts: bool) -> Self {
         Self { inputs, clock, kernel_timeouts, routes: RouteTable::new() }
     }
 
     /// Tells of routes that are about to be served: a flow of a route nobody knows would not be counted.
     pub async fn announce(&mut self, routes: &[(u32, Arc<Route>)]) {
+        if routes.is_empty() {
+            return;
+        }
         let routes: Vec<_> = routes.iter().map(|(id, route)| (*id, Arc::new(self.info(route)))).collect();
         self.change(routes, Vec::new()).await;
     }
@@ -89,7 +93,8 @@ impl Announcer {
     }
 
     async fn send(&self, input: Input) {
-        if self.inputs.send(input).await.is_err() {
+        let Some(inputs) = &self.inputs else { return };
+        if inputs.send(input).await.is_err() {
             tracing::error!("the flow table's owner has ended");
         }
     }

@@ -7,7 +7,8 @@ use std::{
 };
 
 use proxy_core::{
-    config::{self, Config, RouteName, Target},
+    config::{self, Config, Engine, RouteName, Target},
+    plan::RoutePlan,
     view,
 };
 use tokio::{
@@ -16,7 +17,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::{Effect, Outcome, ReconcileError, Reconciler, announce::Announcer};
+use super::{Carrier, Effect, Outcome, ReconcileError, Reconciler, announce::Announcer};
 use crate::{
     control::{Reply, RouteCommand, RouteState},
     health::{Checks, Report},
@@ -26,6 +27,7 @@ use crate::{
     },
     logging::LogHandle,
     resolve::{Names, Resolved},
+    stream::{STOP_GRACE, Streams},
     track::FailedDial,
 };
 
@@ -37,8 +39,10 @@ pub struct Inputs {
     pub resolved: mpsc::Receiver<Resolved>,
     /// Dials that came to nothing.
     pub failed_dials: mpsc::Receiver<FailedDial>,
-    /// Ids of draining routes that have no connection left.
+    /// Ids of draining routes that have no connection left in the kernel …
     pub drained: mpsc::Receiver<u32>,
+    /// … and in the daemon.
+    pub relayed: mpsc::Receiver<u32>,
     /// SIGHUP.
     pub reload: mpsc::Receiver<()>,
     /// `None` for a locked table: nobody else can change it, and the kernel would tell of our own changes one by one.
@@ -47,14 +51,16 @@ pub struct Inputs {
 
 /// The owner of the routes at work.
 #[derive(Debug)]
-pub struct Task<N> {
-    pub reconciler: Reconciler<N>,
+pub struct Task<N, S> {
+    pub reconciler: Reconciler<N, S>,
     pub config_file: PathBuf,
     pub settings_record: PathBuf,
     pub log: LogHandle,
     pub checks: Checks,
     pub names: Names,
     pub track: Announcer,
+    /// `log.access`, for the log of relayed connections.
+    pub access: watch::Sender<config::AccessLog>,
     pub published: watch::Sender<Arc<RouteState>>,
     pub reloads_ok: u64,
     pub reloads_failed: u64,
@@ -65,8 +71,9 @@ pub struct Task<N> {
 /// Kernel counters are read so often, or less often when that would cost more than a fiftieth of a core.
 const COUNTERS: Duration = Duration::from_secs(1);
 
-impl<N: Nft> Task<N> {
-    /// Works until `stop` changes. The table is left as it is: the kernel goes on forwarding.
+impl<N: Nft, S: Streams> Task<N, S> {
+    /// Works until `stop` changes, and then until what the daemon relays has drained. The table is left as it is: the
+    /// kernel goes on forwarding.
     pub async fn run(mut self, mut inputs: Inputs, mut stop: watch::Receiver<bool>) {
         let mut counters = interval(COUNTERS);
         counters.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -74,13 +81,14 @@ impl<N: Nft> Task<N> {
         loop {
             tokio::select! {
                 biased;
-                _ = stop.changed() => return,
+                _ = stop.changed() => return self.stop(inputs).await,
                 Some(command) = inputs.commands.recv() => self.command(command).await,
                 Some(()) = inputs.reload.recv() => drop(self.reload().await),
                 Some(report) = inputs.reports.recv() => self.report(&report).await,
                 Some(resolved) = inputs.resolved.recv() => self.resolved(resolved).await,
                 Some(failed) = inputs.failed_dials.recv() => self.dial_failed(&failed).await,
-                Some(id) = inputs.drained.recv() => self.drained(id).await,
+                Some(id) = inputs.drained.recv() => self.drained(id, Carrier::Kernel).await,
+                Some(id) = inputs.relayed.recv() => self.drained(id, Carrier::Daemon).await,
                 news = news_of(&mut inputs.monitor) => self.foreign_hand(news),
                 _ = counters.tick() => {
                     let began = Instant::now();
@@ -96,6 +104,51 @@ impl<N: Nft> Task<N> {
                 self.publish();
             }
         }
+    }
+
+    /// Lets relayed connections finish, within the bounds of their routes, and answers meanwhile.
+    async fn stop(mut self, mut inputs: Inputs) {
+        match self.reconciler.has_table() {
+            true => tracing::info!("stopping; the kernel goes on forwarding, `shunt cleanup` would end that"),
+            false => tracing::info!("stopping"),
+        }
+        self.publish_as(false);
+        let Some(streams) = self.reconciler.take_streams() else { return };
+        let bound = self.reconciler.longest_drain() + STOP_GRACE;
+        let micros = u32::try_from(bound.as_micros()).unwrap_or(u32::MAX);
+        // `TimeoutStopSec` would cut a long drain short.
+        drop(sd_notify::notify(&[sd_notify::NotifyState::ExtendTimeoutUsec(micros)]));
+        let mut stopping = std::pin::pin!(tokio::time::timeout(bound, streams.stop()));
+        let mut counters = interval(COUNTERS);
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut stopping => {
+                    if result.is_err() {
+                        tracing::warn!(seconds = bound.as_secs(), "relayed connections did not end in time");
+                    }
+                    return;
+                }
+                Some(command) = inputs.commands.recv() => self.refuse(command),
+                Some(()) = inputs.reload.recv() => tracing::error!("reload refused: the daemon is stopping"),
+                _ = counters.tick() => self.count().await,
+            }
+        }
+    }
+
+    /// While stopping: what is asked is answered, what is to change is not.
+    fn refuse(&self, command: RouteCommand) {
+        let stopping = || failure(&ReconcileError::Stopping);
+        match command {
+            RouteCommand::Reload { reply } => answer(reply, Err(stopping())),
+            RouteCommand::SetBackend { reply, .. } => answer(reply, Err(stopping())),
+            RouteCommand::Explain { route, reply } => self.explain(&route, reply),
+            RouteCommand::Ruleset { reply } => answer(reply, Ok(self.reconciler.script())),
+        }
+    }
+
+    fn explain(&self, route: &str, reply: Reply<view::Explain>) {
+        answer(reply, self.reconciler.explain(route).ok_or_else(|| no_such_route(route)));
     }
 
     /// Hands on what the start has brought about; the first publication.
@@ -115,10 +168,7 @@ impl<N: Nft> Task<N> {
                 let result = self.set_backend(&route, &backend, admin).await;
                 answer(reply, result);
             }
-            RouteCommand::Explain { route, reply } => {
-                let found = self.reconciler.explain(&route);
-                answer(reply, found.ok_or_else(|| no_such_route(&route)));
-            }
+            RouteCommand::Explain { route, reply } => self.explain(&route, reply),
             RouteCommand::Ruleset { reply } => answer(reply, Ok(self.reconciler.script())),
         }
     }
@@ -155,16 +205,23 @@ impl<N: Nft> Task<N> {
         let file = self.config_file.clone();
         let read = tokio::task::spawn_blocking(move || load(&file)).await;
         let config = read.map_err(|e| view::Failure { error: e.to_string(), hint: None })??;
-        let settings = Settings::default().apply(&needed(&config), &self.settings_record);
-        let settings = settings.map_err(|e| view::Failure { error: e.to_string(), hint: Some(e.mend()) })?;
         let log = config.log.clone();
         let prepared = self.reconciler.prepare(config).map_err(|e| failure(&e))?;
+        let settings = needed(self.reconciler.after(&prepared));
+        let settings = match Settings::default().apply(&settings, &self.settings_record) {
+            Ok(settings) => settings,
+            Err(error) => {
+                self.reconciler.abandon(prepared);
+                return Err(view::Failure { error: error.to_string(), hint: Some(error.mend()) });
+            }
+        };
         self.track.announce(&self.reconciler.serves(&prepared)).await;
         let outcome = self.reconciler.carry_out(prepared, Instant::now()).map_err(|e| failure(&e))?;
         if let Err(error) = self.log.apply(&log) {
             tracing::warn!(%error, "the log stays as it was");
         }
         self.track.access_log(&log).await;
+        self.access.send_replace(log.access);
         self.setting_warnings.extend(settings.warnings);
         let names = |names: &[RouteName]| names.iter().map(ToString::to_string).collect();
         let Outcome { added, changed, removed, changes, apply, effects } = outcome;
@@ -188,7 +245,7 @@ impl<N: Nft> Task<N> {
         admin: view::BackendAdmin,
     ) -> Result<view::Backend, view::Failure> {
         match self.reconciler.set_backend(route, backend, admin) {
-            Err(error) => Err(view::Failure { error: error.to_string(), hint: None }),
+            Err(error) => Err(failure(&error)),
             Ok(None) => Err(view::Failure {
                 error: format!("route \"{route}\" has no backend \"{backend}\""),
                 hint: Some("`shunt routes` lists routes and backends".into()),
@@ -237,15 +294,15 @@ impl<N: Nft> Task<N> {
         self.settle(effects).await;
     }
 
-    async fn drained(&mut self, id: u32) {
-        let effects = self.reconciler.drained(id);
+    async fn drained(&mut self, id: u32, carrier: Carrier) {
+        let effects = self.reconciler.drained(id, carrier);
         self.settle(effects).await;
     }
 
-    async fn settle(&mut self, effects: Result<Vec<Effect>, NftError>) {
+    async fn settle(&mut self, effects: Result<Vec<Effect>, ReconcileError>) {
         match effects {
             Ok(effects) => self.forward(effects).await,
-            Err(error) => tracing::error!(%error, "nftables refused a change; it is tried again with the next one"),
+            Err(error) => tracing::error!(%error, "a change was refused; it is tried again with the next one"),
         }
     }
 
@@ -286,6 +343,9 @@ impl<N: Nft> Task<N> {
     }
 
     async fn count(&mut self) {
+        if !self.reconciler.has_table() {
+            return;
+        }
         match self.reconciler.counters() {
             Ok(counters) => self.track.counters(counters).await,
             Err(error) => tracing::warn!(%error, "kernel counters could not be read"),
@@ -293,10 +353,14 @@ impl<N: Nft> Task<N> {
     }
 
     fn publish(&self) {
+        self.publish_as(true);
+    }
+
+    fn publish_as(&self, ready: bool) {
         let mut warnings = self.setting_warnings.clone();
         warnings.extend(self.last_problem.iter().map(|p| format!("the last reload was refused: {p}")));
         self.published.send_replace(Arc::new(RouteState {
-            ready: true,
+            ready,
             config_file: self.config_file.display().to_string(),
             routes: self.reconciler.route_views(),
             reconcile: self.reconciler.status().clone(),
@@ -332,10 +396,20 @@ fn no_such_route(name: &str) -> view::Failure {
     view::Failure { error: format!("no route \"{name}\""), hint: Some("`shunt routes` lists them".into()) }
 }
 
-/// The settings the routes of `config` need.
-pub fn needed(config: &Config) -> Vec<sysctl::Needed> {
-    let any = |v4: bool| config.routes.iter().flat_map(|r| &r.listen).any(|l| l.address.is_ipv4() == v4);
-    sysctl::needed(sysctl::Routes { ipv4: any(true), ipv6: any(false) })
+/// The settings these routes need.
+pub fn needed<'a>(routes: impl Iterator<Item = &'a Arc<RoutePlan>>) -> Vec<sysctl::Needed> {
+    sysctl::needed(routes_of(routes))
+}
+
+pub fn routes_of<'a>(routes: impl Iterator<Item = &'a Arc<RoutePlan>>) -> sysctl::Routes {
+    let mut all = sysctl::Routes::default();
+    for plan in routes {
+        let forwarded = plan.engine == Some(Engine::Nft);
+        all.ipv4 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv4());
+        all.ipv6 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv6());
+        all.relayed |= plan.is_relayed();
+    }
+    all
 }
 
 /// Reads and parses the file.
@@ -358,6 +432,8 @@ pub fn failure(error: &ReconcileError) -> view::Failure {
         ReconcileError::TooManyRoutes(_) => Some("set kernel.mark_mask, for instance to 0xffffff00".into()),
         ReconcileError::NeedsRestart(_) => Some("restarting loses no connection: the kernel goes on forwarding".into()),
         ReconcileError::Nft(error) => error.mend(),
+        ReconcileError::Streams(error) => error.mend(),
+        ReconcileError::Stopping => Some("start it again; it reads its configuration then".into()),
     };
     view::Failure { error: error.to_string(), hint }
 }

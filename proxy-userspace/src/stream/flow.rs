@@ -32,6 +32,7 @@ pub struct Flow {
     pub slot: usize,
     pub session: Session,
     pub client: Socket,
+    /// While dialling: the one asked last.
     pub backend: Option<Socket>,
     /// Client to backend.
     pub up: Way,
@@ -67,8 +68,18 @@ pub struct Early {
     pub tried: Vec<usize>,
     /// Why the last of them was not reached.
     pub failure: Reason,
-    /// When the present attempt gives way to the next backend; `None`: it has all the time that is left.
+    /// When the next backend is asked beside the present one; `None`: there is no other.
     pub attempt_until: Option<Tick>,
+    /// The one before, which has not answered yet and still may.
+    pub rival: Option<Dialled>,
+}
+
+/// A backend that is being connected to.
+#[derive(Debug)]
+pub struct Dialled {
+    pub socket: Socket,
+    pub address: SocketAddr,
+    pub counted: Counted,
 }
 
 /// One connection more for a backend, as long as it lives.

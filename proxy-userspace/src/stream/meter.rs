@@ -208,6 +208,8 @@ impl Reader {
             "{refused} connections were refused: the limit on open files allows {max} relayed connections (LimitNOFILE= of \
              the service, or ulimit -n)"
         );
-        (refused > 0).then_some(full).into_iter().collect()
+        let unlogged = self.pressure.unlogged.load(Relaxed);
+        let slow = format!("{unlogged} lines of the access log were lost: its reader is too slow");
+        (refused > 0).then_some(full).into_iter().chain((unlogged > 0).then_some(slow)).collect()
     }
 }

@@ -1,7 +1,7 @@
 //! The owner of the workers: starts them, brings changes to them, asks them, and stops them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     io,
     net::SocketAddr,
     os::fd::OwnedFd,
@@ -13,7 +13,10 @@ use std::{
     time::Instant,
 };
 
-use proxy_core::{config::Listen as Address, view};
+use proxy_core::{
+    config::{Listen as Address, PortRange},
+    view,
+};
 use rustix::{
     event::{EventfdFlags, eventfd},
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -121,6 +124,24 @@ impl StreamPath {
         Ok(Self { commands, reader, workers, routes: HashMap::new(), listens: BTreeMap::new() })
     }
 
+    /// The addresses whose routes are the same as before while what tells them apart has changed.
+    fn told_apart_anew(&self, routes: &[Arc<Route>], asked: &[(Address, Vec<u32>)]) -> Vec<(Address, Vec<u32>)> {
+        let differs = |route: &&Arc<Route>| {
+            self.routes.get(&route.id).is_some_and(|before| !Arc::ptr_eq(&before.config, &route.config))
+        };
+        let changed: HashSet<u32> = routes.iter().filter(differs).map(|route| route.id).collect();
+        if changed.is_empty() {
+            return Vec::new();
+        }
+        let named: HashSet<SocketAddr> = asked.iter().flat_map(|(listen, _)| addresses(listen)).collect();
+        let affected = |(address, members): &(&SocketAddr, &Vec<u32>)| {
+            !named.contains(address) && members.iter().any(|id| changed.contains(id))
+        };
+        let one =
+            |at: &SocketAddr| Address { address: at.ip(), ports: PortRange { first: at.port(), last: at.port() } };
+        self.listens.iter().filter(affected).map(|(at, members)| (one(at), members.clone())).collect()
+    }
+
     fn sockets(&self, address: SocketAddr, listen: &Arc<Listen>, route: &str) -> Result<Sockets, StreamError> {
         if self.listens.contains_key(&address) {
             return Ok(Sockets::Update(Arc::clone(listen)));
@@ -148,9 +169,11 @@ impl Streams for StreamPath {
         };
         let routes: Vec<Arc<Route>> = change.routes.into_iter().map(route).collect();
         let fresh: HashMap<u32, &Arc<Route>> = routes.iter().map(|route| (route.id, route)).collect();
+        let mut asked = change.ports;
+        asked.extend(self.told_apart_anew(&routes, &asked));
         let known = |id: &u32| fresh.get(id).copied().or_else(|| self.routes.get(id));
         let mut ports = Vec::new();
-        for (listen, members) in change.ports {
+        for (listen, members) in asked {
             let members: Vec<&Arc<Route>> = members.iter().filter_map(known).collect();
             let ids: Vec<u32> = members.iter().map(|route| route.id).collect();
             let name = members.first().map_or("", |route| route.config.name.as_str());
@@ -322,7 +345,7 @@ fn connection(row: &Row) -> view::Connection {
         protocol: "tcp".into(),
         client: row.client,
         listen: row.listen,
-        backend: row.backend.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0))),
+        backend: row.backend,
         state: row.state.into(),
         age_seconds: row.age.as_secs_f64(),
         idle_seconds: row.idle.as_secs_f64(),

@@ -27,6 +27,8 @@ pub struct Route {
     pub config: Arc<config::Route>,
     pub engine: Engine,
     pub limits: Limits,
+    /// It has a name with addresses of both families.
+    pub both_families: bool,
     chooser: Chooser,
     /// Of each endpoint of the chooser.
     open: Vec<Arc<AtomicU64>>,
@@ -52,10 +54,13 @@ impl Route {
         let config = Arc::clone(&spec.plan.route);
         let meters = before.map_or_else(|| Arc::new(meters(spec.id, &config, workers)), |b| Arc::clone(&b.meters));
         let open = open_by_backend(&meters, &spec);
+        let named = config.backends.iter().any(|backend| backend.target.host().is_some());
+        let families = [false, true].map(|v4| spec.endpoints.iter().any(|e| e.up && e.address.is_ipv4() == v4));
         Self {
             id: spec.id,
             engine: spec.plan.engine.unwrap_or(Engine::Copy),
             limits: Limits::of(&config),
+            both_families: named && families == [true; 2],
             chooser: Chooser::new(config.balance, spec.endpoints, &config.backends),
             open,
             admission: before.map(|b| Arc::clone(&b.admission)).unwrap_or_default(),

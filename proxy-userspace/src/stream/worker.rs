@@ -225,7 +225,8 @@ impl Worker {
                     if flow.source(key, side) != (Source::Flow { key, number, side }) {
                         return Fate::Lives;
                     }
-                    if let Some(socket) = flow.socket(side) {
+                    let two = side == Side::Backend && flow.early.as_ref().is_some_and(|early| early.rival.is_some());
+                    if let Some(socket) = flow.socket(side).filter(|_| !two) {
                         socket.note(events);
                     }
                     worker.on_socket(key, flow, side)

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     balance,
-    config::{Balance, Keepalive, Listen, Protocol, RateUnit, Route, RouteName, SourceAddress, Target},
+    config::{Balance, Keepalive, Listen, PortRange, Protocol, RateUnit, Route, RouteName, SourceAddress, Target},
     flow::MarkLayout,
     plan::{RoutePlan, SharedListen},
 };
@@ -83,6 +83,26 @@ pub fn draining(name: &RouteName, mark: u32) -> Fragment {
     counters(name, mark)
 }
 
+/// The fragment of a route that the daemon listens for: what is dialled at its own addresses passes to its sockets, also
+/// where a route of the kernel has the port at every address of this machine.
+pub fn passing(plan: &RoutePlan) -> Fragment {
+    let mut fragment = Fragment::default();
+    // One element per port: ranges that overlap would name the same one twice.
+    let apart = |l: &Listen| l.ports.is_single() || plan.route.shares_port_with.is_empty();
+    let own = plan.own_listens.iter().chain(plan.shared_listens.iter().map(|shared| &shared.listen));
+    for listen in own.filter(|l| !l.address.is_unspecified() && !l.address.is_loopback() && apart(l)) {
+        for port in listen.ports.first..=listen.ports.last {
+            let listen = Listen { ports: PortRange { first: port, last: port }, ..*listen };
+            let (set, key) = port_key(listen, plan.route.protocol, n::SHARED, n::SHARED_ANY);
+            fragment.member(set, key, Value::Goto(n::RELAYED.into()));
+        }
+    }
+    if !fragment.elements.is_empty() {
+        fragment.chain(n::RELAYED.into(), Vec::new());
+    }
+    fragment
+}
+
 fn counters(name: &RouteName, mark: u32) -> Fragment {
     let mut fragment = Fragment::default();
     let key = || Key::new(&[KeyPart::Mark(mark)]);
@@ -108,6 +128,19 @@ pub(crate) fn family_of(address: IpAddr) -> Family {
 }
 
 impl Fragment {
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Both.
+    pub fn and(mut self, other: Self) -> Self {
+        self.timeouts.extend(other.timeouts);
+        self.sets.extend(other.sets);
+        self.chains.extend(other.chains);
+        self.elements.extend(other.elements);
+        self
+    }
+
     fn member(&mut self, set: impl Into<Cow<'static, str>>, key: Key, value: Value) {
         self.elements.push(Member { set: set.into(), key, element: Element::of(value) });
     }

@@ -30,8 +30,8 @@ pub const MAX_HELLO: usize = MAX_MESSAGE + 64 * reader::RECORD_HEADER;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {
     /// The server name, lower-case, without a last dot: letters, digits, `-` and `_` in parts of 1–63 characters.
-    /// `None` when the client sent none, or sent an IP address instead: RFC 6066 §3 does not permit that, yet clients
-    /// do it, and rustls and OpenSSL's users take it for none.
+    /// `None` when the client sent none, or an IP address, which RFC 6066 §3 does not permit but clients do; rustls
+    /// takes it for none too.
     pub sni: Option<Box<str>>,
     /// In the client's order of preference; empty when it sent none.
     pub alpn: Protocols,

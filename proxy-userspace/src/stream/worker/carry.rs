@@ -81,8 +81,8 @@ impl Worker {
 
     /// Counts the end, tells it, and closes.
     pub(super) fn end(&mut self, flow: &mut Flow, reason: Reason, how: How) -> Fate {
-        if reason == Reason::ConnectTimeout {
-            self.tell_failed_dial(flow);
+        if let (Reason::ConnectTimeout, Some(backend)) = (reason, flow.backend_address) {
+            self.tell_failed_dial(flow.slot, backend);
         }
         let age = Duration::from_millis(self.now().0.saturating_sub(flow.session.began().0));
         let slot = &mut self.slots[flow.slot];

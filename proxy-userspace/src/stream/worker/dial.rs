@@ -1,28 +1,42 @@
 //! A backend for a connection: chosen, dialled, and another one when it does not answer.
 //!
-//! All attempts together have `timeouts.connect`. Nothing has been sent while they last, so the client does not notice.
+//! All attempts together have `timeouts.connect`. Nothing has been sent while they last, so the client does not notice. A
+//! backend that is slow to answer is not given up: the next one is asked beside it, and the first to answer has it (RFC
+//! 8305, "Happy Eyeballs", for whatever reason there is more than one address).
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use proxy_core::{balance::Asked, flow::Side, reason::Reason, session::Event};
 use rustix::{
     io::Errno,
-    net::{RecvFlags, recv, sockopt},
+    net::{RecvFlags, getpeername, recv, sockopt},
 };
 
 use super::{Fate, Worker};
 use crate::{
     stream::{
-        flow::{Counted, Early, Flow},
+        flow::{Counted, Dialled, Early, Flow},
         relay::{Waiting, buffers::Held},
-        socket,
+        socket::{self, Socket},
     },
     track::FailedDial,
 };
 
-/// How long a backend may take while another one could be asked: a SYN that was lost is sent again after 1 s (RFC 6298 §2),
-/// and its answer has time to come.
-const ATTEMPT: Duration = Duration::from_millis(2500);
+/// How long a backend is waited for alone while another one could be asked: a SYN that was lost is sent again after 1 s
+/// (RFC 6298 §2), and its answer has time to come.
+const ALONE: Duration = Duration::from_millis(2500);
+
+/// The same for a name with addresses of both families: "Connection Attempt Delay", RFC 8305 §5.
+const ALONE_OF_BOTH_FAMILIES: Duration = Duration::from_millis(250);
+
+/// How far a dial is.
+enum Answer {
+    Waiting,
+    Connected,
+    /// Accepted, and gone again.
+    Reset,
+    No(Reason),
+}
 
 impl Worker {
     /// Tries backends until one of them is being connected to.
@@ -46,7 +60,16 @@ impl Worker {
                 failure = early.failure;
             }
             let Some(chosen) = route.choose(asked, flow.listen.port(), &early.tried) else {
-                return self.step(key, flow, Event::DialFailed(failure));
+                return match early.rival.take() {
+                    // It may still answer.
+                    Some(Dialled { socket, address, counted }) => {
+                        (flow.backend, flow.counted, flow.backend_address) =
+                            (Some(socket), Some(counted), Some(address));
+                        self.arm(key, flow);
+                        Fate::Lives
+                    }
+                    None => self.step(key, flow, Event::DialFailed(failure)),
+                };
             };
             early.tried.push(chosen.index);
             early.attempt_until = None;
@@ -58,9 +81,10 @@ impl Worker {
             });
             match added {
                 Ok(socket) => {
-                    let attempt = ATTEMPT.min(route.limits.connect / 2);
+                    let alone = if route.both_families { ALONE_OF_BOTH_FAMILIES } else { ALONE };
                     if !chosen.is_last {
-                        flow.early.get_or_insert_default().attempt_until = Some(self.now().after(attempt));
+                        let until = self.now().after(alone.min(route.limits.connect / 2));
+                        flow.early.get_or_insert_default().attempt_until = Some(until);
                     }
                     flow.counted = Some(Counted::new(chosen.open));
                     flow.backend = Some(socket);
@@ -69,38 +93,81 @@ impl Worker {
                 }
                 Err(errno) => {
                     failure = reason(errno);
-                    self.tell_failed_dial(flow);
+                    self.tell_failed_dial(flow.slot, chosen.address);
                     flow.early.get_or_insert_default().failure = failure;
                 }
             }
         }
     }
 
-    /// The backend's socket has something to say.
+    /// One of the backends' sockets has something to say.
     pub(super) fn dialed(&mut self, key: u32, flow: &mut Flow) -> Fate {
         let Some(backend) = flow.backend.as_ref() else { return Fate::Lives };
-        if !backend.hung_up {
-            return if backend.writable { self.connected(key, flow) } else { Fate::Lives };
-        }
-        match sockopt::socket_error(&backend.fd) {
-            // It had accepted, and is gone again.
-            Ok(Ok(()) | Err(Errno::CONNRESET | Errno::PIPE)) => self.step(key, flow, Event::Reset(Side::Backend)),
-            Ok(Err(errno)) | Err(errno) => self.attempt_failed(key, flow, reason(errno)),
+        let Some(rival) = flow.early.as_mut().and_then(|early| early.rival.take()) else {
+            return match answer_told(backend) {
+                Answer::Waiting => Fate::Lives,
+                Answer::Connected => self.connected(key, flow),
+                Answer::Reset => self.step(key, flow, Event::Reset(Side::Backend)),
+                Answer::No(reason) => self.attempt_failed(key, flow, reason),
+            };
+        };
+        // The event does not say of which of the two it is.
+        match (answer_asked(&rival.socket), answer_asked(backend)) {
+            (Answer::Connected | Answer::Reset, _) => {
+                (flow.backend, flow.counted) = (Some(rival.socket), Some(rival.counted));
+                flow.backend_address = Some(rival.address);
+                self.won(key, flow)
+            }
+            (_, Answer::Connected | Answer::Reset) => self.won(key, flow),
+            (Answer::No(_), Answer::Waiting) => {
+                self.tell_failed_dial(flow.slot, rival.address);
+                Fate::Lives
+            }
+            (Answer::No(_), Answer::No(reason)) => {
+                self.tell_failed_dial(flow.slot, rival.address);
+                self.attempt_failed(key, flow, reason)
+            }
+            (Answer::Waiting, Answer::No(reason)) => {
+                flow.early.get_or_insert_default().rival = Some(rival);
+                self.attempt_failed(key, flow, reason)
+            }
+            (Answer::Waiting, Answer::Waiting) => {
+                flow.early.get_or_insert_default().rival = Some(rival);
+                Fate::Lives
+            }
         }
     }
 
-    /// The attempt has had its time while others wait to be asked.
+    /// The backend has had its time alone: another is asked beside it. A third one takes the place of the first.
     pub(super) fn attempt_over(&mut self, key: u32, flow: &mut Flow) -> Fate {
-        self.attempt_failed(key, flow, Reason::ConnectTimeout)
+        let asked = (flow.backend.take(), flow.backend_address, flow.counted.take());
+        let early = flow.early.get_or_insert_default();
+        (early.attempt_until, early.failure) = (None, Reason::ConnectTimeout);
+        if let (Some(socket), Some(address), Some(counted)) = asked {
+            let before = early.rival.replace(Dialled { socket, address, counted });
+            if let Some(before) = before {
+                self.tell_failed_dial(flow.slot, before.address);
+            }
+        }
+        self.dial(key, flow)
     }
 
     fn attempt_failed(&mut self, key: u32, flow: &mut Flow, reason: Reason) -> Fate {
-        self.tell_failed_dial(flow);
-        flow.backend = None;
-        flow.counted = None;
+        if let Some(backend) = flow.backend_address {
+            self.tell_failed_dial(flow.slot, backend);
+        }
         let early = flow.early.get_or_insert_default();
         (early.failure, early.attempt_until) = (reason, None);
+        (flow.backend, flow.counted) = (None, None);
         self.dial(key, flow)
+    }
+
+    /// While two were asked, their events were not kept apart.
+    fn won(&mut self, key: u32, flow: &mut Flow) -> Fate {
+        if let Some(backend) = flow.backend.as_mut() {
+            (backend.readable, backend.writable) = (true, true);
+        }
+        self.connected(key, flow)
     }
 
     fn connected(&mut self, key: u32, flow: &mut Flow) -> Fate {
@@ -130,11 +197,34 @@ impl Worker {
     }
 
     /// The owner of the backends hears of it, unless it is behind.
-    pub(super) fn tell_failed_dial(&self, flow: &Flow) {
-        let slot = &self.slots[flow.slot];
-        if let Some(backend) = flow.backend_address {
-            let _ = self.shared.failed_dials.try_send(FailedDial { route: slot.name.clone(), backend });
-        }
+    pub(super) fn tell_failed_dial(&self, slot: usize, backend: SocketAddr) {
+        let route = self.slots[slot].name.clone();
+        let _ = self.shared.failed_dials.try_send(FailedDial { route, backend });
+    }
+}
+
+/// What the socket's events have told.
+fn answer_told(socket: &Socket) -> Answer {
+    match socket {
+        Socket { hung_up: true, .. } => error_of(socket),
+        Socket { writable: true, .. } => Answer::Connected,
+        _ => Answer::Waiting,
+    }
+}
+
+/// What the kernel says when it is asked.
+fn answer_asked(socket: &Socket) -> Answer {
+    match getpeername(&socket.fd) {
+        Ok(Some(_)) => Answer::Connected,
+        Ok(None) | Err(_) => error_of(socket),
+    }
+}
+
+fn error_of(socket: &Socket) -> Answer {
+    match sockopt::socket_error(&socket.fd) {
+        Ok(Ok(())) if !socket.hung_up => Answer::Waiting,
+        Ok(Ok(()) | Err(Errno::CONNRESET | Errno::PIPE)) => Answer::Reset,
+        Ok(Err(errno)) | Err(errno) => Answer::No(reason(errno)),
     }
 }
 
@@ -160,6 +250,7 @@ impl Default for Early {
             tried: Vec::new(),
             failure: Reason::NoBackend,
             attempt_until: None,
+            rival: None,
         }
     }
 }

@@ -31,7 +31,8 @@ pub struct HelloReader {
 }
 
 impl HelloReader {
-    /// Like [`parse`](super::parse). `received` begins with everything the calls before were given.
+    /// Like [`parse`](super::parse). `received` begins with everything the calls before were given; after a hello or
+    /// an error there is nothing more to ask.
     ///
     /// # Errors
     /// As [`parse`](super::parse).
@@ -54,6 +55,11 @@ impl HelloReader {
         }
         let message = received.get(..self.at).and_then(join).ok_or(NotHello::Malformed)?;
         message::read(message.get(MESSAGE_HEADER..).unwrap_or_default()).map(Some)
+    }
+
+    #[cfg(test)]
+    pub(super) fn at(&self) -> usize {
+        self.at
     }
 
     /// Length of the record that begins here; `None` when its header is not complete.

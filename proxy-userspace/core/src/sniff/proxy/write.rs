@@ -21,6 +21,11 @@ pub struct Outgoing<'a> {
 }
 
 impl<'a> Outgoing<'a> {
+    /// Without TLVs.
+    pub fn new(source: SocketAddr, destination: SocketAddr) -> Self {
+        Self { source, destination, alpn: None, authority: None, unique_id: None, ssl: None, received: None }
+    }
+
     fn tlvs(&self) -> impl Iterator<Item = (u8, &'a [u8])> {
         let own = [
             (kind::ALPN, self.alpn),
