@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt,
+    Lab, Shunt, Talk,
     dialog::{End, end_of, read_some, read_to_end},
     hello::Hello,
     kernel,
@@ -337,13 +337,13 @@ fn a_real_tls_server_answers_a_real_client_and_a_post_quantum_hello() -> Result<
         .collect();
     let _shunt = Shunt::start(&lab, &config)?;
     on_each(&Relay::ENGINES, |relay| {
-        let client = format!(
-            "(echo hello; sleep 0.5) | openssl s_client -connect {} -servername shop.example.com -CAfile {cert} \
-             -verify_return_error -quiet 2>/dev/null",
-            port(relay)
-        );
-        let said = lab.client().sh(&client)?;
-        ensure!(said.trim() == "olleh", "the server's answer was {said:?}");
+        let mut command = lab.client().command("openssl");
+        command.args(["s_client", "-connect", &port(relay).to_string(), "-servername", "shop.example.com"]);
+        command.args(["-CAfile", &cert, "-verify_return_error", "-quiet"]);
+        let mut client = Talk::start(command)?;
+        client.say("hello")?;
+        let said = client.hear(SOON)?;
+        ensure!(said == "olleh", "the server's answer was {said:?}");
         let mut stream = lab.client().connect(port(relay))?;
         stream.write_all(&Hello::to("shop.example.com").post_quantum().build())?;
         let answer = read_some(&mut stream, 6)?;
