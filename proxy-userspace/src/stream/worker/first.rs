@@ -46,7 +46,7 @@ impl Worker {
                 Ok((read, _)) => {
                     early.received.extend_from_slice(&scratch[..read]);
                     if read < room {
-                        flow.client.readable = flow.client.finished || flow.client.hung_up;
+                        flow.client.read_short();
                     }
                 }
                 Err(Errno::AGAIN) => {
