@@ -257,9 +257,8 @@ impl Streams for StreamPath {
             .collect();
         let joined = tokio::task::spawn_blocking(move || {
             for thread in threads {
-                if thread.join().is_err() {
-                    tracing::error!("a worker of the stream path has panicked");
-                }
+                // One that panicked has ended the process.
+                let _ = thread.join();
             }
         });
         let _ = joined.await;
@@ -280,8 +279,25 @@ fn spawn(index: u8, shared: Shared, unrouted: Arc<RouteMeter>, pipes: usize) -> 
     let worker =
         Worker::new(index, shared, Arc::clone(&wake), queue, unrouted, pipes).map_err(failed("epoll_create1"))?;
     let thread = std::thread::Builder::new().name(format!("stream-{index}"));
-    let thread = thread.spawn(move || worker.run()).map_err(failed("clone"))?;
+    let run = move || {
+        let _guard = Vital;
+        worker.run();
+    };
+    let thread = thread.spawn(run).map_err(failed("clone"))?;
     Ok(Handle { link: Link { commands, wake }, thread })
+}
+
+/// A daemon without one of its workers would go on with a part of its connections lost and nobody told: it ends, and is
+/// started again by who started it.
+struct Vital;
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a worker of the stream path has panicked: a defect in shunt");
+            std::process::abort();
+        }
+    }
 }
 
 /// The limit on open files of this process, raised to what is allowed; more than that where the privilege is there.
