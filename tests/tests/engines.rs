@@ -50,7 +50,7 @@ fn engines(shunt: &Shunt) -> Result<Vec<String>> {
 }
 
 #[test]
-fn relayed_routes_alone_leave_the_kernel_untouched_and_need_no_privilege() -> Result<()> {
+fn relayed_routes_alone_leave_the_kernels_tables_untouched() -> Result<()> {
     let lab = Lab::builder().forwarding(false).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
     let high = web(COPY).replace("10.88.1.1:80", "10.88.1.1:8080");

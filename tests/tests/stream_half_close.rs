@@ -118,6 +118,32 @@ fn promote(shunt: &Shunt, client: &mut TcpStream, backend: &mut TcpStream) -> Re
     anyhow::bail!("64 MiB were not enough to be moved to splice")
 }
 
+/// Urgent data (`MSG_OOB`, RFC 9293 §3.8.5) stops a read at its mark, and splice altogether.
+#[test]
+fn urgent_data_holds_nothing_up() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_every_relay(|relay| {
+        let mut stream = relay.connect(&lab, &shunt)?;
+        stream.set_nodelay(true)?;
+        for round in 0..3 {
+            stream.write_all(b"before")?;
+            socket2::SockRef::from(&stream).send_out_of_band(b"!")?;
+            stream.write_all(b"after")?;
+            let got = read_some(&mut stream, 12).with_context(|| format!("round {round}"))?;
+            // The urgent byte is one of the stream (RFC 6093 §4).
+            ensure!(got == b"before!after", "round {round}: {:?}", String::from_utf8_lossy(&got));
+        }
+        socket2::SockRef::from(&stream).send_out_of_band(b"!")?;
+        stream.write_all(b"and all the rest")?;
+        stream.shutdown(Shutdown::Write)?;
+        let (rest, end) = read_to_end(&mut stream, AT_ONCE)?;
+        ensure!(rest == b"!and all the rest" && end == End::Finished, "{:?}", String::from_utf8_lossy(&rest));
+        shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)
+    })
+}
+
 /// Of the servers at hand the one that does not mind a client that has finished: nginx takes it for one that has gone.
 const HTTP_SERVER: &str = r#"
 import functools, http.server

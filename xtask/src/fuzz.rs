@@ -27,10 +27,11 @@ struct Target {
     text: bool,
 }
 
-const TARGETS: [Target; 3] = [
+const TARGETS: [Target; 4] = [
     Target { name: "hello", longest: 17_000, text: false },
     Target { name: "proxy", longest: 4_200, text: false },
     Target { name: "config", longest: 8_192, text: true },
+    Target { name: "session", longest: 400, text: false },
 ];
 
 /// `-C` options: coverage of edges, counted in line, and what is compared with what.

@@ -51,9 +51,14 @@ pub struct Flow {
     pub counted: Option<Counted>,
     /// Its turn was over before its bytes were: it is in the worker's queue.
     pub queued: bool,
-    /// Microseconds on the worker's clock when the first dial began.
+    /// Microseconds on the worker's clock when it was accepted.
+    pub accepted: u64,
+    /// … and when the first dial began.
     pub dialed: u64,
 }
+
+// An idle connection is this and its two sockets in the kernel.
+const _: () = assert!(size_of::<Flow>() <= 448);
 
 /// What is only needed until a backend has answered.
 #[derive(Debug)]

@@ -47,6 +47,7 @@ pub struct StreamPath {
     pub commands: mpsc::Sender<StreamCommand>,
     pub reader: Reader,
     workers: Vec<Handle>,
+    /// Also those that are gone and not forgotten: one that comes back goes on counting where it was.
     routes: HashMap<u32, Arc<Route>>,
     listens: BTreeMap<SocketAddr, Vec<u32>>,
     certificates: Watch,
@@ -239,7 +240,6 @@ impl Streams for StreamPath {
         }
         for id in gone {
             let leaving = Leaving::new(self.workers.len());
-            self.routes.remove(&id);
             self.reader.tls.put(id, None);
             changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));
         }
@@ -254,6 +254,7 @@ impl Streams for StreamPath {
     }
 
     fn forget(&mut self, id: u32) {
+        self.routes.remove(&id);
         self.reader.meters.remove(id);
     }
 
@@ -268,9 +269,8 @@ impl Streams for StreamPath {
             .collect();
         let joined = tokio::task::spawn_blocking(move || {
             for thread in threads {
-                if thread.join().is_err() {
-                    tracing::error!("a worker of the stream path has panicked");
-                }
+                // One that panicked has ended the process.
+                let _ = thread.join();
             }
         });
         let _ = joined.await;
@@ -291,8 +291,25 @@ fn spawn(index: u8, shared: Shared, unrouted: Arc<RouteMeter>, pipes: usize) -> 
     let worker =
         Worker::new(index, shared, Arc::clone(&wake), queue, unrouted, pipes).map_err(failed("epoll_create1"))?;
     let thread = std::thread::Builder::new().name(format!("stream-{index}"));
-    let thread = thread.spawn(move || worker.run()).map_err(failed("clone"))?;
+    let run = move || {
+        let _guard = Vital;
+        worker.run();
+    };
+    let thread = thread.spawn(run).map_err(failed("clone"))?;
     Ok(Handle { link: Link { commands, wake }, thread })
+}
+
+/// A daemon without one of its workers would go on with a part of its connections lost and nobody told: it ends, and is
+/// started again by who started it.
+struct Vital;
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a worker of the stream path has panicked: a defect in shunt");
+            std::process::abort();
+        }
+    }
 }
 
 /// The limit on open files of this process, raised to what is allowed; more than that where the privilege is there.

@@ -89,7 +89,7 @@ impl Poll {
 
     /// Everything about a connection, once and for all: no further call is made for it until it is closed.
     pub fn add_flow(&self, fd: impl AsFd, source: Source) -> Result<(), Errno> {
-        let all = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        let all = EventFlags::IN | EventFlags::PRI | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         epoll::add(&self.epoll, fd, EventData::new_u64(source.token()), all)
     }
 

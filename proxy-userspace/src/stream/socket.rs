@@ -30,11 +30,14 @@ pub struct Socket {
     pub hung_up: bool,
     /// There was a reset, or the peer has vanished.
     pub failed: bool,
+    /// Urgent data has come. A read stops at its mark, so a short one need not have emptied the queue (`tcp_recvmsg_locked`),
+    /// and a splice does not get past it (`tcp_read_sock`).
+    pub urgent: bool,
 }
 
 impl Socket {
     pub fn new(fd: OwnedFd) -> Self {
-        Self { fd, readable: false, writable: false, finished: false, hung_up: false, failed: false }
+        Self { fd, readable: false, writable: false, finished: false, hung_up: false, failed: false, urgent: false }
     }
 
     pub fn note(&mut self, events: EventFlags) {
@@ -42,13 +45,16 @@ impl Socket {
         self.hung_up |= over;
         self.failed |= events.contains(EventFlags::ERR);
         self.finished |= events.contains(EventFlags::RDHUP);
+        self.urgent |= events.contains(EventFlags::PRI);
         self.readable |= over || events.intersects(EventFlags::IN | EventFlags::RDHUP);
         self.writable |= over || events.contains(EventFlags::OUT);
     }
 
-    /// The FIN is known to be all that is left once the queue is empty: no call is needed to read it.
-    pub fn only_fin_left(&self) -> bool {
-        self.finished && !self.hung_up
+    /// A read gave less than there was room for: the queue is empty, and what comes next makes a new event. True when the
+    /// FIN is known to be all that is left, so that no call is needed to read it.
+    pub fn read_short(&mut self) -> bool {
+        self.readable = self.finished || self.hung_up || self.urgent;
+        self.finished && !self.hung_up && !self.urgent
     }
 
     /// Closing it will send a reset, and throws away what is not sent.
@@ -71,12 +77,14 @@ fn family(address: IpAddr) -> AddressFamily {
 }
 
 /// Listens, but accepts nothing yet. Other sockets of this kind may have the same address: the kernel deals connections out
-/// among them (`SO_REUSEPORT`). The address need not be on this machine yet. What is accepted inherits `TCP_NODELAY`.
+/// among them (`SO_REUSEPORT`). The address need not be on this machine yet. What is accepted inherits its options.
 pub fn listener(address: SocketAddr) -> io::Result<OwnedFd> {
     let fd = socket_with(family(address.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
     sockopt::set_socket_reuseaddr(&fd, true)?;
     sockopt::set_socket_reuseport(&fd, true)?;
     sockopt::set_tcp_nodelay(&fd, true)?;
+    // Urgent bytes are bytes of the stream (RFC 6093 §4).
+    sockopt::set_socket_oobinline(&fd, true)?;
     match address.ip() {
         IpAddr::V4(_) => sockopt::set_ip_freebind(&fd, true)?,
         IpAddr::V6(_) => {
@@ -111,6 +119,7 @@ pub fn start_listening(fd: &OwnedFd) -> io::Result<()> {
 pub fn dial(to: SocketAddr, keepalive: bool) -> Result<Socket, Errno> {
     let fd = socket_with(family(to.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
     sockopt::set_tcp_nodelay(&fd, true)?;
+    sockopt::set_socket_oobinline(&fd, true)?;
     if keepalive {
         sockopt::set_socket_keepalive(&fd, true)?;
     }

@@ -247,10 +247,13 @@ fn echo(mut stream: impl Read + Write) {
     }
 }
 
+/// What a backend knows of its last connection: the protocol, and whether it had a certificate.
+type Told = (Option<Vec<u8>>, bool);
+
 /// Echoes; asks for a client certificate but does not insist.
 pub struct TlsBackend {
     pub address: SocketAddr,
-    last: Arc<Mutex<Option<(Option<Vec<u8>>, bool)>>>,
+    last: Arc<Mutex<Option<Told>>>,
 }
 
 impl TlsBackend {
@@ -294,8 +297,7 @@ impl TlsBackend {
         backend
     }
 
-    /// Of the last connection: its protocol, and whether it had a certificate.
-    pub fn told(&self) -> Option<(Option<Vec<u8>>, bool)> {
+    pub fn told(&self) -> Option<Told> {
         self.last.lock().expect("no panic").clone()
     }
 }

@@ -45,6 +45,24 @@ pub fn tcp_sockets(host: &Host, states: &[&str]) -> Result<usize> {
     Ok(run(&mut command)?.lines().count())
 }
 
+/// Bytes in the receive and send queues of all TCP sockets of `host`.
+pub fn queued_bytes(host: &Host) -> Result<u64> {
+    let listing = run(host.command("ss").args(["-Htn"]))?;
+    // State, Recv-Q, Send-Q, addresses.
+    let numbers =
+        |line: &str| -> u64 { line.split_whitespace().skip(1).take(2).filter_map(|n| n.parse::<u64>().ok()).sum() };
+    Ok(listing.lines().map(numbers).sum())
+}
+
+/// Bytes that one TCP socket of `host` may hold at most, to be received and to be sent (`tcp_rmem`, `tcp_wmem`).
+pub fn socket_buffers(host: &Host) -> Result<u64> {
+    let largest = |key: &str| -> Result<u64> {
+        let three = host.sysctl(key)?;
+        three.split_whitespace().last().and_then(|n| n.parse().ok()).with_context(|| format!("{key}: {three}"))
+    };
+    Ok(largest("net.ipv4.tcp_rmem")? + largest("net.ipv4.tcp_wmem")?)
+}
+
 /// Resident memory of a process in bytes (`VmRSS`).
 pub fn resident_bytes(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid}"))?;

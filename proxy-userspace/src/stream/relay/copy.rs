@@ -31,10 +31,8 @@ impl Way {
                 Err(Errno::INTR) => continue,
                 Err(_) => return Err(Broken::From),
             };
-            // A short read has emptied the queue: what comes next makes a new event.
             if read < room {
-                from.readable = from.finished || from.hung_up;
-                self.ended = from.only_fin_left();
+                self.ended = from.read_short();
             }
             // The FIN that follows goes into the same segment.
             let flags = if self.ended { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };

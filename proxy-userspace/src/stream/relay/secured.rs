@@ -166,9 +166,9 @@ impl Way {
                     return Ok(Some((kept, 0)));
                 }
                 Ok((read, _)) => {
-                    // A short read has emptied the queue: what comes next makes a new event.
                     if read < wanted {
-                        from.socket.readable = from.socket.finished || from.socket.hung_up;
+                        // An end is read as one: whether TLS has said it before is what matters.
+                        from.socket.read_short();
                     }
                     return Ok(Some((kept + read, read)));
                 }

@@ -28,7 +28,8 @@ impl Way {
         }
         let mut turn = TURN;
         while from.readable && !self.ended {
-            let Some(pipe) = stores.pipes.take() else { return self.copy(from, to, stores) };
+            let pipe = if from.urgent { None } else { stores.pipes.take() };
+            let Some(pipe) = pipe else { return self.copy(from, to, stores) };
             match splice(&from.fd, None, &pipe.write, None, pipe.size, FLAGS) {
                 Ok(0) => {
                     self.ended = true;

@@ -123,6 +123,7 @@ impl Worker {
             admitted: None,
             counted: None,
             queued: false,
+            accepted: self.micros,
             dialed: 0,
         };
         self.begin(key, Box::new(flow), slot);

@@ -94,7 +94,7 @@ impl Worker {
         if reason == Reason::TlsHandshakeTimeout {
             self.handshake_ended(flow, Shaken::Timeout);
         }
-        let age = Duration::from_millis(self.now().0.saturating_sub(flow.session.began().0));
+        let age = Duration::from_micros(self.micros.saturating_sub(flow.accepted));
         let slot = &mut self.slots[flow.slot];
         slot.open -= 1;
         let meter = &slot.meter.engines[meter_slot(flow.means)];

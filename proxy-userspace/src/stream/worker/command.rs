@@ -183,7 +183,10 @@ impl Worker {
     }
 
     fn leave(&mut self, slot: usize, leaving: Option<Leaving>) {
-        let drain = self.slots[slot].route.as_ref().map_or(Duration::ZERO, |route| route.config.timeouts.drain);
+        let drains = |slot: &Slot| slot.route.as_ref().map(|route| route.config.timeouts.drain);
+        // A connection whose route is not known yet may become one of any.
+        let drain =
+            drains(&self.slots[slot]).or_else(|| self.slots.iter().filter_map(drains).max()).unwrap_or_default();
         let until = self.now().after(drain);
         self.slots[slot].leaving = Some(Departure { until, leaving });
         self.rearm(slot);

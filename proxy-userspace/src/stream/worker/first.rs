@@ -9,8 +9,8 @@ use proxy_core::{
     reason::Reason,
     session::{Event, How},
     sniff::{
-        hello::{Alert, MAX_HELLO},
-        proxy::{self, MAX_HEADER, Outgoing, write_v1, write_v2},
+        hello::{Alert, Hello, MAX_HELLO, NotHello},
+        proxy::{self, MAX_HEADER, Outgoing, kind, write_v1, write_v2},
     },
 };
 use rustix::{
@@ -46,7 +46,7 @@ impl Worker {
                 Ok((read, _)) => {
                     early.received.extend_from_slice(&scratch[..read]);
                     if read < room {
-                        flow.client.readable = flow.client.finished || flow.client.hung_up;
+                        flow.client.read_short();
                     }
                 }
                 Err(Errno::AGAIN) => {
@@ -131,26 +131,34 @@ impl Worker {
         match version {
             ProxyVersion::V1 => write_v1(source, destination),
             ProxyVersion::V2 => {
-                let id = self.id(flow).to_string();
+                let own_id = self.id(flow).to_string();
+                let received = early.header.as_ref().map(|header| &header.tlvs);
+                // The first proxy's name for the connection is the one that all of them know.
+                let named = received.is_some_and(|tlvs| tlvs.get(kind::UNIQUE_ID).is_some());
                 let hello = early.hello.as_ref();
                 let leg = flow.tls.as_ref().and_then(|tls| tls.client.as_ref());
                 let ssl = leg.map(about_tls);
                 let outgoing = Outgoing {
-                    source,
-                    destination,
                     alpn: match leg {
                         Some(leg) => leg.alpn(),
-                        None => hello.and_then(|hello| hello.alpn.iter().next()),
+                        None => hello.and_then(only_protocol),
                     },
                     authority: hello.and_then(|hello| hello.sni.as_deref()),
-                    unique_id: Some(id.as_bytes()),
+                    unique_id: Some(own_id.as_bytes()).filter(|_| !named),
                     ssl: ssl.as_deref(),
-                    received: early.header.as_ref().map(|header| &header.tlvs),
+                    received,
+                    ..Outgoing::new(source, destination)
                 };
                 write_v2(&outgoing, true)
             }
         }
     }
+}
+
+/// What the client and the backend will agree on is only known when there is no choice.
+fn only_protocol(hello: &Hello) -> Option<&[u8]> {
+    let mut offered = hello.alpn.iter();
+    offered.next().filter(|_| offered.next().is_none())
 }
 
 fn verdict(early: &mut Early, client: &mut std::net::SocketAddr) -> Verdict {
@@ -181,10 +189,12 @@ fn verdict(early: &mut Early, client: &mut std::net::SocketAddr) -> Verdict {
                 early.hello = Some(hello);
                 decision
             }
-            Err(bad) => {
-                alert = bad.alert();
+            Err(NotHello::NotTls) => {
+                alert = None;
                 listen.port.choose(client.ip(), First::NotTls)
             }
+            // What is TLS, but not as it should be, is for no route: it would be read one way here and another way there.
+            Err(bad) => return Verdict::No(Reason::TlsHandshakeFailed, bad.alert()),
         },
         known => {
             alert = None;

@@ -224,7 +224,7 @@ fn go_on(socket: &mut Socket, leg: &mut Leg, buffers: &mut Buffers) -> Step {
                 Ok((read, _)) => {
                     there += read;
                     if read < RECORD {
-                        socket.readable = socket.finished || socket.hung_up;
+                        socket.read_short();
                     }
                 }
                 Err(Errno::AGAIN) => {

@@ -17,12 +17,17 @@ impl Shunt {
         }
     }
 
-    /// The connection of the client's `stream`, while it is open.
+    /// The connection of the client's `stream`, while it is open: the one to where the client connected, or, in a daemon
+    /// further behind, the only one of that client.
     pub fn connection_of(&self, stream: &TcpStream) -> Result<Option<Value>> {
-        let client = stream.local_addr()?;
+        let (client, to) = (stream.local_addr()?, stream.peer_addr()?);
         let list = self.cli_json(&["connections", "--client", &client.ip().to_string()])?;
         let list = list.as_array().context("`shunt connections --json` is not an array")?;
-        Ok(list.iter().find(|c| c["client"] == client.to_string()).cloned())
+        // A client uses its port again towards another address.
+        let of_client: Vec<&Value> = list.iter().filter(|c| c["client"] == client.to_string()).collect();
+        let there = of_client.iter().find(|c| c["listen"] == to.to_string());
+        let only = of_client.first().filter(|_| of_client.len() == 1);
+        Ok(there.or(only).map(|c| (*c).clone()))
     }
 
     /// The engine that the connection of the client's `stream` is moved by now.
