@@ -63,10 +63,9 @@ fn what_nft_cannot_do_the_daemon_relays_and_says_so() {
 
 #[test]
 fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
-    for (extra, refusal) in [
-        ("protocol = \"udp\"", Refusal::OnlyTcp),
-        ("source_address = \"client\"", Refusal::ClientSource),
-    ] {
+    for (extra, refusal) in
+        [("protocol = \"udp\"", Refusal::OnlyTcp), ("source_address = \"client\"", Refusal::ClientSource)]
+    {
         assert_eq!(relayed(&route(extra)).1, [refusal], "{extra}");
     }
     let range = |last: u16| {

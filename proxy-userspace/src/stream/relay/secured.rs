@@ -85,7 +85,7 @@ impl Way {
                 Read::Nothing => break,
             }
         }
-        let finished = self.ended && !self.passed_on && self.pass_on(to, answered, stores)?;
+        let finished = self.ended && !self.passed_on && self.pass_on(to, answered)?;
         Ok(Moved { bytes: self.bytes - before, finished, again, moved: moved || self.bytes > before })
     }
 
@@ -180,15 +180,18 @@ impl Way {
     }
 
     /// The end, in the words of the other side. True when it is through.
-    fn pass_on(&mut self, to: End<'_>, answered: bool, stores: &mut Stores) -> Result<bool, Broken> {
+    fn pass_on(&mut self, to: End<'_>, answered: bool) -> Result<bool, Broken> {
         if !matches!(self.waiting, Waiting::Nothing) {
             return Ok(false);
         }
         match to.leg {
             None if self.truncated && !answered => return Err(Broken::From),
             Some(leg) if !self.truncated && !leg.close_sent => {
-                self.waiting = Waiting::Bytes(Held::first(leg.close(), &[]));
-                if !self.flush(to.socket, &mut stores.buffers)? {
+                let record = leg.close();
+                // In one segment with the FIN: a peer that has closed its socket answers the record alone with a reset.
+                let sent = send_all(to.socket, &record, SendFlags::NOSIGNAL | SendFlags::MORE)?;
+                if let Some(left) = record.get(sent..).filter(|left| !left.is_empty()) {
+                    self.waiting = Waiting::Bytes(Held::first(left.to_vec(), &[]));
                     return Ok(false);
                 }
             }

@@ -10,7 +10,7 @@ use std::{fmt, sync::Arc};
 
 use proxy_core::session::Tick;
 use rustls::{
-    CipherSuite, ClientConfig, Error, HandshakeKind, ProtocolVersion, ServerConfig,
+    ClientConfig, Error, HandshakeKind, ProtocolVersion, ServerConfig,
     client::{ClientConnectionData, UnbufferedClientConnection},
     pki_types::{CertificateDer, ServerName},
     server::{ServerConnectionData, UnbufferedServerConnection},
@@ -178,10 +178,6 @@ impl Leg {
 
     pub fn version(&self) -> Option<ProtocolVersion> {
         about!(self, connection => connection.protocol_version())
-    }
-
-    pub fn cipher(&self) -> Option<CipherSuite> {
-        about!(self, connection => connection.negotiated_cipher_suite()).map(|suite| suite.suite())
     }
 
     /// The certificate the peer has shown.
