@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proxy_core::reason::Reason;
+use proxy_core::{
+    reason::Reason,
+    sniff::proxy::{self, kind},
+};
 use rustls::{HandshakeKind, version};
 
 use tls::{Authority, Files, SOON, Served, TlsBackend, echo_server, pattern};
@@ -232,6 +235,33 @@ fn a_plain_client_can_have_an_encrypted_backend() {
     sender.join().expect("sent");
     assert!(back == data, "came back different");
     served.ended(Reason::FinishedClientFirst);
+}
+
+#[test]
+fn a_plain_backend_is_told_of_the_clients_tls_in_a_proxy_header() {
+    let authority = Authority::new("told");
+    let files = authority.issue("web", &["web.example"]);
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let backend = listener.local_addr().expect("an address");
+    let settings = terminate(&files, &format!("alpn = [\"h2\"]\nclient_ca = \"{}\"", authority.file.display()));
+    let served = Served::new(&[backend], &format!("proxy_protocol = {{ send = \"v2\" }}\n{settings}"));
+    let config = authority.client(&[&version::TLS13], Some(&authority.issue("alice", &["alice"])), &[b"h2"]);
+    let mut client = served.tls_with(config, "web.example");
+    client.write_all(b"hello").expect("written");
+    let (mut stream, _) = listener.accept().expect("a connection");
+    let mut received = vec![0; 16];
+    stream.read_exact(&mut received).expect("a header");
+    let rest = usize::from(u16::from_be_bytes([received[14], received[15]])) + 5;
+    received.resize(16 + rest, 0);
+    stream.read_exact(&mut received[16..]).expect("the rest, and the payload");
+    let (header, length) = proxy::parse(&received).expect("a header").expect("all of it");
+    assert_eq!(&received[length..], b"hello");
+    let told = |kind| header.tlvs.get(kind).map(<[u8]>::to_vec);
+    assert_eq!(told(kind::ALPN), Some(b"h2".to_vec()));
+    assert_eq!(told(kind::AUTHORITY), Some(b"web.example".to_vec()));
+    let ssl = [&[0x07, 0, 0, 0, 0][..], b"\x21\x00\x07TLSv1.3", b"\x22\x00\x05alice"].concat();
+    assert_eq!(told(kind::SSL), Some(ssl));
+    assert_eq!(header.ends.map(|ends| ends.source), client.sock.local_addr().ok());
 }
 
 #[test]

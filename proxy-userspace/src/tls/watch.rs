@@ -10,13 +10,15 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
         mpsc::{self, RecvTimeoutError},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::{EXPIRES_SOON, RouteTls, now, route::Looked};
 
 /// From one look to the next. A change is taken when two looks have found the same: a pair is written file by file.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// Looking takes at most one part in so many of a core: fifty thousand routes are looked at less often.
+const SHARE: u32 = 100;
 
 /// The routes with TLS, by id, and how their renewals went. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -96,12 +98,16 @@ impl Watch {
     pub fn start(registry: Registry) -> std::io::Result<Self> {
         let (now, asked) = mpsc::channel();
         std::thread::Builder::new().name("certificates".into()).spawn(move || {
+            let mut rest = INTERVAL;
             loop {
-                match asked.recv_timeout(INTERVAL) {
+                let asked = asked.recv_timeout(rest);
+                let began = Instant::now();
+                match asked {
                     Ok(()) => registry.look(true),
                     Err(RecvTimeoutError::Timeout) => registry.look(false),
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
+                rest = INTERVAL.max(began.elapsed() * SHARE);
             }
         })?;
         Ok(Self(now))
