@@ -41,9 +41,9 @@ pub fn measure(lab: &Lab, shunt: &Path, duration: Duration, rounds: u16) -> Resu
     let mut taken: Vec<(&'static str, Vec<Sample>)> = Vec::new();
     for _ in 0..rounds {
         for peer in PEERS {
-            let (pids, guard) = start(peer, lab, shunt)?;
+            let (pids, running) = start(peer, lab, shunt)?;
             let samples = one(lab, &pids, duration).with_context(|| format!("TLS, {peer}"))?;
-            drop(guard);
+            running.stop()?;
             taken.push((peer, samples));
         }
     }
@@ -84,14 +84,24 @@ fn certificates(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Ends what it started when it is dropped.
+/// A proxy at work.
 #[derive(Debug)]
-enum Guard {
-    _Program(Running),
-    _Shunt(Box<Shunt>),
+enum Peer {
+    Program(Running),
+    Shunt(Box<Shunt>),
 }
 
-fn start(peer: &str, lab: &Lab, shunt: &Path) -> Result<(Vec<u32>, Guard)> {
+impl Peer {
+    fn stop(self) -> Result<()> {
+        match self {
+            Self::Program(running) => drop(running),
+            Self::Shunt(mut shunt) => drop(shunt.terminate(Duration::from_secs(40))?),
+        }
+        Ok(())
+    }
+}
+
+fn start(peer: &str, lab: &Lab, shunt: &Path) -> Result<(Vec<u32>, Peer)> {
     let dir = lab.dir().display().to_string();
     let config = match peer {
         "HAProxy" => HAPROXY,
@@ -101,7 +111,7 @@ fn start(peer: &str, lab: &Lab, shunt: &Path) -> Result<(Vec<u32>, Guard)> {
     let config = config.replace("@DIR@", &dir);
     if peer == "shunt" {
         let shunt = Shunt::builder().binary(shunt).start(lab, &config)?;
-        return Ok((vec![shunt.pid()?], Guard::_Shunt(Box::new(shunt))));
+        return Ok((vec![shunt.pid()?], Peer::Shunt(Box::new(shunt))));
     }
     let file = lab.dir().join(format!("{peer}-tls.conf"));
     fs::write(&file, config).context("write the peer's configuration")?;
@@ -110,7 +120,7 @@ fn start(peer: &str, lab: &Lab, shunt: &Path) -> Result<(Vec<u32>, Guard)> {
         "HAProxy" => lab.serve(lab.gateway(), "haproxy", "haproxy", &["-db", "-f", file], ECDSA)?,
         _ => lab.serve(lab.gateway(), "nginx-tls", "nginx", &["-e", "stderr", "-p", &dir, "-c", file], ECDSA)?,
     };
-    Ok((paths::with_children(running.pid())?, Guard::_Program(running)))
+    Ok((paths::with_children(running.pid())?, Peer::Program(running)))
 }
 
 fn one(lab: &Lab, pids: &[u32], duration: Duration) -> Result<Vec<Sample>> {
