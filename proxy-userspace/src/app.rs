@@ -23,7 +23,7 @@ use crate::{
     health::Checks,
     kernel::{
         capability,
-        conntrack::NetlinkConntrack,
+        conntrack::{Hear, NetlinkConntrack},
         memory,
         nft::{KernelNft, Nft, NftError, NftMonitor},
         sysctl::{self, Restored, Settings},
@@ -178,9 +178,10 @@ impl Daemon {
             drained: drained_tx,
             failed_dials: failed_tx,
         };
-        // Before the table: no connection begins unseen.
-        let tracker = Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE))
-            .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))?;
+        // Before the table: no connection ends unheard.
+        let tracker =
+            Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE, Hear::as_needed()))
+                .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))?;
         let mut announcer = Announcer::new(tracker.inputs.clone(), clock, capabilities.nft_ct_timeout);
         let refuse_route = |error: ReconcileError| {
             let told = failure(&error);

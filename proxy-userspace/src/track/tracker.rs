@@ -134,9 +134,7 @@ impl<C: Conntrack> Task<C> {
 
     /// Logs what has ended.
     fn close(&mut self) {
-        if self.routed {
-            self.dump();
-        }
+        self.look();
         let now = self.clock.now();
         self.table.report_all(now);
         self.log_ended();
@@ -183,8 +181,8 @@ impl<C: Conntrack> Task<C> {
                 self.publish(now);
             }
             Input::DropUdp(down) => {
-                // A flow whose first packet has passed must be known before it can be dropped.
-                self.drain();
+                // A flow must be known before it can be dropped.
+                self.look();
                 self.drop_udp(&down, now);
                 self.down.push(down);
             }
@@ -200,7 +198,12 @@ impl<C: Conntrack> Task<C> {
     }
 
     fn change_routes(&mut self, changed: &[(u32, Arc<RouteInfo>)], gone: &[u32], now: Now) {
-        self.drain();
+        // What a route leaves behind must be known before it is cut, or the route said to be drained.
+        if !gone.is_empty() || changed.iter().any(|(_, info)| info.drain_until.is_some()) {
+            self.look();
+        } else {
+            self.drain();
+        }
         let name = |id: &u32| Some((*id, Arc::clone(&self.table.tally(*id)?.info.name)));
         let renamed = changed.iter().filter_map(|(id, info)| name(id).filter(|(_, known)| *known != info.name));
         let forgotten: Vec<(u32, Arc<str>)> = gone.iter().filter_map(name).chain(renamed).collect();
@@ -214,9 +217,7 @@ impl<C: Conntrack> Task<C> {
     fn obey(&mut self, command: FlowCommand) {
         match command {
             FlowCommand::Connections { filter, reply } => {
-                if self.routed {
-                    self.dump();
-                }
+                self.look();
                 let _ = reply.send(Ok(commands::list(&self.table, &filter, self.clock.now())));
             }
             FlowCommand::Kill { id, reply } => {
@@ -331,6 +332,13 @@ impl<C: Conntrack> Task<C> {
         let over = self.table.lingering(usize::try_from(excess).unwrap_or(usize::MAX));
         if let Err(error) = self.conntrack.delete(&over) {
             self.failed(&error);
+        }
+    }
+
+    /// Everything that lives now is known then.
+    fn look(&mut self) {
+        if self.routed {
+            self.dump();
         }
     }
 

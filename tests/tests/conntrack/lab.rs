@@ -16,7 +16,7 @@ use proxy_core::{
     conntrack::{Entry, Event},
     flow::MarkLayout,
 };
-use proxy_userspace::kernel::conntrack::{Conntrack, MarkFilter, NetlinkConntrack};
+use proxy_userspace::kernel::conntrack::{Conntrack, Hear, MarkFilter, NetlinkConntrack};
 
 pub const ALL: &[MarkFilter] = &[MarkFilter { value: 0, mask: 0 }];
 pub const TCP_ROUTE: u32 = 1;
@@ -146,7 +146,8 @@ impl Lab {
         self.inside("g", || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
             let _inside = runtime.enter();
-            let mut conntrack = NetlinkConntrack::open(layout().id_mask(), buffer).expect("conntrack sockets");
+            let mut conntrack =
+                NetlinkConntrack::open(layout().id_mask(), buffer, Hear::BeginningsAndEnds).expect("conntrack sockets");
             work(&mut conntrack)
         })
     }

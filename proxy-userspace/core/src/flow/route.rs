@@ -95,10 +95,9 @@ impl RouteTally {
         *self.backends.entry(backend).or_default() += 1;
     }
 
-    pub(super) fn ended(&mut self, backend: SocketAddr, reason: Reason, age: Duration) {
+    pub(super) fn ended(&mut self, backend: SocketAddr, reason: Reason) {
         self.active = self.active.saturating_sub(1);
         self.terminations[reason as usize] += 1;
-        self.ages.observe(age);
         if let Some(count) = self.backends.get_mut(&backend) {
             *count = count.saturating_sub(1);
             if *count == 0 {
