@@ -349,9 +349,9 @@ impl<C: Conntrack> Task<C> {
         let stretched = (self.last_dump_took * DUMP_SHARE).clamp(self.interval, self.interval * MOST_INTERVALS);
         self.next_dump = now.mono + stretched;
         self.table.begin_dump(kind, self.next_dump, now);
-        let filters = self.filters(kind);
+        let filter = self.filter(kind);
         let table = &mut self.table;
-        if let Err(error) = self.conntrack.dump(&filters, &mut |entry| table.observe(entry, now)) {
+        if let Err(error) = self.conntrack.dump(filter, &mut |entry| table.observe(entry, now)) {
             return self.failed(&error);
         }
         self.drain();
@@ -375,17 +375,10 @@ impl<C: Conntrack> Task<C> {
         }
     }
 
-    /// The kernel can compare bits with one value, so what lives (three of the eight end numbers) takes two passes.
-    fn filters(&self, kind: DumpKind) -> Vec<MarkFilter> {
-        let layout = self.table.layout();
-        let [open, client, backend] =
-            [End::Open, End::ClientFinished, End::BackendFinished].map(|e| layout.end_bits(e));
+    fn filter(&self, kind: DumpKind) -> MarkFilter {
         match kind {
-            DumpKind::Full => vec![MarkFilter { value: 0, mask: 0 }],
-            DumpKind::Live => vec![
-                MarkFilter { value: open, mask: layout.end_mask() & !client },
-                MarkFilter { value: backend, mask: layout.end_mask() },
-            ],
+            DumpKind::Full => MarkFilter { value: 0, mask: 0 },
+            DumpKind::Live => MarkFilter { value: 0, mask: self.table.layout().over_mask() },
         }
     }
 

@@ -252,7 +252,7 @@ impl Kernel {
     fn mark_cut(&mut self, key: EntryKey) {
         let layout = self.table.layout();
         if let Some(entry) = self.entries.values_mut().find(|entry| EntryKey::from(&**entry) == key) {
-            entry.mark |= layout.end_bits(End::Cut);
+            entry.mark = entry.mark & !layout.end_mask() | layout.end_bits(End::Cut);
         }
     }
 

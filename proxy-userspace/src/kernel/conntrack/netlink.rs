@@ -198,12 +198,10 @@ impl Conntrack for NetlinkConntrack {
         Ok(Drained { more: true })
     }
 
-    fn dump(&mut self, filters: &[MarkFilter], each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {
-        for filter in filters {
-            for _ in 0..DUMP_TRIES {
-                if self.dump_once(*filter, each)? == Complete::Yes {
-                    break;
-                }
+    fn dump(&mut self, filter: MarkFilter, each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {
+        for _ in 0..DUMP_TRIES {
+            if self.dump_once(filter, each)? == Complete::Yes {
+                break;
             }
         }
         Ok(())
