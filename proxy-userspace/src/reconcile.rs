@@ -19,11 +19,11 @@ use std::{
 use proxy_core::{
     capability::Capabilities,
     config::{Config, Route, RouteName},
-    diff::{Assembly, Ownership, Updates, diff},
+    diff::{Assembly, Ownership, Update, Updates, diff},
     flow::MarkLayout,
     plan::{Plan, Replan, RoutePlan, Unserved, replan},
     pool::Pool,
-    ruleset::{Context, draining, fragment, names},
+    ruleset::{Context, Fragment, Ruleset, draining, fragment, names},
     view,
 };
 
@@ -219,16 +219,17 @@ impl<N: Nft> Reconciler<N> {
             let counts_no_backend = old.is_some_and(|s| s.counts_no_backend);
             let Some(id) = self.ids.id(&plan.route.name) else { continue };
             let made = self.make(id, plan, pool, counts_no_backend);
-            updates.insert(id, Some(self.fragment(&made)));
+            updates.insert(id, Update { old: self.committed(id), new: self.fragment(&made) });
             served.push(made);
         }
         for plan in gone {
             if let Some(served) = self.served.get(&plan.route.name) {
                 let mark = self.mark(served.id);
-                updates.insert(served.id, Some(draining(&plan.route.name, mark)));
+                let new = draining(&plan.route.name, mark);
+                updates.insert(served.id, Update { old: self.fragment(served), new });
             }
         }
-        outcome.changes = self.apply(updates)?;
+        outcome.changes = self.apply(&updates)?;
         self.unpublished = true;
         for made in served {
             self.draining.remove(&made.id);
@@ -254,7 +255,7 @@ impl<N: Nft> Reconciler<N> {
         self.ids.layout().route_mark(id).unwrap_or_default()
     }
 
-    fn fragment(&self, served: &Served) -> proxy_core::ruleset::Fragment {
+    fn fragment(&self, served: &Served) -> Fragment {
         let endpoints = served.pool.endpoints();
         fragment(
             &served.plan,
@@ -268,9 +269,25 @@ impl<N: Nft> Reconciler<N> {
         )
     }
 
+    /// The fragment of a route as it is in the kernel; empty for a route that is not there.
+    fn committed(&self, id: u32) -> Fragment {
+        if let Some(drain) = self.draining.get(&id) {
+            return draining(&drain.name, self.mark(id));
+        }
+        let served = self.ids.name(id).and_then(|name| self.served.get(name));
+        served.map(|served| self.fragment(served)).unwrap_or_default()
+    }
+
+    /// The table as it should be.
+    fn wanted(&self) -> Ruleset {
+        let served = self.served.values().map(|served| self.fragment(served));
+        let draining = self.draining.iter().map(|(&id, drain)| draining(&drain.name, self.mark(id)));
+        self.assembly.ruleset(served.chain(draining))
+    }
+
     /// One atomic batch. The number of its messages.
-    fn apply(&mut self, updates: Updates) -> Result<usize, NftError> {
-        let changes = self.assembly.changes(&updates);
+    fn apply(&mut self, updates: &Updates) -> Result<usize, NftError> {
+        let changes = self.assembly.changes(updates);
         let result = if changes.is_empty() { Ok(()) } else { self.nft.apply(&changes) };
         match result {
             Ok(()) => {
@@ -290,7 +307,8 @@ impl<N: Nft> Reconciler<N> {
     /// Nothing is left of a route that was draining.
     pub fn drained(&mut self, id: u32) -> Result<Vec<Effect>, NftError> {
         if self.draining.contains_key(&id) {
-            self.apply(Updates::from([(id, None)]))?;
+            let update = Update { old: self.committed(id), new: Fragment::default() };
+            self.apply(&Updates::from([(id, update)]))?;
             self.draining.remove(&id);
             self.ids.release(id);
             self.last_counters.remove(&id);
@@ -303,7 +321,7 @@ impl<N: Nft> Reconciler<N> {
     /// Compares the table with what it should be and mends it. True when there was something to mend.
     pub fn repair(&mut self) -> Result<bool, NftError> {
         let snapshot = self.nft.snapshot()?;
-        let mut wanted = self.assembly.ruleset();
+        let mut wanted = self.wanted();
         self.seed_counters(&mut wanted);
         let nft = &self.nft;
         let changes = diff(wanted, &snapshot, self.ownership(true), |rule| nft.fingerprint(rule));
@@ -331,7 +349,7 @@ impl<N: Nft> Reconciler<N> {
     }
 
     /// Counters of a table that somebody deleted go on from what was read last.
-    fn seed_counters(&self, ruleset: &mut proxy_core::ruleset::Ruleset) {
+    fn seed_counters(&self, ruleset: &mut Ruleset) {
         let layout = self.ids.layout();
         let mut seed = |set: &str, of: &dyn Fn(&Counters) -> proxy_core::ruleset::Counter| {
             let Some(set) = ruleset.sets.get_mut(set) else { return };

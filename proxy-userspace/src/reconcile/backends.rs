@@ -8,7 +8,7 @@ use std::{
 
 use proxy_core::{
     config::{Protocol, RouteName, Target},
-    diff::Updates,
+    diff::{Update, Updates},
     pool::{Checked, Pool},
     view::{self, BackendAdmin},
 };
@@ -90,12 +90,12 @@ impl<N: Nft> Reconciler<N> {
             let down = !pool.endpoints().iter().any(|e| e.up);
             let made = self.make(served.id, &served.plan, pool, served.counts_no_backend || down);
             if moved {
-                updates.insert(made.id, Some(self.fragment(&made)));
+                updates.insert(made.id, Update { old: self.fragment(served), new: self.fragment(&made) });
             }
             changed.push(made);
         }
         if !updates.is_empty() {
-            self.apply(updates)?;
+            self.apply(&updates)?;
         }
         self.unpublished |= !changed.is_empty();
         for made in changed {

@@ -9,7 +9,7 @@ use std::{
 use proxy_core::{
     capability::Capabilities,
     config::{Config, Route, RouteName},
-    diff::{Assembly, Snapshot, Updates, diff},
+    diff::{Assembly, Snapshot, diff},
     flow::MarkLayout,
     plan::{RoutePlan, plan},
     pool::Pool,
@@ -113,22 +113,21 @@ impl<N: Nft> Reconciler<N> {
     pub fn install(&mut self, found: &Found) -> Result<Outcome, ReconcileError> {
         let mut outcome = Outcome::default();
         let refused_before = found.snapshot.sets.get(names::NO_BACKEND);
-        let mut updates = Updates::new();
         for plan in self.plan.routes().to_vec() {
             let Some(id) = self.ids.id(&plan.route.name) else { continue };
             let counts_no_backend =
                 refused_before.is_some_and(|set| set.elements.contains_key(&Key::new(&[KeyPart::Mark(self.mark(id))])));
             let served = self.make(id, &plan, Pool::new(&plan.route), counts_no_backend);
-            updates.insert(id, Some(self.fragment(&served)));
+            let fragment = self.fragment(&served);
+            self.assembly.add(&fragment);
             outcome.added.push(plan.route.name.clone());
             self.served.insert(plan.route.name.clone(), served);
         }
         for (&id, drain) in &self.draining {
-            updates.insert(id, Some(draining(&drain.name, self.mark(id))));
+            self.assembly.add(&draining(&drain.name, self.mark(id)));
             let (name, deadline) = (drain.name.clone(), drain.deadline);
             outcome.effects.push(Effect::Drain { id, name, deadline });
         }
-        self.assembly.commit(updates);
         outcome.changes = self.equalize(&found.snapshot)?;
         outcome.apply = found.began.elapsed();
         self.status.last_apply_ms = outcome.apply.as_secs_f64() * 1e3;
@@ -139,7 +138,7 @@ impl<N: Nft> Reconciler<N> {
 
     /// The number of messages it took.
     fn equalize(&mut self, snapshot: &Snapshot) -> Result<usize, NftError> {
-        let wanted = self.assembly.ruleset();
+        let wanted = self.wanted();
         let nft = &self.nft;
         let changes = diff(wanted, snapshot, self.ownership(false), |rule| nft.fingerprint(rule));
         if !changes.is_empty() {
@@ -153,6 +152,6 @@ impl<N: Nft> Reconciler<N> {
         let snapshot = self.nft.snapshot()?;
         let nft = &self.nft;
         let ownership = self.ownership(true);
-        Ok(diff(self.assembly.ruleset(), &snapshot, ownership, |rule| nft.fingerprint(rule)).len())
+        Ok(diff(self.wanted(), &snapshot, ownership, |rule| nft.fingerprint(rule)).len())
     }
 }

@@ -283,7 +283,7 @@ impl Kernel {
 
     fn check(&mut self) {
         let tally = self.table.tally(1).expect("route");
-        let terminated: u64 = tally.terminations.iter().sum();
+        let terminated: u64 = tally.terminated_in_all();
         assert_eq!(tally.seen, tally.active + terminated);
         assert_eq!(tally.active, tally.backends.values().sum::<u64>());
         let active = self.table.records().filter(|record| record.state.is_active()).count() as u64;

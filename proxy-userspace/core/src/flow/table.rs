@@ -383,7 +383,7 @@ pub(super) fn report(record: &mut Record, tally: &mut RouteTally, now: Now, into
     let State::Closing { reason, ended, reported: false } = record.state else { return };
     record.state = State::Closing { reason, ended, reported: true };
     let duration = ended.saturating_sub(record.start);
-    tally.ages.observe(duration);
+    tally.was(duration);
     into.push(Ended {
         id: record.id,
         route: Arc::clone(&tally.info.name),

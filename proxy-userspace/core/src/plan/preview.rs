@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::Plan;
 use crate::{
     config::{Engine, RouteName, Target},
-    diff::{Assembly, Updates},
+    diff::Preview,
     flow::MarkLayout,
     pool::Pool,
     ruleset::{Context, Marks, fragment, skeleton},
@@ -23,11 +23,11 @@ impl Marks for InFileOrder {
 impl Plan {
     /// Routes have the ids 1, 2, 3 … in file order; a running daemon keeps the ones it gave before. Names are not
     /// resolved. `down`: backends taken for down.
-    pub fn preview(&self, layout: MarkLayout, down: &[Target]) -> Assembly {
+    pub fn preview(&self, layout: MarkLayout, down: &[Target]) -> Preview {
         let ids = || (1u32..).zip(&self.routes);
         let mark = |id| layout.route_mark(id).unwrap_or_default();
         let marks = InFileOrder(ids().map(|(id, plan)| (plan.route.name.clone(), mark(id))).collect());
-        let mut updates = Updates::new();
+        let mut fragments = Vec::new();
         for (id, plan) in ids().filter(|(_, plan)| plan.engine == Some(Engine::Nft)) {
             let mut pool = Pool::new(&plan.route);
             for target in down {
@@ -40,10 +40,8 @@ impl Plan {
                 endpoints: &pool.endpoints(),
                 counts_no_backend: false,
             };
-            updates.insert(id, Some(fragment(plan, context)));
+            fragments.push(fragment(plan, context));
         }
-        let mut assembly = Assembly::new(skeleton(layout));
-        assembly.commit(updates);
-        assembly
+        Preview { skeleton: skeleton(layout), fragments }
     }
 }
