@@ -4,6 +4,7 @@
 //! costs lines, which are counted, and never holds the flow table up.
 
 use std::{
+    fmt::Display,
     io::{self, Write},
     sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     thread::JoinHandle,
@@ -75,10 +76,7 @@ impl AccessLog {
         }
         let time = self.clock.text(ended.at);
         // Writing into a Vec cannot fail.
-        let _ = match self.format {
-            LogFormat::Text => text_line(&mut self.buffer, time, ended, engine),
-            LogFormat::Json => json_line(&mut self.buffer, time, ended, engine),
-        };
+        let _ = line(&mut self.buffer, self.format, time, ended, engine);
         self.lines += 1;
         if self.buffer.len() >= FULL {
             self.flush();
@@ -123,54 +121,70 @@ fn write_all(filled: &Receiver<Vec<u8>>, written: &SyncSender<Vec<u8>>, mut out:
     }
 }
 
-fn text_line(out: &mut Vec<u8>, time: &str, ended: &Ended, engine: Engine) -> io::Result<()> {
-    write!(
-        out,
-        "time={time} id={} client={} listen={} route={} engine={engine} backend={} reason={} duration={}.{:06}",
-        ended.id,
-        ended.client,
-        ended.listen,
-        ended.route,
-        ended.backend,
-        ended.reason.label(),
-        ended.duration.as_secs(),
-        ended.duration.subsec_micros(),
-    )?;
-    if !ended.metered {
-        return out.write_all(b" bytes_in=- bytes_out=- packets_in=- packets_out=-\n");
-    }
-    let (inward, outward) = (ended.traffic_in, ended.traffic_out);
-    writeln!(
-        out,
-        " bytes_in={} bytes_out={} packets_in={} packets_out={}",
-        inward.bytes, outward.bytes, inward.packets, outward.packets
-    )
+fn line(out: &mut Vec<u8>, format: LogFormat, time: &str, ended: &Ended, engine: Engine) -> io::Result<()> {
+    let (duration, metered) = (ended.duration, ended.metered);
+    let mut line = Line { out, format, first: true };
+    line.text("time", &time)?;
+    line.text("id", &ended.id)?;
+    line.text("client", &ended.client)?;
+    line.text("listen", &ended.listen)?;
+    line.text("route", &ended.route)?;
+    line.text("engine", &engine)?;
+    line.text("backend", &ended.backend)?;
+    line.text("reason", &ended.reason.label())?;
+    line.number("duration", &format_args!("{}.{:06}", duration.as_secs(), duration.subsec_micros()))?;
+    line.count("bytes_in", metered.then_some(ended.traffic_in.bytes))?;
+    line.count("bytes_out", metered.then_some(ended.traffic_out.bytes))?;
+    line.count("packets_in", metered.then_some(ended.traffic_in.packets))?;
+    line.count("packets_out", metered.then_some(ended.traffic_out.packets))?;
+    line.end()
 }
 
-/// No value needs escaping: addresses, numbers, labels, and route names of `[a-z0-9-]`.
-fn json_line(out: &mut Vec<u8>, time: &str, ended: &Ended, engine: Engine) -> io::Result<()> {
-    write!(
-        out,
-        "{{\"time\":\"{time}\",\"id\":\"{}\",\"client\":\"{}\",\"listen\":\"{}\",\"route\":\"{}\",\"engine\":\"{engine}\",\
-         \"backend\":\"{}\",\"reason\":\"{}\",\"duration\":{}.{:06}",
-        ended.id,
-        ended.client,
-        ended.listen,
-        ended.route,
-        ended.backend,
-        ended.reason.label(),
-        ended.duration.as_secs(),
-        ended.duration.subsec_micros(),
-    )?;
-    if !ended.metered {
-        return out.write_all(b",\"bytes_in\":null,\"bytes_out\":null,\"packets_in\":null,\"packets_out\":null}\n");
+/// A line in the making. No value needs escaping: addresses, numbers, labels, and route names of `[a-z0-9-]`.
+struct Line<'a> {
+    out: &'a mut Vec<u8>,
+    format: LogFormat,
+    first: bool,
+}
+
+impl Line<'_> {
+    fn text(&mut self, key: &str, value: &dyn Display) -> io::Result<()> {
+        self.key(key)?;
+        match self.format {
+            LogFormat::Text => write!(self.out, "{value}"),
+            LogFormat::Json => write!(self.out, "\"{value}\""),
+        }
     }
-    let (inward, outward) = (ended.traffic_in, ended.traffic_out);
-    writeln!(
-        out,
-        ",\"bytes_in\":{},\"bytes_out\":{},\"packets_in\":{},\"packets_out\":{}}}",
-        inward.bytes, outward.bytes, inward.packets, outward.packets
-    )
+
+    fn number(&mut self, key: &str, value: &dyn Display) -> io::Result<()> {
+        self.key(key)?;
+        write!(self.out, "{value}")
+    }
+
+    fn count(&mut self, key: &str, count: Option<u64>) -> io::Result<()> {
+        match (count, self.format) {
+            (Some(count), _) => self.number(key, &count),
+            (None, LogFormat::Text) => self.number(key, &"-"),
+            (None, LogFormat::Json) => self.number(key, &"null"),
+        }
+    }
+
+    fn key(&mut self, key: &str) -> io::Result<()> {
+        let first = std::mem::take(&mut self.first);
+        match (self.format, first) {
+            (LogFormat::Text, true) => write!(self.out, "{key}="),
+            (LogFormat::Text, false) => write!(self.out, " {key}="),
+            (LogFormat::Json, true) => write!(self.out, "{{\"{key}\":"),
+            (LogFormat::Json, false) => write!(self.out, ",\"{key}\":"),
+        }
+    }
+
+    fn end(self) -> io::Result<()> {
+        self.out.write_all(match self.format {
+            LogFormat::Text => b"\n",
+            LogFormat::Json => b"}\n",
+        })
+    }
 }
 
 /// RFC 3339 in UTC. Lines come in bursts of the same second, so only the fraction is written anew.

@@ -282,7 +282,9 @@ impl<N: Nft> Reconciler<N> {
     fn wanted(&self) -> Ruleset {
         let served = self.served.values().map(|served| self.fragment(served));
         let draining = self.draining.iter().map(|(&id, drain)| draining(&drain.name, self.mark(id)));
-        self.assembly.ruleset(served.chain(draining))
+        let mut whole = self.assembly.whole();
+        served.chain(draining).for_each(|fragment| whole.add(fragment));
+        whole.finish()
     }
 
     /// One atomic batch. The number of its messages.

@@ -13,7 +13,7 @@ use proxy_core::{
     flow::MarkLayout,
     plan::{RoutePlan, plan},
     pool::Pool,
-    ruleset::{Key, KeyPart, draining, names, skeleton},
+    ruleset::{Key, KeyPart, Ruleset, draining, names, skeleton},
     view,
 };
 
@@ -113,6 +113,7 @@ impl<N: Nft> Reconciler<N> {
     pub fn install(&mut self, found: &Found) -> Result<Outcome, ReconcileError> {
         let mut outcome = Outcome::default();
         let refused_before = found.snapshot.sets.get(names::NO_BACKEND);
+        let mut whole = self.assembly.whole();
         for plan in self.plan.routes().to_vec() {
             let Some(id) = self.ids.id(&plan.route.name) else { continue };
             let counts_no_backend =
@@ -120,15 +121,18 @@ impl<N: Nft> Reconciler<N> {
             let served = self.make(id, &plan, Pool::new(&plan.route), counts_no_backend);
             let fragment = self.fragment(&served);
             self.assembly.add(&fragment);
+            whole.add(fragment);
             outcome.added.push(plan.route.name.clone());
             self.served.insert(plan.route.name.clone(), served);
         }
         for (&id, drain) in &self.draining {
-            self.assembly.add(&draining(&drain.name, self.mark(id)));
+            let fragment = draining(&drain.name, self.mark(id));
+            self.assembly.add(&fragment);
+            whole.add(fragment);
             let (name, deadline) = (drain.name.clone(), drain.deadline);
             outcome.effects.push(Effect::Drain { id, name, deadline });
         }
-        outcome.changes = self.equalize(&found.snapshot)?;
+        outcome.changes = self.equalize(whole.finish(), &found.snapshot)?;
         outcome.apply = found.began.elapsed();
         self.status.last_apply_ms = outcome.apply.as_secs_f64() * 1e3;
         self.status.last_changes = outcome.changes;
@@ -137,8 +141,7 @@ impl<N: Nft> Reconciler<N> {
     }
 
     /// The number of messages it took.
-    fn equalize(&mut self, snapshot: &Snapshot) -> Result<usize, NftError> {
-        let wanted = self.wanted();
+    fn equalize(&mut self, wanted: Ruleset, snapshot: &Snapshot) -> Result<usize, NftError> {
         let nft = &self.nft;
         let changes = diff(wanted, snapshot, self.ownership(false), |rule| nft.fingerprint(rule));
         if !changes.is_empty() {

@@ -158,9 +158,7 @@ impl<N: Nft> Task<N> {
         let settings = Settings::default().apply(&needed(&config), &self.settings_record);
         let settings = settings.map_err(|e| view::Failure { error: e.to_string(), hint: Some(e.mend()) })?;
         let log = config.log.clone();
-        let prepared = self.reconciler.prepare(config).map_err(|e| failure(&e))?;
-        self.track.announce(&self.reconciler.serves(&prepared)).await;
-        let outcome = self.reconciler.carry_out(prepared, Instant::now()).map_err(|e| failure(&e))?;
+        let outcome = serve(&mut self.reconciler, &mut self.track, config).await.map_err(|e| failure(&e))?;
         if let Err(error) = self.log.apply(&log) {
             tracing::warn!(%error, "the log stays as it was");
         }
@@ -307,6 +305,21 @@ impl<N: Nft> Task<N> {
     }
 }
 
+/// All or nothing: in the kernel, here, and in the flow table.
+async fn serve<N: Nft>(
+    reconciler: &mut Reconciler<N>,
+    track: &mut Announcer,
+    config: Config,
+) -> Result<Outcome, ReconcileError> {
+    let prepared = reconciler.prepare(config)?;
+    let before = track.announce(&reconciler.serves(&prepared)).await;
+    let result = reconciler.carry_out(prepared, Instant::now());
+    if result.is_err() {
+        track.take_back(before).await;
+    }
+    result
+}
+
 /// Never, without a monitor.
 async fn news_of(monitor: &mut Option<AsyncFd<NftMonitor>>) -> Result<MonitorNews, NftError> {
     let Some(monitor) = monitor else { return std::future::pending().await };
@@ -360,4 +373,60 @@ pub fn failure(error: &ReconcileError) -> view::Failure {
         ReconcileError::Nft(error) => error.mend(),
     };
     view::Failure { error: error.to_string(), hint }
+}
+
+#[cfg(test)]
+mod tests {
+    use proxy_core::{capability::Capabilities, flow::RouteTable};
+
+    use super::*;
+    use crate::{
+        kernel::nft::MemoryNft,
+        track::{Clock, Input},
+    };
+
+    fn config(text: &str) -> Config {
+        config::parse(text, Path::new("/shunt.toml")).expect("valid")
+    }
+
+    fn route(name: &str, port: u16, idle: u16) -> String {
+        format!(
+            "[[route]]\nname = \"{name}\"\nlisten = [\"10.0.0.1:{port}\"]\nbackends = [\"10.0.1.1:80\"]\n\
+             timeouts = {{ idle = \"{idle}s\" }}\n"
+        )
+    }
+
+    /// What the flow table knows after it has heard all that was sent.
+    fn heard(inputs: &mut mpsc::Receiver<Input>, known: &mut RouteTable) {
+        while let Ok(input) = inputs.try_recv() {
+            if let Input::Change { routes, gone } = input {
+                known.extend(routes);
+                known.retain(|id, _| !gone.contains(id));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reload_the_kernel_refuses_leaves_the_flow_table_with_the_routes_it_had() {
+        let (sender, mut inputs) = mpsc::channel(8);
+        let mut track = Announcer::new(sender, Clock::start(), true);
+        let (mut reconciler, found) =
+            Reconciler::open(MemoryNft::new(), config(&route("web", 80, 60)), Capabilities::all(), Instant::now())
+                .expect("opened");
+        track.announce(&found.serves).await;
+        reconciler.install(&found).expect("installed");
+        let mut before = RouteTable::new();
+        heard(&mut inputs, &mut before);
+
+        reconciler.nft.fail_next(NftError::LostAnswers);
+        let next = config(&(route("web", 80, 90) + &route("new", 81, 60)));
+        serve(&mut reconciler, &mut track, next.clone()).await.expect_err("the kernel refuses");
+        let mut after = before.clone();
+        heard(&mut inputs, &mut after);
+        assert_eq!(after, before);
+
+        serve(&mut reconciler, &mut track, next).await.expect("the kernel takes it now");
+        heard(&mut inputs, &mut after);
+        assert_eq!(after.len(), 2);
+    }
 }

@@ -3,10 +3,13 @@
 //! Fragments are not kept: whoever has the routes makes them again when they are needed. For 50,000 routes they would be
 //! some 60 MB.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap, HashSet},
+};
 
 use super::{Change, Changes, batch::Batch};
-use crate::ruleset::{Fragment, Member, Ruleset, Set, names};
+use crate::ruleset::{Element, Fragment, Key, Member, Ruleset, Set, names};
 
 /// What the daemon has put into the kernel.
 #[derive(Debug, Clone, Default)]
@@ -33,7 +36,7 @@ enum Name {
     Timeout(String),
     Set(String),
     Chain(String),
-    Element(String, crate::ruleset::Key),
+    Element(String, Key),
 }
 
 /// Sets whose elements several routes may have in common. Elements of all other sets belong to one route.
@@ -46,11 +49,9 @@ impl Assembly {
         Self { skeleton, ..Self::default() }
     }
 
-    /// The whole table, for a comparison with the kernel or to be printed. `fragments`: of every route there is.
-    pub fn ruleset(&self, fragments: impl IntoIterator<Item = Fragment>) -> Ruleset {
-        let mut ruleset = self.skeleton.clone();
-        ruleset.add(fragments);
-        ruleset
+    /// The whole table, for a comparison with the kernel or to be printed; to be given the fragments of all routes.
+    pub fn whole(&self) -> Whole {
+        Whole::of(self.skeleton.clone())
     }
 
     /// The batch that brings the kernel from this assembly to the one with `updates`. Changes nothing here: see [`Self::commit`].
@@ -134,7 +135,7 @@ impl Assembly {
         done: &mut HashSet<Name>,
         batch: &mut Batch,
     ) {
-        fn index(fragment: &Fragment) -> HashMap<(&str, &crate::ruleset::Key), &Member> {
+        fn index(fragment: &Fragment) -> HashMap<(&str, &Key), &Member> {
             fragment.elements.iter().map(|m| ((&*m.set, &m.key), m)).collect()
         }
         let (before, after) = (index(old), index(new));
@@ -202,20 +203,38 @@ impl Assembly {
     }
 }
 
-impl Ruleset {
-    fn add(&mut self, fragments: impl IntoIterator<Item = Fragment>) {
-        for fragment in fragments {
-            self.timeouts.extend(fragment.timeouts);
-            self.chains.extend(fragment.chains);
-            for (name, spec) in fragment.sets {
-                self.sets.entry(name).or_insert_with(|| Set { spec, elements: BTreeMap::new() });
-            }
-            for member in fragment.elements {
-                if let Some(set) = self.sets.get_mut(&*member.set) {
-                    set.elements.insert(member.key, member.element);
-                }
+/// A skeleton and fragments on their way to a [`Ruleset`].
+#[derive(Debug)]
+pub struct Whole {
+    ruleset: Ruleset,
+    /// Sorted at the end: a map that grows in random order costs several times as much.
+    elements: HashMap<Cow<'static, str>, Vec<(Key, Element)>>,
+}
+
+impl Whole {
+    fn of(skeleton: Ruleset) -> Self {
+        Self { ruleset: skeleton, elements: HashMap::new() }
+    }
+
+    pub fn add(&mut self, fragment: Fragment) {
+        self.ruleset.timeouts.extend(fragment.timeouts);
+        self.ruleset.chains.extend(fragment.chains);
+        for (name, spec) in fragment.sets {
+            self.ruleset.sets.entry(name).or_insert_with(|| Set { spec, elements: BTreeMap::new() });
+        }
+        for Member { set, key, element } in fragment.elements {
+            self.elements.entry(set).or_default().push((key, element));
+        }
+    }
+
+    pub fn finish(self) -> Ruleset {
+        let Self { mut ruleset, elements } = self;
+        for (name, elements) in elements {
+            if let Some(set) = ruleset.sets.get_mut(&*name) {
+                set.elements.append(&mut elements.into_iter().collect());
             }
         }
+        ruleset
     }
 }
 
@@ -228,9 +247,7 @@ pub struct Preview {
 
 impl Preview {
     pub fn ruleset(&self) -> Ruleset {
-        let mut ruleset = self.skeleton.clone();
-        ruleset.add(self.fragments.iter().cloned());
-        ruleset
+        self.onto(self.skeleton.clone())
     }
 
     /// What the routes add to the skeleton: a script of this, loaded after one of the skeleton, makes the same table.
@@ -241,8 +258,13 @@ impl Preview {
                 ruleset.sets.insert(member.set.to_string(), set.clone());
             }
         }
-        ruleset.add(self.fragments.iter().cloned());
-        ruleset
+        self.onto(ruleset)
+    }
+
+    fn onto(&self, skeleton: Ruleset) -> Ruleset {
+        let mut whole = Whole::of(skeleton);
+        self.fragments.iter().cloned().for_each(|fragment| whole.add(fragment));
+        whole.finish()
     }
 }
 

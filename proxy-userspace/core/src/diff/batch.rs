@@ -41,8 +41,9 @@ impl Batch {
     pub fn into_changes(self) -> Changes {
         let Self { delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements } =
             self;
-        let mut changes = delete_elements;
-        for mut part in [flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements] {
+        let parts = [delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements];
+        let mut changes = Vec::with_capacity(parts.iter().map(Vec::len).sum());
+        for mut part in parts {
             changes.append(&mut part);
         }
         changes

@@ -84,7 +84,8 @@ pub fn draining(name: &RouteName, mark: u32) -> Fragment {
 }
 
 fn counters(name: &RouteName, mark: u32) -> Fragment {
-    let mut fragment = Fragment::default();
+    // Most routes add two more: where they listen, and their backend.
+    let mut fragment = Fragment { elements: Vec::with_capacity(5), ..Fragment::default() };
     let key = || Key::new(&[KeyPart::Mark(mark)]);
     fragment.elements.push(Member {
         set: n::CONNECTIONS.into(),
