@@ -98,6 +98,7 @@ fn a_conntrack_table_that_is_nearly_full_is_said_aloud() -> Result<()> {
     let metrics = shunt.metrics()?;
     assert_eq!(metrics.value("shunt_conntrack_max", &[]), LIMIT as f64);
     ensure!(metrics.value("shunt_conntrack_entries", &[]) >= 0.9 * LIMIT as f64, "the metrics say so");
+    ensure!(metrics.value("shunt_warnings", &[]) >= 1.0, "and that there is a warning");
 
     drop(held);
     holder.end_all(true);
