@@ -6,7 +6,11 @@
 use std::{
     fmt::Display,
     io::{self, Write},
-    sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    net::SocketAddr,
+    sync::{
+        atomic::Ordering::Relaxed,
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -16,6 +20,9 @@ use proxy_core::{
     flow::Ended,
     reason::Reason,
 };
+use tokio::sync::{mpsc, watch};
+
+use crate::stream::{self, meter::Pressure};
 
 /// A buffer goes to the writer at this size, in bytes, or at the next [`AccessLog::flush`].
 const FULL: usize = 256 * 1024;
@@ -65,18 +72,53 @@ impl AccessLog {
         self.lost
     }
 
+    /// A connection that the kernel forwarded.
     pub fn write(&mut self, ended: &Ended, engine: Engine) {
+        let (inward, outward) = (ended.traffic_in, ended.traffic_out);
+        self.line(&Line {
+            at: ended.at,
+            id: &ended.id,
+            client: ended.client,
+            listen: ended.listen,
+            route: &ended.route,
+            engine,
+            backend: Some(ended.backend),
+            reason: ended.reason,
+            duration: ended.duration,
+            bytes: ended.metered.then_some([inward.bytes, outward.bytes]),
+            packets: ended.metered.then_some([inward.packets, outward.packets]),
+        });
+    }
+
+    /// A connection that the daemon relayed, or refused.
+    pub fn write_relayed(&mut self, ended: &stream::Ended) {
+        self.line(&Line {
+            at: ended.at,
+            id: &ended.id,
+            client: ended.client,
+            listen: ended.listen,
+            route: &ended.route,
+            engine: ended.engine,
+            backend: ended.backend,
+            reason: ended.reason,
+            duration: ended.duration,
+            bytes: Some([ended.bytes_in, ended.bytes_out]),
+            packets: None,
+        });
+    }
+
+    fn line(&mut self, line: &Line<'_>) {
         let wanted = match self.filter {
             Filter::All => true,
-            Filter::Errors => !matches!(ended.reason, Reason::FinishedClientFirst | Reason::FinishedBackendFirst),
+            Filter::Errors => !matches!(line.reason, Reason::FinishedClientFirst | Reason::FinishedBackendFirst),
             Filter::Off => false,
         };
         if !wanted {
             return;
         }
-        let time = self.clock.text(ended.at);
+        let time = self.clock.text(line.at);
         // Writing into a Vec cannot fail.
-        let _ = line(&mut self.buffer, self.format, time, ended, engine);
+        let _ = line.write(&mut self.buffer, self.format, time);
         self.lines += 1;
         if self.buffer.len() >= FULL {
             self.flush();
@@ -110,6 +152,30 @@ impl Drop for AccessLog {
     }
 }
 
+/// Writes of the connections that the daemon relayed, until the last of those who tell is gone.
+pub async fn write_relayed(
+    mut log: AccessLog,
+    mut ended: mpsc::Receiver<Vec<stream::Ended>>,
+    mut filter: watch::Receiver<Filter>,
+    pressure: std::sync::Arc<Pressure>,
+) {
+    loop {
+        tokio::select! {
+            biased;
+            Ok(()) = filter.changed() => log.set_filter(*filter.borrow_and_update()),
+            batch = ended.recv() => {
+                let Some(batch) = batch else { break };
+                let lost = log.lost();
+                batch.iter().for_each(|one| log.write_relayed(one));
+                log.flush();
+                pressure.unlogged.fetch_add(log.lost() - lost, Relaxed);
+            }
+        }
+    }
+    // Waits for the writer.
+    drop(tokio::task::spawn_blocking(move || drop(log)).await);
+}
+
 fn write_all(filled: &Receiver<Vec<u8>>, written: &SyncSender<Vec<u8>>, mut out: impl Write) {
     for mut buffer in filled {
         // Nobody reads the log any more: connections go on without it.
@@ -121,61 +187,75 @@ fn write_all(filled: &Receiver<Vec<u8>>, written: &SyncSender<Vec<u8>>, mut out:
     }
 }
 
-fn line(out: &mut Vec<u8>, format: LogFormat, time: &str, ended: &Ended, engine: Engine) -> io::Result<()> {
-    let (duration, metered) = (ended.duration, ended.metered);
-    let mut line = Line { out, format, first: true };
-    line.text("time", &time)?;
-    line.text("id", &ended.id)?;
-    line.text("client", &ended.client)?;
-    line.text("listen", &ended.listen)?;
-    line.text("route", &ended.route)?;
-    line.text("engine", &engine)?;
-    line.text("backend", &ended.backend)?;
-    line.text("reason", &ended.reason.label())?;
-    line.number("duration", &format_args!("{}.{:06}", duration.as_secs(), duration.subsec_micros()))?;
-    line.count("bytes_in", metered.then_some(ended.traffic_in.bytes))?;
-    line.count("bytes_out", metered.then_some(ended.traffic_out.bytes))?;
-    line.count("packets_in", metered.then_some(ended.traffic_in.packets))?;
-    line.count("packets_out", metered.then_some(ended.traffic_out.packets))?;
-    line.end()
+/// What a line says.
+struct Line<'a> {
+    /// Since the Unix epoch.
+    at: Duration,
+    id: &'a dyn Display,
+    client: SocketAddr,
+    listen: SocketAddr,
+    route: &'a str,
+    engine: Engine,
+    backend: Option<SocketAddr>,
+    reason: Reason,
+    duration: Duration,
+    /// In and out; `None`: not known.
+    bytes: Option<[u64; 2]>,
+    packets: Option<[u64; 2]>,
+}
+
+impl Line<'_> {
+    fn write(&self, out: &mut Vec<u8>, format: LogFormat, time: &str) -> io::Result<()> {
+        let (seconds, micros) = (self.duration.as_secs(), self.duration.subsec_micros());
+        let mut fields = Fields { out, format, first: true };
+        fields.text("time", Some(&time))?;
+        fields.text("id", Some(self.id))?;
+        fields.text("client", Some(&self.client))?;
+        fields.text("listen", Some(&self.listen))?;
+        fields.text("route", Some(&self.route))?;
+        fields.text("engine", Some(&self.engine))?;
+        fields.text("backend", self.backend.as_ref().map(|backend| backend as &dyn Display))?;
+        fields.text("reason", Some(&self.reason.label()))?;
+        fields.number("duration", Some(&format_args!("{seconds}.{micros:06}")))?;
+        for (keys, counts) in [(["bytes_in", "bytes_out"], &self.bytes), (["packets_in", "packets_out"], &self.packets)]
+        {
+            for (key, index) in keys.into_iter().zip(0..) {
+                let count = counts.as_ref().and_then(|counts| counts.get(index));
+                fields.number(key, count.map(|count| count as &dyn Display))?;
+            }
+        }
+        fields.end()
+    }
 }
 
 /// A line in the making. No value needs escaping: addresses, numbers, labels, and route names of `[a-z0-9-]`.
-struct Line<'a> {
+struct Fields<'a> {
     out: &'a mut Vec<u8>,
     format: LogFormat,
     first: bool,
 }
 
-impl Line<'_> {
-    fn text(&mut self, key: &str, value: &dyn Display) -> io::Result<()> {
-        self.key(key)?;
-        match self.format {
-            LogFormat::Text => write!(self.out, "{value}"),
-            LogFormat::Json => write!(self.out, "\"{value}\""),
+impl Fields<'_> {
+    /// `None`: not known.
+    fn text(&mut self, key: &str, value: Option<&dyn Display>) -> io::Result<()> {
+        match (value, self.format) {
+            (Some(value), LogFormat::Json) => self.number(key, Some(&format_args!("\"{value}\""))),
+            (value, LogFormat::Text | LogFormat::Json) => self.number(key, value),
         }
     }
 
-    fn number(&mut self, key: &str, value: &dyn Display) -> io::Result<()> {
-        self.key(key)?;
-        write!(self.out, "{value}")
-    }
-
-    fn count(&mut self, key: &str, count: Option<u64>) -> io::Result<()> {
-        match (count, self.format) {
-            (Some(count), _) => self.number(key, &count),
-            (None, LogFormat::Text) => self.number(key, &"-"),
-            (None, LogFormat::Json) => self.number(key, &"null"),
+    /// `None`: not known.
+    fn number(&mut self, key: &str, value: Option<&dyn Display>) -> io::Result<()> {
+        match (self.format, std::mem::take(&mut self.first)) {
+            (LogFormat::Text, true) => write!(self.out, "{key}=")?,
+            (LogFormat::Text, false) => write!(self.out, " {key}=")?,
+            (LogFormat::Json, true) => write!(self.out, "{{\"{key}\":")?,
+            (LogFormat::Json, false) => write!(self.out, ",\"{key}\":")?,
         }
-    }
-
-    fn key(&mut self, key: &str) -> io::Result<()> {
-        let first = std::mem::take(&mut self.first);
-        match (self.format, first) {
-            (LogFormat::Text, true) => write!(self.out, "{key}="),
-            (LogFormat::Text, false) => write!(self.out, " {key}="),
-            (LogFormat::Json, true) => write!(self.out, "{{\"{key}\":"),
-            (LogFormat::Json, false) => write!(self.out, ",\"{key}\":"),
+        match (value, self.format) {
+            (Some(value), _) => write!(self.out, "{value}"),
+            (None, LogFormat::Text) => write!(self.out, "-"),
+            (None, LogFormat::Json) => write!(self.out, "null"),
         }
     }
 
@@ -296,6 +376,68 @@ mod tests {
         assert_eq!(values[0]["bytes_out"], 9000);
         assert_eq!(values[0]["reason"], "killed");
         assert!(values[1]["bytes_out"].is_null());
+    }
+
+    #[test]
+    fn a_relayed_connection_has_a_line_of_the_same_form() {
+        let relayed = stream::Ended {
+            id: stream::StreamId::new(1, 2),
+            route: "-".into(),
+            engine: Engine::Copy,
+            client: "10.0.0.1:40000".parse().expect("address"),
+            listen: "[fd00::1]:443".parse().expect("address"),
+            backend: None,
+            reason: Reason::NoRoute,
+            at: Duration::new(1_709_210_096, 5_000),
+            duration: Duration::from_micros(42),
+            bytes_in: 7,
+            bytes_out: 0,
+        };
+        let line = |format| {
+            let page = Page::default();
+            let mut log = AccessLog::new(format, Filter::Errors, page.clone()).expect("thread");
+            log.write_relayed(&relayed);
+            drop(log);
+            String::from_utf8(page.0.lock().expect("page").clone()).expect("UTF-8")
+        };
+        assert_eq!(
+            line(LogFormat::Text),
+            "time=2024-02-29T12:34:56.000005Z id=s010000000000002 client=10.0.0.1:40000 listen=[fd00::1]:443 route=- \
+             engine=copy backend=- reason=no_route duration=0.000042 bytes_in=7 bytes_out=0 packets_in=- packets_out=-\n"
+        );
+        let json: serde_json::Value = serde_json::from_str(&line(LogFormat::Json)).expect("JSON");
+        assert!(json["backend"].is_null() && json["packets_in"].is_null());
+        assert_eq!(json["bytes_in"], 7);
+    }
+
+    #[tokio::test]
+    async fn lines_of_relayed_connections_are_written_before_the_daemon_is_gone() {
+        let page = Page::default();
+        let log = AccessLog::new(LogFormat::Text, Filter::Off, page.clone()).expect("thread");
+        let (told, hears) = mpsc::channel(4);
+        let (filter, filters) = watch::channel(Filter::Off);
+        let pressure = Arc::new(Pressure::default());
+        filter.send_replace(Filter::All);
+        let one = stream::Ended {
+            id: stream::StreamId::new(0, 1),
+            route: "web".into(),
+            engine: Engine::Splice,
+            client: "10.0.0.1:40000".parse().expect("address"),
+            listen: "10.0.0.2:443".parse().expect("address"),
+            backend: None,
+            reason: Reason::Denied,
+            at: Duration::ZERO,
+            duration: Duration::ZERO,
+            bytes_in: 0,
+            bytes_out: 0,
+        };
+        let task = tokio::spawn(write_relayed(log, hears, filters, pressure));
+        // The level is taken over before lines that come after it.
+        tokio::task::yield_now().await;
+        told.send(vec![one.clone(), one]).await.expect("heard");
+        drop(told);
+        task.await.expect("ended");
+        assert_eq!(page.0.lock().expect("page").iter().filter(|b| **b == b'\n').count(), 2);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! The daemon from start to stop, top-down.
 //!
 //! Start: configuration, admin socket (which a second daemon cannot have), probes, plan; only then the kernel is touched:
-//! settings, the event socket, and one batch for the table. Stop: the admin API goes, the table stays: what the
-//! kernel forwards it goes on forwarding.
+//! settings, the event socket, listen sockets, and one batch for the table. A configuration whose routes the daemon relays
+//! itself touches neither settings nor table, and needs no privilege for them.
+//!
+//! Stop: nothing new is accepted, relayed connections finish within their `timeouts.drain` while the admin API answers,
+//! then it goes too. The table stays: what the kernel forwards it goes on forwarding.
 
 use std::{
     path::Path,
@@ -10,14 +13,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proxy_core::{capability::Capabilities, config::Config, diff::Change, flow::MarkLayout, plan::plan};
+use proxy_core::{
+    capability::Capabilities,
+    config::{self, Config, Engine},
+    diff::Change,
+    flow::MarkLayout,
+    plan::{Capability, Plan, Refusal as Refused, RoutePlan, Unserved, plan},
+};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
+    task::JoinHandle,
 };
 
 use crate::{
-    access_log::AccessLog,
+    access_log::{self, AccessLog},
     admin::{self, Listeners},
     control::{Control, RouteCommand, RouteState},
     health::Checks,
@@ -35,7 +45,8 @@ use crate::{
         task::{Inputs, Task, failure, load, needed},
     },
     resolve::Names,
-    track::{self, Tracker},
+    stream::{self, StreamError, StreamPath},
+    track::{self, FailedDial, Tracker},
 };
 
 /// Why the daemon does not start or a command fails: what is wrong, how to mend it, and the exit code.
@@ -81,7 +92,10 @@ pub fn run(config_file: &Path) -> Result<(), Refusal> {
         .enable_all()
         .build()
         .map_err(|e| Refusal::refused(format!("cannot start: {e}"), None))?;
-    runtime.block_on(start(config_file))
+    let result = runtime.block_on(start(config_file));
+    // Not for relayed connections that a second signal has cut.
+    runtime.shutdown_background();
+    result
 }
 
 async fn start(config_file: &Path) -> Result<(), Refusal> {
@@ -89,61 +103,98 @@ async fn start(config_file: &Path) -> Result<(), Refusal> {
     let log = logging::init(&config.log).map_err(|e| Refusal::refused(e, None))?;
     let listeners =
         Listeners::bind(config.admin.listen, &config.admin.socket).await.map_err(|e| Refusal::refused(&e, e.mend()))?;
-    let capabilities = probe()?;
-    let unserved = plan(&config, &capabilities).unserved();
-    if let Some(first) = unserved.first() {
-        let all: Vec<String> = unserved.iter().map(ToString::to_string).collect();
-        tracing::debug!(route = %first.route, "no engine");
-        return Err(Refusal::refused(
-            all.join("\n"),
-            Some("`shunt plan` shows every route and what rules its engines out".into()),
-        ));
+    let capabilities = capability::probe();
+    let plan = plan(&config, &capabilities);
+    let unserved = plan.unserved();
+    if !unserved.is_empty() {
+        return Err(refuse_unserved(&unserved));
     }
-    let daemon = Daemon::install(config_file, config, capabilities, log).await?;
+    let warnings = degraded(&plan, &capabilities).into_iter().collect();
+    let daemon = Daemon::install(config_file, config, &plan, capabilities, log, warnings).await?;
+    drop(plan);
     daemon.serve(listeners).await;
     Ok(())
 }
 
-fn probe() -> Result<Capabilities, Refusal> {
-    let has = capability::probe();
-    let doctor = "`shunt doctor` shows what is there and what is missing";
-    if !has.net_admin {
-        let mend = "run as root, or give the service AmbientCapabilities=CAP_NET_ADMIN; `shunt doctor` shows more";
-        return Err(Refusal::missing("CAP_NET_ADMIN is missing: without it nothing can be put into the kernel", mend));
+/// What the whole engine nft stands on, not a feature of it.
+fn is_basic(capability: Capability) -> bool {
+    matches!(capability, Capability::NetAdmin | Capability::NftNat | Capability::Conntrack)
+}
+
+fn refuse_unserved(unserved: &[Unserved]) -> Refusal {
+    let what = unserved.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    let mut refused = unserved.iter().flat_map(|route| &route.refused);
+    let lacking = refused.find_map(|(_, refusal)| match refusal {
+        Refused::Lacks(capability) if is_basic(*capability) => Some(*capability),
+        _ => None,
+    });
+    match lacking {
+        Some(Capability::NetAdmin) => Refusal::missing(
+            what,
+            "run as root, or give the service AmbientCapabilities=CAP_NET_ADMIN; `shunt doctor` shows more",
+        ),
+        Some(_) => Refusal::missing(what, "`shunt doctor` shows what is there and what is missing"),
+        None => Refusal::refused(what, "`shunt plan` shows every route and what rules its engines out".to_owned()),
     }
-    if !has.nft_nat {
-        return Err(Refusal::missing("this kernel has no nf_tables with NAT in the inet family", doctor));
+}
+
+/// Routes that the kernel could forward, and that the daemon relays for want of something.
+fn degraded(plan: &Plan, capabilities: &Capabilities) -> Option<String> {
+    if forwards(capabilities) {
+        return None;
     }
-    if !has.conntrack_netlink {
-        return Err(Refusal::missing("this kernel has no conntrack over netlink (nf_conntrack_netlink)", doctor));
-    }
-    Ok(has)
+    let only_basics = |route: &&Arc<RoutePlan>| {
+        let mut nft = route.refused.iter().filter(|(engine, _)| *engine == Engine::Nft).peekable();
+        nft.peek().is_some() && nft.all(|(_, refusal)| matches!(refusal, Refused::Lacks(c) if is_basic(*c)))
+    };
+    let routes: Vec<&Arc<RoutePlan>> = plan.routes().iter().filter(only_basics).collect();
+    let (_, lacking) = routes.first()?.refused.first()?;
+    Some(format!("{lacking}: {} routes are relayed by the daemon that the kernel could forward", routes.len()))
+}
+
+/// Whether nftables and conntrack can be used here at all.
+fn forwards(capabilities: &Capabilities) -> bool {
+    capabilities.net_admin && capabilities.nft_nat && capabilities.conntrack_netlink
 }
 
 /// Everything that runs, before it is served.
 struct Daemon {
-    task: Task<KernelNft>,
+    task: Task<KernelNft, StreamPath>,
     inputs: Inputs,
     control: Control,
     reload: mpsc::Sender<()>,
-    tracker: Tracker,
+    tracker: Option<Tracker>,
+    /// Ends with the last relayed connection.
+    relayed_log: JoinHandle<()>,
+}
+
+/// What the parts tell the owner of the routes by, made before them.
+struct Channels {
+    drained: (mpsc::Sender<u32>, mpsc::Receiver<u32>),
+    relayed: (mpsc::Sender<u32>, mpsc::Receiver<u32>),
+    failed_dials: (mpsc::Sender<FailedDial>, mpsc::Receiver<FailedDial>),
+    access: watch::Sender<config::AccessLog>,
 }
 
 impl Daemon {
     async fn install(
         config_file: &Path,
         config: Config,
+        plan: &Plan,
         capabilities: Capabilities,
         log: logging::LogHandle,
+        mut warnings: Vec<String>,
     ) -> Result<Self, Refusal> {
         let record = sysctl::record_beside(&config.admin.socket);
         let recorded_before = record.exists();
         let settings = Settings::default();
-        let applied = settings.apply(&needed(&config), &record).map_err(|e| Refusal::missing(&e, e.mend()))?;
-        for warning in &applied.warnings {
+        let needed = needed(plan.routes().iter());
+        let applied = settings.apply(&needed, &record).map_err(|e| Refusal::missing(&e, e.mend()))?;
+        warnings.extend(applied.warnings);
+        for warning in &warnings {
             tracing::warn!("{warning}");
         }
-        let installed = Self::table(config_file, config, capabilities, log, &record, applied.warnings).await;
+        let installed = Self::routes(config_file, config, capabilities, log, &record, warnings).await;
         if installed.is_err() && !recorded_before {
             // Nothing was here before this start: leave nothing behind.
             drop(sysctl::restore(&settings, &record));
@@ -151,7 +202,37 @@ impl Daemon {
         installed
     }
 
-    async fn table(
+    /// Before the table: no connection ends unheard.
+    fn tracker(config: &Config, clock: track::Clock, channels: &Channels) -> Result<Tracker, Refusal> {
+        let layout = MarkLayout::new(config.kernel.mark_mask);
+        let options = track::Options {
+            layout,
+            interval: REPORTING,
+            max_flows: max_flows(),
+            clock,
+            access_log: access_log(config)?,
+            drained: channels.drained.0.clone(),
+            failed_dials: channels.failed_dials.0.clone(),
+        };
+        Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE, Hear::as_needed()))
+            .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))
+    }
+
+    fn streams(config: &Config, channels: &Channels) -> Result<(StreamPath, JoinHandle<()>), Refusal> {
+        let (ended, told) = mpsc::channel(REPORTS);
+        let options = stream::Options {
+            workers: std::thread::available_parallelism().map_or(1, usize::from),
+            failed_dials: channels.failed_dials.0.clone(),
+            drained: channels.relayed.0.clone(),
+            ended,
+        };
+        let streams = StreamPath::start(options).map_err(refuse_streams)?;
+        let (log, pressure) = (access_log(config)?, Arc::clone(&streams.reader.pressure));
+        let log = tokio::spawn(access_log::write_relayed(log, told, channels.access.subscribe(), pressure));
+        Ok((streams, log))
+    }
+
+    async fn routes(
         config_file: &Path,
         config: Config,
         capabilities: Capabilities,
@@ -159,62 +240,59 @@ impl Daemon {
         record: &Path,
         warnings: Vec<String>,
     ) -> Result<Self, Refusal> {
-        let refuse = |e: NftError| Refusal { what: e.to_string(), mend: e.mend(), code: e.exit_code() };
-        let nft = KernelNft::open().map_err(refuse)?;
-        let port_id = nft.port_id();
-        let layout = MarkLayout::new(config.kernel.mark_mask);
-        let (drained_tx, drained) = mpsc::channel(REPORTS);
-        let (failed_tx, failed_dials) = mpsc::channel(REPORTS);
+        let channels = Channels {
+            drained: mpsc::channel(REPORTS),
+            relayed: mpsc::channel(REPORTS),
+            failed_dials: mpsc::channel(REPORTS),
+            access: watch::channel(config.log.access).0,
+        };
         let clock = track::Clock::start();
-        let access_log = AccessLog::stdout(config.log.format, config.log.access)
-            .map_err(|e| Refusal::refused(format!("cannot write the access log: {e}"), None))?;
-        let interval = REPORTING;
-        let options = track::Options {
-            layout,
-            interval,
-            max_flows: max_flows(),
-            clock,
-            access_log,
-            drained: drained_tx,
-            failed_dials: failed_tx,
+        let (nft, tracker) = match forwards(&capabilities) {
+            true => (Some(KernelNft::open().map_err(refuse_nft)?), Some(Self::tracker(&config, clock, &channels)?)),
+            false => (None, None),
         };
-        // Before the table: no connection ends unheard.
-        let tracker =
-            Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE, Hear::as_needed()))
-                .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))?;
-        let mut announcer = Announcer::new(tracker.inputs.clone(), clock, capabilities.nft_ct_timeout);
-        let refuse_route = |error: ReconcileError| {
-            let told = failure(&error);
-            let code = if let ReconcileError::Nft(e) = &error { e.exit_code() } else { 1 };
-            Refusal { what: told.error, mend: told.hint, code }
-        };
+        let port_id = nft.as_ref().map(KernelNft::port_id);
+        let (streams, relayed_log) = Self::streams(&config, &channels)?;
+        let (stream_commands, relayed) = (streams.commands.clone(), streams.reader.clone());
+        let inputs = tracker.as_ref().map(|tracker| tracker.inputs.clone());
+        let mut announcer = Announcer::new(inputs, clock, capabilities.nft_ct_timeout);
         let (mut reconciler, found) =
-            Reconciler::open(nft, config, capabilities, Instant::now()).map_err(refuse_route)?;
+            Reconciler::open(nft, streams, config, capabilities, Instant::now()).map_err(|e| refuse_route(&e))?;
         announcer.announce(&found.serves).await;
-        let outcome = reconciler.install(&found).map_err(refuse_route)?;
+        let outcome = reconciler.install(&found).map_err(|e| refuse_route(&e))?;
         let adopted = found.adopted.clone();
         drop(found);
         // After the install, which it would be told element by element; verified before anything is served.
-        let monitor = match reconciler.is_locked() {
-            true => None,
-            false => {
-                let monitor = NftMonitor::open(port_id).map_err(refuse)?.into_async();
+        let monitor = match port_id.filter(|_| !reconciler.is_locked()) {
+            None => None,
+            Some(port_id) => {
+                let monitor = NftMonitor::open(port_id).map_err(refuse_nft)?.into_async();
                 Some(monitor.map_err(|e| Refusal::refused(format!("cannot watch nftables: {e}"), None))?)
             }
         };
-        tracing::info!(
-            routes = outcome.added.len(),
-            adopted = adopted.routes,
-            draining = adopted.draining,
-            changes = outcome.changes,
-            apply_ms = outcome.apply.as_secs_f64() * 1e3,
-            "table inet shunt is in the kernel"
-        );
+        let apply_ms = outcome.apply.as_secs_f64() * 1e3;
+        let (routes, changes) = (outcome.added.len(), outcome.changes);
+        match reconciler.has_table() {
+            true => tracing::info!(
+                routes,
+                adopted = adopted.routes,
+                draining = adopted.draining,
+                changes,
+                apply_ms,
+                "table inet shunt is in the kernel"
+            ),
+            false => {
+                tracing::info!(routes, apply_ms, "the daemon relays every route; the kernel's tables are not touched")
+            }
+        }
         let (commands_tx, commands) = mpsc::channel::<RouteCommand>(COMMANDS);
         let (reports_tx, reports) = mpsc::channel(REPORTS);
         let (resolved_tx, resolved) = mpsc::channel(REPORTS);
         let (reload_tx, reload) = mpsc::channel(1);
         let (published, route_state) = watch::channel(Arc::new(RouteState::default()));
+        let (rates, relayed_rates) = watch::channel(Arc::default());
+        tokio::spawn(stream::rates::sample(relayed.clone(), REPORTING, rates));
+        let Channels { drained, relayed: gone, failed_dials, access } = channels;
         let mut task = Task {
             reconciler,
             config_file: config_file.to_owned(),
@@ -223,6 +301,7 @@ impl Daemon {
             checks: Checks::new(reports_tx),
             names: Names::new(resolved_tx),
             track: announcer,
+            access,
             published,
             reloads_ok: 0,
             reloads_failed: 0,
@@ -232,29 +311,52 @@ impl Daemon {
         task.begin(outcome.effects).await;
         let control = Control {
             routes: commands_tx,
-            flows: tracker.commands.clone(),
+            flows: tracker.as_ref().map(|tracker| tracker.commands.clone()),
+            streams: stream_commands,
+            relayed,
+            relayed_rates,
             route_state,
-            flow_state: tracker.state.clone(),
+            flow_state: tracker.as_ref().map_or_else(|| watch::channel(Arc::default()).1, |t| t.state.clone()),
         };
-        let inputs = Inputs { commands, reports, resolved, failed_dials, drained, reload, monitor };
-        Ok(Self { task, inputs, control, reload: reload_tx, tracker })
+        let inputs = Inputs {
+            commands,
+            reports,
+            resolved,
+            failed_dials: failed_dials.1,
+            drained: drained.1,
+            relayed: gone.1,
+            reload,
+            monitor,
+        };
+        Ok(Self { task, inputs, control, reload: reload_tx, tracker, relayed_log })
     }
 
     async fn serve(mut self, listeners: Listeners) {
         self.verify();
+        let Some(mut signals) = Signals::new() else { return };
         let (stop_tx, stop) = watch::channel(false);
-        let mut admin_stop = stop.clone();
-        let api = tokio::spawn(admin::serve(listeners, self.control, async move { drop(admin_stop.changed().await) }));
+        let (end_tx, mut end) = watch::channel(false);
+        let api = tokio::spawn(admin::serve(listeners, self.control, async move { drop(end.changed().await) }));
         let routes = tokio::spawn(self.task.run(self.inputs, stop));
         notify(&[sd_notify::NotifyState::Ready]);
         tracing::info!("ready");
-        wait_for_signals(&self.reload).await;
+        signals.stop(Some(&self.reload)).await;
         notify(&[sd_notify::NotifyState::Stopping]);
-        tracing::info!("stopping; the kernel goes on forwarding, `shunt cleanup` would end that");
         stop_tx.send_replace(true);
-        drop(tokio::join!(api, routes));
-        // Waits for the last lines of the access log.
-        self.tracker.stop().await;
+        let drained = async {
+            drop(routes.await);
+            end_tx.send_replace(true);
+            drop(api.await);
+            // These wait for the last lines of the access log.
+            drop(tokio::time::timeout(stream::STOP_GRACE, self.relayed_log).await);
+            if let Some(tracker) = self.tracker {
+                tracker.stop().await;
+            }
+        };
+        tokio::select! {
+            () = drained => {}
+            () = signals.stop(None) => tracing::warn!("asked to stop a second time: relayed connections are cut"),
+        }
     }
 
     /// The kernel took the batch whole or not at all; reading it back guards against defects, and against others while the
@@ -272,18 +374,55 @@ impl Daemon {
     }
 }
 
-async fn wait_for_signals(reload: &mpsc::Sender<()>) {
-    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()));
-    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = signals else {
-        tracing::error!("signals cannot be handled: stopping");
-        return;
+fn access_log(config: &Config) -> Result<AccessLog, Refusal> {
+    AccessLog::stdout(config.log.format, config.log.access)
+        .map_err(|e| Refusal::refused(format!("cannot write the access log: {e}"), None))
+}
+
+fn refuse_nft(error: NftError) -> Refusal {
+    Refusal { what: error.to_string(), mend: error.mend(), code: error.exit_code() }
+}
+
+fn refuse_streams(error: StreamError) -> Refusal {
+    Refusal { what: error.to_string(), mend: error.mend(), code: error.exit_code() }
+}
+
+fn refuse_route(error: &ReconcileError) -> Refusal {
+    let told = failure(error);
+    let code = match error {
+        ReconcileError::Nft(error) => error.exit_code(),
+        ReconcileError::Streams(error) => error.exit_code(),
+        _ => 1,
     };
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => return,
-            _ = interrupt.recv() => return,
-            // One reload that has not begun yet stands for all that come meanwhile.
-            _ = hangup.recv() => drop(reload.try_send(())),
+    Refusal { what: told.error, mend: told.hint, code }
+}
+
+/// What the daemon listens to from outside.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> Option<Self> {
+        let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()));
+        let (Ok(terminate), Ok(interrupt), Ok(hangup)) = signals else {
+            tracing::error!("signals cannot be handled: stopping");
+            return None;
+        };
+        Some(Self { terminate, interrupt, hangup })
+    }
+
+    /// Until SIGTERM or SIGINT. `reload`: told of SIGHUP.
+    async fn stop(&mut self, reload: Option<&mpsc::Sender<()>>) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                // One reload that has not begun yet stands for all that come meanwhile.
+                _ = self.hangup.recv() => drop(reload.map(|reload| reload.try_send(()))),
+            }
         }
     }
 }
@@ -305,14 +444,13 @@ pub fn cleanup(socket: &Path) -> Result<Vec<String>, Refusal> {
         .block_on(Listeners::bind(None, socket))
         .map_err(|e| Refusal::refused(&e, Some("stop the daemon first: systemctl stop shunt".to_owned())))?;
     let mut done = Vec::new();
-    let refuse = |e: NftError| Refusal { what: e.to_string(), mend: e.mend(), code: e.exit_code() };
-    let mut nft = KernelNft::open().map_err(refuse)?;
-    let table = nft.snapshot().map_err(refuse)?.table;
+    let mut nft = KernelNft::open().map_err(refuse_nft)?;
+    let table = nft.snapshot().map_err(refuse_nft)?.table;
     if let Some(table) = table {
         // An orphan of a daemon that locked it must be taken over before it can be deleted.
         let adopt = Change::AddTable { lock: true };
         let changes = if table.locked { vec![adopt, Change::DeleteTable] } else { vec![Change::DeleteTable] };
-        nft.apply(&changes).map_err(refuse)?;
+        nft.apply(&changes).map_err(refuse_nft)?;
         done.push("deleted table inet shunt: what it forwarded ends".into());
     }
     let restored = sysctl::restore(&Settings::default(), &sysctl::record_beside(socket));

@@ -6,13 +6,21 @@ pub use proxy_core::flow::{AGE_BUCKETS, AgeHistogram};
 use proxy_core::view;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::stream::{StreamCommand, meter::Reader, rates::Rates};
+
 /// What the admin API and the CLI can reach. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Control {
     /// The owner of the routes and of the table.
     pub routes: mpsc::Sender<RouteCommand>,
-    /// The owner of the flow table.
-    pub flows: mpsc::Sender<FlowCommand>,
+    /// The owner of the flow table. `None`: the kernel forwards nothing.
+    pub flows: Option<mpsc::Sender<FlowCommand>>,
+    /// The stream path, for what the daemon relays.
+    pub streams: mpsc::Sender<StreamCommand>,
+    /// Its counters.
+    pub relayed: Reader,
+    /// How fast they grow.
+    pub relayed_rates: watch::Receiver<Arc<Rates>>,
     /// Published by the owner of the routes after every change.
     pub route_state: watch::Receiver<Arc<RouteState>>,
     /// Published by the owner of the flow table once per reporting interval.
@@ -69,7 +77,7 @@ pub struct ConnectionFilter {
 }
 
 /// Everything the owner of the routes knows that others show. `view::Route::stats` and
-/// `view::Backend::connections_active` are zero here: [`FlowState`] has them.
+/// `view::Backend::connections_active` are zero here: [`FlowState`] has them, and the stream path's [`Reader`].
 #[derive(Debug, Clone, Default)]
 pub struct RouteState {
     pub ready: bool,

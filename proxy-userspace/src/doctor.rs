@@ -11,10 +11,16 @@ mod settings;
 
 use std::path::Path;
 
-use proxy_core::config::Config;
+use proxy_core::{capability::Capabilities, config::Config, plan::plan};
 use serde::Serialize;
 
-use crate::kernel::{bpf, capability, sysctl::Settings};
+use crate::{
+    kernel::{
+        bpf, capability,
+        sysctl::{Routes, Settings},
+    },
+    reconcile::task::routes_of,
+};
 
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -22,7 +28,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Nothing that the `nft` engine needs is missing.
+    /// Nothing that the routes need is missing; without a configuration, nothing that the `nft` engine needs.
     pub fn can_run(&self) -> bool {
         self.checks.iter().all(|check| check.state != State::Missing)
     }
@@ -34,7 +40,7 @@ pub enum State {
     Ok,
     /// shunt runs, with something less.
     Warn,
-    /// shunt's nft engine cannot run.
+    /// shunt's nft engine cannot run, or the daemon cannot listen.
     Missing,
 }
 
@@ -53,6 +59,15 @@ pub struct Check {
 impl Check {
     fn of(name: impl Into<String>, why: &'static str) -> Unfound {
         Unfound { name: name.into(), why }
+    }
+
+    /// What is missing is for the nft engine, and no route is served by it.
+    fn not_needed(&mut self) {
+        if self.state == State::Missing {
+            self.state = State::Ok;
+            self.found += "; not needed: the daemon relays every route";
+            self.mend.clear();
+        }
     }
 }
 
@@ -90,19 +105,27 @@ impl Unfound {
 pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
     let probe = capability::probe_details();
     let settings = Settings::default();
+    // What the routes want of the kernel, not what is left of it here.
+    let plan = config.map(|config| plan(config, &Capabilities { net_admin: true, ..probe.capabilities() }));
+    let routes =
+        plan.as_ref().map_or(Routes { ipv4: true, ipv6: true, relayed: true }, |plan| routes_of(plan.routes().iter()));
     let mut checks = privileges::checks(&probe);
     checks.push(host::kernel_version());
     checks.extend(features::checks(&probe));
-    checks.extend(settings::checks(&settings, config));
+    checks.extend(settings::checks(&settings, routes));
     checks.extend(conntrack::checks(&settings));
+    if plan.as_ref().is_some_and(|plan| !plan.uses_nft()) {
+        checks.iter_mut().for_each(Check::not_needed);
+    }
     checks.extend(forward::checks());
     checks.push(settings::reverse_path(&settings, config));
     checks.push(features::ebpf(&capability::ebpf::features()));
     checks.push(features::own_object(bpf::self_probe()));
     checks.push(host::file_limit());
     checks.extend(socket.map(host::running_daemon));
-    if let Some(config) = config {
+    if let (Some(config), Some(plan)) = (config, &plan) {
         checks.extend(routes::checks(config, &probe.capabilities()));
+        checks.push(privileges::low_ports(plan));
     }
     Report { checks }
 }

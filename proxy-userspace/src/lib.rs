@@ -11,4 +11,5 @@ pub mod kernel;
 pub mod logging;
 pub mod reconcile;
 pub mod resolve;
+pub mod stream;
 pub mod track;

@@ -1,10 +1,13 @@
 //! The owner of the routes and of shunt's table: what the configuration wants and what the kernel holds are made equal here.
 //!
-//! A reload is all or nothing: everything that can fail without the kernel is done first, and then one atomic batch.
+//! A reload is all or nothing: everything that can fail without the kernel is done first, then the daemon's own listen
+//! sockets are bound, then one atomic batch, and only then the sockets are served. What is given up goes in the same
+//! order, so that a route that moves between engines is never without one.
 
 pub mod announce;
 mod backends;
 mod ids;
+mod relay;
 mod start;
 pub mod task;
 pub mod views;
@@ -18,29 +21,39 @@ use std::{
 
 use proxy_core::{
     capability::Capabilities,
-    config::{Config, Route, RouteName},
+    config::{Config, Engine, Route, RouteName},
     diff::{Assembly, Ownership, Update, Updates, diff},
     flow::MarkLayout,
     plan::{Plan, Replan, RoutePlan, Unserved, replan},
     pool::Pool,
-    ruleset::{Context, Fragment, Ruleset, draining, fragment, names},
+    ruleset::{Context, Fragment, Ruleset, draining, fragment, names, passing},
     view,
 };
 
 use ids::Ids;
 pub use ids::TooManyRoutes;
+use relay::Sockets;
 
-use crate::kernel::{
-    memory,
-    nft::{Nft, NftError},
+use crate::{
+    kernel::{
+        memory,
+        nft::{Nft, NftError},
+    },
+    stream::{self, StreamError, Streams},
 };
 
 /// How long connections of a route may last that nobody configures any more and whose own `drain` is not known.
 const DRAIN_OF_ADOPTED: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
-pub struct Reconciler<N> {
-    nft: N,
+pub struct Reconciler<N, S> {
+    /// `None`: not here, or not with these privileges; then no route of the plan needs it.
+    nft: Option<N>,
+    /// The table is in the kernel: from the first route that needs it until `shunt cleanup`.
+    table: bool,
+    /// `None` once it is stopping: nothing changes any more.
+    streams: Option<S>,
+    sockets: Sockets,
     capabilities: Capabilities,
     /// Without its routes: the plan has those.
     config: Config,
@@ -58,15 +71,31 @@ pub struct Reconciler<N> {
     unpublished: bool,
 }
 
-/// A route the kernel serves.
+/// A route that is served.
 #[derive(Debug)]
 struct Served {
     id: u32,
     plan: Arc<RoutePlan>,
     pool: Pool,
+    carriers: Carriers,
     /// It has been without a backend once: its counter of refusals stays.
     counts_no_backend: bool,
     view: Arc<view::Route>,
+}
+
+/// Who may have connections of a route: a route that has changed its engine has connections of both.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Carriers {
+    pub kernel: bool,
+    pub daemon: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    /// As the owner of the flow table tells.
+    Kernel,
+    /// As the stream path tells.
+    Daemon,
 }
 
 /// A route that is gone from the configuration while connections may be left.
@@ -74,6 +103,9 @@ struct Served {
 pub struct Drain {
     pub name: RouteName,
     pub deadline: Instant,
+    pub engine: Engine,
+    /// Those that have not yet told that nothing is left.
+    pub carriers: Carriers,
 }
 
 /// Kernel counters of one route.
@@ -106,6 +138,10 @@ pub enum ReconcileError {
     NeedsRestart(&'static str),
     #[error(transparent)]
     Nft(#[from] NftError),
+    #[error(transparent)]
+    Streams(#[from] StreamError),
+    #[error("the daemon is stopping")]
+    Stopping,
 }
 
 /// What an accepted change did.
@@ -133,7 +169,7 @@ pub struct Prepared {
     changed: Vec<RouteName>,
 }
 
-impl<N: Nft> Reconciler<N> {
+impl<N: Nft, S: Streams> Reconciler<N, S> {
     /// Everything about a new configuration that can fail without the kernel.
     pub fn prepare(&mut self, config: Config) -> Result<Prepared, ReconcileError> {
         let began = Instant::now();
@@ -154,7 +190,7 @@ impl<N: Nft> Reconciler<N> {
         let (mut next, mut added, mut changed) = (Vec::new(), Vec::new(), Vec::new());
         for route in new {
             match self.served.get(&route.route.name) {
-                Some(served) if served.plan.route.fingerprint == route.route.fingerprint => continue,
+                Some(served) if is_same(&served.plan, route) => continue,
                 Some(_) => changed.push(route.route.name.clone()),
                 None => added.push(route.route.name.clone()),
             }
@@ -164,19 +200,41 @@ impl<N: Nft> Reconciler<N> {
         Ok(Prepared { began, config, replan, next, gone, fresh, added, changed })
     }
 
-    /// The routes that a prepared change serves anew, with their ids.
+    /// The routes that the kernel serves anew with a prepared change, or still has connections of, with their ids.
     pub fn serves(&self, prepared: &Prepared) -> Vec<(u32, Arc<Route>)> {
+        let kernel = |plan: &&Arc<RoutePlan>| {
+            let known = self.served.get(&plan.route.name).is_some_and(|served| served.carriers.kernel);
+            plan.engine == Some(Engine::Nft) || known
+        };
         let id = |plan: &Arc<RoutePlan>| Some((self.ids.id(&plan.route.name)?, Arc::clone(&plan.route)));
-        prepared.next.iter().filter_map(id).collect()
+        prepared.next.iter().filter(kernel).filter_map(id).collect()
+    }
+
+    /// Every route as it will be with a prepared change.
+    pub fn after<'a>(&'a self, prepared: &'a Prepared) -> impl Iterator<Item = &'a Arc<RoutePlan>> {
+        let (plan, range) = (self.plan.routes(), &prepared.replan.range);
+        let (before, behind) = (plan.get(..range.start), plan.get(range.end..));
+        before.into_iter().flatten().chain(&prepared.replan.routes).chain(behind.into_iter().flatten())
+    }
+
+    /// A prepared change is not carried out.
+    pub fn abandon(&mut self, prepared: Prepared) {
+        prepared.fresh.into_iter().for_each(|id| self.ids.release(id));
     }
 
     /// Makes the kernel serve it. On an error nothing has changed, here or in the kernel.
     pub fn carry_out(&mut self, prepared: Prepared, now: Instant) -> Result<Outcome, ReconcileError> {
         let Prepared { began, config, replan, next, gone, fresh, added, changed } = prepared;
         let mut outcome = Outcome { added, changed, ..Outcome::default() };
-        if let Err(error) = self.replace(&next, &gone, now, &mut outcome) {
+        if let Err(error) = self.replace(&replan, &next, &gone, now, &mut outcome) {
             fresh.into_iter().for_each(|id| self.ids.release(id));
             return Err(error);
+        }
+        for plan in &replan.routes {
+            // Also of those that are the same: the configuration before is not kept for them.
+            if let Some(served) = self.served.get_mut(&plan.route.name) {
+                served.plan = Arc::clone(plan);
+            }
         }
         outcome.apply = began.elapsed();
         self.plan.put(replan);
@@ -206,30 +264,40 @@ impl<N: Nft> Reconciler<N> {
 
     fn replace(
         &mut self,
+        replan: &Replan,
         next: &[Arc<RoutePlan>],
         gone: &[Arc<RoutePlan>],
         now: Instant,
         outcome: &mut Outcome,
     ) -> Result<(), ReconcileError> {
         let mut updates = Updates::new();
+        let mut change = stream::Change::default();
         let mut served = Vec::with_capacity(next.len());
         for plan in next {
             let old = self.served.get(&plan.route.name);
             let pool = Pool::updated(&plan.route, old.map(|s| &s.pool));
             let counts_no_backend = old.is_some_and(|s| s.counts_no_backend);
             let Some(id) = self.ids.id(&plan.route.name) else { continue };
-            let made = self.make(id, plan, pool, counts_no_backend);
+            let before = old.map(|s| s.carriers).or_else(|| self.draining.get(&id).map(|d| d.carriers));
+            let made = self.make(id, plan, pool, counts_no_backend, before.unwrap_or_default());
             updates.insert(id, Update { old: self.committed(id), new: self.fragment(&made) });
+            if made.carriers.daemon {
+                change.routes.push(relay::spec(&made));
+            }
             served.push(made);
         }
-        for plan in gone {
-            if let Some(served) = self.served.get(&plan.route.name) {
-                let mark = self.mark(served.id);
-                let new = draining(&plan.route.name, mark);
-                updates.insert(served.id, Update { old: self.fragment(served), new });
+        for served in gone.iter().filter_map(|plan| self.served.get(&plan.route.name)) {
+            let new = self.counted(&served.plan.route.name, served.id, served.carriers);
+            updates.insert(served.id, Update { old: self.fragment(served), new });
+            if served.carriers.daemon {
+                change.gone.push(served.id);
             }
         }
-        outcome.changes = self.apply(&updates)?;
+        let sockets = self.sockets.changes(self.plan.replaced(replan), &replan.routes, &self.ids);
+        change.ports = relay::ports(&sockets);
+        let needs_table = served.iter().any(|made| made.plan.engine == Some(Engine::Nft));
+        outcome.changes = self.apply(&updates, change, needs_table)?;
+        self.sockets.take_over(sockets);
         self.unpublished = true;
         for made in served {
             self.draining.remove(&made.id);
@@ -237,25 +305,37 @@ impl<N: Nft> Reconciler<N> {
         }
         for plan in gone {
             let Some(served) = self.served.remove(&plan.route.name) else { continue };
-            let name = plan.route.name.clone();
+            let (id, name, carriers) = (served.id, plan.route.name.clone(), served.carriers);
             let deadline = now + plan.route.timeouts.drain;
-            self.draining.insert(served.id, Drain { name: name.clone(), deadline });
-            outcome.effects.push(Effect::Drain { id: served.id, name: name.clone(), deadline });
+            self.draining.insert(id, Drain { name: name.clone(), deadline, engine: served.view.engine, carriers });
+            if carriers.kernel {
+                outcome.effects.push(Effect::Drain { id, name: name.clone(), deadline });
+            }
             outcome.removed.push(name);
         }
         Ok(())
     }
 
-    fn make(&self, id: u32, plan: &Arc<RoutePlan>, pool: Pool, counts_no_backend: bool) -> Served {
-        let view = Arc::new(views::route(plan, &pool, self.mark(id)));
-        Served { id, plan: Arc::clone(plan), pool, counts_no_backend, view }
+    /// `before`: who may have connections of it already.
+    fn make(&self, id: u32, plan: &Arc<RoutePlan>, pool: Pool, counts_no_backend: bool, before: Carriers) -> Served {
+        let carriers = Carriers {
+            kernel: before.kernel || plan.engine == Some(Engine::Nft),
+            daemon: before.daemon || plan.is_relayed(),
+        };
+        let mark = if carriers.kernel { self.mark(id) } else { 0 };
+        let view = Arc::new(views::route(plan, &pool, mark));
+        Served { id, plan: Arc::clone(plan), pool, carriers, counts_no_backend, view }
     }
 
     fn mark(&self, id: u32) -> u32 {
         self.ids.layout().route_mark(id).unwrap_or_default()
     }
 
+    /// What the table has of a route that is served.
     fn fragment(&self, served: &Served) -> Fragment {
+        if served.plan.is_relayed() {
+            return passing(&served.plan).and(self.counted(&served.plan.route.name, served.id, served.carriers));
+        }
         let endpoints = served.pool.endpoints();
         fragment(
             &served.plan,
@@ -269,10 +349,18 @@ impl<N: Nft> Reconciler<N> {
         )
     }
 
-    /// The fragment of a route as it is in the kernel; empty for a route that is not there.
+    /// What the table has of a route whose connections are let finish.
+    fn counted(&self, name: &RouteName, id: u32, carriers: Carriers) -> Fragment {
+        match carriers.kernel {
+            true => draining(name, self.mark(id)),
+            false => Fragment::default(),
+        }
+    }
+
+    /// What the table has of a route now; nothing of one that is not there.
     fn committed(&self, id: u32) -> Fragment {
         if let Some(drain) = self.draining.get(&id) {
-            return draining(&drain.name, self.mark(id));
+            return self.counted(&drain.name, id, drain.carriers);
         }
         let served = self.ids.name(id).and_then(|name| self.served.get(name));
         served.map(|served| self.fragment(served)).unwrap_or_default()
@@ -280,60 +368,136 @@ impl<N: Nft> Reconciler<N> {
 
     /// The table as it should be.
     fn wanted(&self) -> Ruleset {
-        let served = self.served.values().map(|served| self.fragment(served));
-        let draining = self.draining.iter().map(|(&id, drain)| draining(&drain.name, self.mark(id)));
+        self.wanted_with(&Updates::new())
+    }
+
+    fn wanted_with(&self, updates: &Updates) -> Ruleset {
+        let served = self.served.values().map(|served| served.id);
+        let ids = served.chain(self.draining.keys().copied()).filter(|id| !updates.contains_key(id));
         let mut whole = self.assembly.whole();
-        served.chain(draining).for_each(|fragment| whole.add(fragment));
+        ids.for_each(|id| whole.add(self.committed(id)));
+        updates.values().for_each(|update| whole.add(update.new.clone()));
         whole.finish()
     }
 
-    /// One atomic batch. The number of its messages.
-    fn apply(&mut self, updates: &Updates) -> Result<usize, NftError> {
-        let changes = self.assembly.changes(updates);
-        let result = if changes.is_empty() { Ok(()) } else { self.nft.apply(&changes) };
-        match result {
-            Ok(()) => {
-                self.assembly.commit(updates);
+    /// Both kernels of a change, or none: what can fail comes before what cannot. The number of messages to nftables.
+    fn apply(&mut self, updates: &Updates, change: stream::Change, needs_table: bool) -> Result<usize, ReconcileError> {
+        let result = self.try_apply(updates, change, needs_table);
+        match &result {
+            Ok(_) => {
                 self.status.ok += 1;
                 self.status.last_error = None;
-                Ok(changes.len())
             }
             Err(error) => {
                 self.status.failed += 1;
                 self.status.last_error = Some(error.to_string());
-                Err(error)
             }
         }
+        result
     }
 
-    /// Nothing is left of a route that was draining.
-    pub fn drained(&mut self, id: u32) -> Result<Vec<Effect>, NftError> {
-        if self.draining.contains_key(&id) {
+    fn try_apply(
+        &mut self,
+        updates: &Updates,
+        change: stream::Change,
+        needs_table: bool,
+    ) -> Result<usize, ReconcileError> {
+        let prepared = match &mut self.streams {
+            _ if relay::is_empty(&change) => None,
+            Some(streams) => Some(streams.prepare(change)?),
+            None => return Err(ReconcileError::Stopping),
+        };
+        let changes = match self.table || needs_table {
+            true => self.change_table(updates)?,
+            false => {
+                self.assembly.commit(updates);
+                0
+            }
+        };
+        if let (Some(streams), Some(prepared)) = (&mut self.streams, prepared) {
+            streams.commit(prepared);
+        }
+        Ok(changes)
+    }
+
+    /// One atomic batch; the first one makes the table. The number of its messages.
+    fn change_table(&mut self, updates: &Updates) -> Result<usize, NftError> {
+        if !self.table {
+            return self.make_table(updates);
+        }
+        let changes = self.assembly.changes(updates);
+        if let Some(nft) = self.nft.as_mut().filter(|_| !changes.is_empty()) {
+            nft.apply(&changes)?;
+        }
+        self.assembly.commit(updates);
+        Ok(changes.len())
+    }
+
+    fn make_table(&mut self, updates: &Updates) -> Result<usize, NftError> {
+        let (ownership, wanted) = (self.ownership(false), self.wanted_with(updates));
+        let Some(nft) = &mut self.nft else { return Ok(0) };
+        let snapshot = nft.snapshot()?;
+        let changes = diff(wanted, &snapshot, ownership, |rule| nft.fingerprint(rule));
+        nft.apply(&changes)?;
+        self.assembly.commit(updates);
+        self.table = true;
+        Ok(changes.len())
+    }
+
+    /// Nothing is left with one carrier of a route that was draining.
+    pub fn drained(&mut self, id: u32, carrier: Carrier) -> Result<Vec<Effect>, ReconcileError> {
+        let Some(drain) = self.draining.get(&id) else { return Ok(Vec::new()) };
+        let left = match carrier {
+            Carrier::Kernel => Carriers { kernel: false, ..drain.carriers },
+            Carrier::Daemon => Carriers { daemon: false, ..drain.carriers },
+        };
+        let mut effects = Vec::new();
+        if carrier == Carrier::Kernel {
             let update = Update { old: self.committed(id), new: Fragment::default() };
-            self.apply(&Updates::from([(id, update)]))?;
+            self.apply(&Updates::from([(id, update)]), stream::Change::default(), false)?;
+            self.last_counters.remove(&id);
+            effects.push(Effect::Forget { id });
+        }
+        self.draining.entry(id).and_modify(|drain| drain.carriers = left);
+        if left == Carriers::default() {
             self.draining.remove(&id);
             self.ids.release(id);
-            self.last_counters.remove(&id);
-            self.unpublished = true;
-            return Ok(vec![Effect::Forget { id }]);
+            self.streams.iter_mut().for_each(|streams| streams.forget(id));
         }
-        Ok(Vec::new())
+        self.unpublished = true;
+        Ok(effects)
     }
 
     /// Compares the table with what it should be and mends it. True when there was something to mend.
     pub fn repair(&mut self) -> Result<bool, NftError> {
-        let snapshot = self.nft.snapshot()?;
-        let mut wanted = self.wanted();
-        self.seed_counters(&mut wanted);
-        let nft = &self.nft;
-        let changes = diff(wanted, &snapshot, self.ownership(true), |rule| nft.fingerprint(rule));
+        let (ownership, mut wanted) = (self.ownership(true), self.wanted());
+        let Some(nft) = self.nft.as_mut().filter(|_| self.table) else { return Ok(false) };
+        let snapshot = nft.snapshot()?;
+        seed_counters(&self.last_counters, self.ids.layout(), &mut wanted);
+        let changes = diff(wanted, &snapshot, ownership, |rule| nft.fingerprint(rule));
         if changes.is_empty() {
             return Ok(false);
         }
-        self.nft.apply(&changes)?;
+        nft.apply(&changes)?;
         self.status.drift += 1;
         self.unpublished = true;
         Ok(true)
+    }
+
+    /// The stream path, to be stopped; from here on nothing changes.
+    pub fn take_streams(&mut self) -> Option<S> {
+        self.streams.take()
+    }
+
+    /// The longest time that a relayed connection is let finish.
+    pub fn longest_drain(&self) -> Duration {
+        let relayed = self.served.values().filter(|served| served.carriers.daemon);
+        relayed.map(|served| served.plan.route.timeouts.drain).max().unwrap_or_default()
+    }
+
+    /// Whether the table is in the kernel.
+    pub fn has_table(&self) -> bool {
+        self.table
     }
 
     /// Nobody else can change the table.
@@ -350,25 +514,6 @@ impl<N: Nft> Reconciler<N> {
         }
     }
 
-    /// Counters of a table that somebody deleted go on from what was read last.
-    fn seed_counters(&self, ruleset: &mut Ruleset) {
-        let layout = self.ids.layout();
-        let mut seed = |set: &str, of: &dyn Fn(&Counters) -> proxy_core::ruleset::Counter| {
-            let Some(set) = ruleset.sets.get_mut(set) else { return };
-            for (key, element) in &mut set.elements {
-                let known = mark_of(key).and_then(|mark| self.last_counters.get(&layout.route_id(mark)?));
-                element.counter = known.map(of).unwrap_or_default();
-            }
-        };
-        let packets = |packets| proxy_core::ruleset::Counter { packets, bytes: 0 };
-        seed(names::CONNECTIONS, &|c| packets(c.connections));
-        seed(names::TRAFFIC_IN, &|c| c.inbound);
-        seed(names::TRAFFIC_OUT, &|c| c.outbound);
-        for (name, reason) in names::REFUSALS {
-            seed(name, &|c| packets(c.refused.iter().find(|(r, _)| *r == reason).map_or(0, |&(_, n)| n)));
-        }
-    }
-
     /// What the kernel has counted, by route id; silent routes are left out.
     pub fn counters(&mut self) -> Result<&HashMap<u32, Counters>, NftError> {
         let layout = self.ids.layout();
@@ -382,7 +527,7 @@ impl<N: Nft> Reconciler<N> {
             }
             Ok::<(), NftError>(())
         };
-        let nft = &mut self.nft;
+        let Some(nft) = self.nft.as_mut().filter(|_| self.table) else { return Ok(&self.last_counters) };
         read(nft, names::CONNECTIONS, &|c, n| c.connections = n.packets)?;
         read(nft, names::TRAFFIC_IN, &|c, n| c.inbound = n)?;
         read(nft, names::TRAFFIC_OUT, &|c, n| c.outbound = n)?;
@@ -417,8 +562,41 @@ impl<N: Nft> Reconciler<N> {
     }
 }
 
+/// Counters of a table that somebody deleted go on from what was read last.
+fn seed_counters(last: &HashMap<u32, Counters>, layout: MarkLayout, ruleset: &mut Ruleset) {
+    let mut seed = |set: &str, of: &dyn Fn(&Counters) -> proxy_core::ruleset::Counter| {
+        let Some(set) = ruleset.sets.get_mut(set) else { return };
+        for (key, element) in &mut set.elements {
+            let known = mark_of(key).and_then(|mark| last.get(&layout.route_id(mark)?));
+            element.counter = known.map(of).unwrap_or_default();
+        }
+    };
+    let packets = |packets| proxy_core::ruleset::Counter { packets, bytes: 0 };
+    seed(names::CONNECTIONS, &|c| packets(c.connections));
+    seed(names::TRAFFIC_IN, &|c| c.inbound);
+    seed(names::TRAFFIC_OUT, &|c| c.outbound);
+    for (name, reason) in names::REFUSALS {
+        seed(name, &|c| packets(c.refused.iter().find(|(r, _)| *r == reason).map_or(0, |&(_, n)| n)));
+    }
+}
+
 fn mark_of(key: &proxy_core::ruleset::Key) -> Option<u32> {
     Some(u32::from_ne_bytes(key.bytes().try_into().ok()?))
+}
+
+/// Nothing that is done for the route has changed. Who shares a port with a relayed route is a matter of the port: one more
+/// name on a port of 50,000 does not change the others.
+fn is_same(old: &RoutePlan, new: &RoutePlan) -> bool {
+    let itself = old.route.own_fingerprint == new.route.own_fingerprint && old.refused == new.refused;
+    let relayed = old.is_relayed() && old.engine == new.engine;
+    old.route.fingerprint == new.route.fingerprint || (relayed && itself && same_listens(old, new))
+}
+
+/// What the table has of it ([`passing`]) is the same.
+fn same_listens(old: &RoutePlan, new: &RoutePlan) -> bool {
+    let shared = |plan: &RoutePlan| plan.shared_listens.iter().map(|shared| shared.listen).collect::<Vec<_>>();
+    let alone = |plan: &RoutePlan| plan.route.shares_port_with.is_empty();
+    old.own_listens == new.own_listens && shared(old) == shared(new) && alone(old) == alone(new)
 }
 
 /// The plan holds the routes; a second copy of fifty thousand of them is not kept. Letting go of them takes a while: elsewhere.
@@ -433,3 +611,6 @@ fn without_routes(mut config: Config) -> Config {
     }
     config
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,7 @@ use proxy_core::{config::Engine, view};
 use proxy_userspace::{
     admin::{Listeners, serve},
     control::{Control, FlowCommand, FlowState, RouteCommand, RouteState},
+    stream::meter::Reader,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -114,7 +115,7 @@ fn connection(number: usize) -> view::Connection {
         protocol: "tcp".into(),
         client: "192.0.2.1:4711".parse().expect("address"),
         listen: "10.9.9.9:80".parse().expect("address"),
-        backend: "10.0.0.1:80".parse().expect("address"),
+        backend: "10.0.0.1:80".parse().ok(),
         state: "established".into(),
         age_seconds: 1.0,
         idle_seconds: 0.5,
@@ -169,7 +170,11 @@ fn owners() -> Control {
             }
         }
     });
-    Control { routes, flows, route_state, flow_state }
+    // Nothing is relayed.
+    let (streams, _) = mpsc::channel(1);
+    let (_, relayed_rates) = watch::channel(Arc::default());
+    let relayed = Reader::default();
+    Control { routes, flows: Some(flows), streams, relayed, relayed_rates, route_state, flow_state }
 }
 
 #[test]

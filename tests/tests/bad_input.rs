@@ -39,8 +39,12 @@ fn a_file_that_cannot_be_served_leaves_the_kernel_untouched() -> Result<()> {
         ("unknown", &format!("{WEB}colour = \"red\"\n"), &["unknown.toml:8", "colour"]),
         ("overlap", &format!("{WEB}{}", WEB.replace("\"web\"", "\"web2\"")), &["\"web\"", "\"web2\"", "10.88.1.1:80"]),
         ("range", &WEB.replace(":80\"]\nb", ":70000\"]\nb"), &["70000", "65535"]),
-        ("stream", &format!("{WEB}proxy_protocol = {{ send = \"v2\" }}\n"), &["\"web\"", "proxy_protocol.send"]),
-        ("forced", &format!("{WEB}engine = \"splice\"\n"), &["\"web\"", "splice", "not in this version"]),
+        (
+            "stream",
+            &format!("{WEB}engine = \"nft\"\nproxy_protocol = {{ send = \"v2\" }}\n"),
+            &["\"web\"", "proxy_protocol.send"],
+        ),
+        ("forced", &format!("{WEB}engine = \"sockmap\"\n"), &["\"web\"", "sockmap", "not in this version"]),
     ];
     for (name, config, words) in cases {
         refused(&run(&lab, name, config)?, 1, words)?;
@@ -91,7 +95,34 @@ fn without_privilege_it_says_which_and_exits_4() -> Result<()> {
     fs::write(&file, format!("[admin]\nlisten = \"off\"\nsocket = \"admin.sock\"\n{WEB}"))?;
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"];
     let mut command = lab.gateway().command("setpriv");
-    refused(&command.args(nobody).arg(&binary).arg("run").arg("--config").arg(&file).output()?, 4, &["CAP_NET_ADMIN"])
+    let output = command.args(nobody).arg(&binary).arg("run").arg("--config").arg(&file).output()?;
+    refused(&output, 4, &["CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE"])
+}
+
+#[test]
+fn relayed_routes_on_high_ports_need_no_privilege() -> Result<()> {
+    let lab = Lab::new()?;
+    let open = tempfile::tempdir()?;
+    fs::set_permissions(open.path(), fs::Permissions::from_mode(0o777))?;
+    let (binary, file, socket) =
+        (open.path().join("shunt"), open.path().join("shunt.toml"), open.path().join("admin.sock"));
+    fs::copy(shunt_binary()?, &binary)?;
+    let high = WEB.replace("10.88.1.1:80", "10.88.1.1:8080");
+    fs::write(&file, format!("[admin]\nlisten = \"off\"\nsocket = {socket:?}\n{high}"))?;
+    let mut command = lab.gateway().command("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]);
+    command.arg(&binary).arg("run").arg("--config").arg(&file);
+    let mut running = Running::start("shunt", command, lab.dir())?;
+    let status = || {
+        let asked = lab.gateway().command(&binary).args(["status", "--json", "--socket"]).arg(&socket).output();
+        asked.map(|asked| String::from_utf8_lossy(&asked.stdout).into_owned()).unwrap_or_default()
+    };
+    running.wait_ready(Duration::from_secs(10), || status().contains("\"ready\": true"))?;
+    ensure!(status().contains("CAP_NET_ADMIN is missing"), "it says that the kernel could do it: {}", status());
+    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    lab.client().connect_within(SocketAddr::from(([10, 88, 1, 1], 8080)), Duration::from_secs(5))?;
+    ensure!(running.terminate(Duration::from_secs(5))?.success());
+    Ok(())
 }
 
 #[test]

@@ -10,7 +10,9 @@ use std::{
 
 use anyhow::{Context, Result};
 use shunt_lab::{
-    BACKEND_SIDE, CLIENT, GATEWAY, Lab, kernel, link, pattern,
+    BACKEND_SIDE, CLIENT, GATEWAY, Lab, Talk, dialog,
+    hello::Hello,
+    kernel, link, pattern,
     scripted::{Behaviour, Ended, Start, TcpServer, UdpServer},
     wait_until,
 };
@@ -127,6 +129,53 @@ fn real_servers_answer() -> Result<()> {
     assert_eq!(client.sh(&format!("redis-cli -h {} ping", backend.ip))?, "PONG\n");
     let report = lab.iperf3_client((backend.ip, 5201), "-n 1M")?;
     assert!(report["end"]["sum_sent"]["bytes"].as_u64() >= Some(1 << 20), "{report}");
+    Ok(())
+}
+
+#[test]
+fn a_real_tls_server_answers_every_hello_that_is_built_here() -> Result<()> {
+    let lab = Lab::new()?;
+    let certificate = lab.certificate(&["a.example"])?;
+    let (cert, key) = (certificate.cert.display(), certificate.key.display());
+    let http = format!(
+        "http {{ ssl_certificate {cert}; ssl_certificate_key {key}; ssl_protocols TLSv1.2 TLSv1.3;\n\
+                server {{ listen 443 ssl; }} }}"
+    );
+    let _nginx = lab.nginx_with(lab.backend(1), &http, 443)?;
+    let hello = Hello::to("a.example");
+    for hello in [
+        Hello::anonymous(),
+        hello.clone().alpn(&["http/1.1"]),
+        hello.clone().post_quantum(),
+        hello.clone().padding(14_000),
+        hello.in_records_of(100),
+    ] {
+        let mut stream = lab.client().connect((lab.backend(1).ip, 443))?;
+        stream.write_all(&hello.build())?;
+        let answer = dialog::read_some(&mut stream, 7)?;
+        assert!(answer[..3] == [0x16, 3, 3] && answer[5] == 2, "no ServerHello to {hello:?}: {answer:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn real_proxies_and_a_database_answer() -> Result<()> {
+    let lab = Lab::new()?;
+    let backend = lab.backend(1);
+    let to = "listen l\n  bind :81\n  server s 127.0.0.1:80 send-proxy-v2\n";
+    let http = "frontend f\n  bind :80 accept-proxy\n  mode http\n  http-request return status 200 content-type text/plain \
+                lf-string \"%[src]\"\n";
+    let _haproxy = lab.haproxy(backend, &format!("{to}{http}"), 80)?;
+    assert_eq!(lab.client().curl(&format!("http://{}:81/", backend.ip))?, CLIENT.to_string().as_bytes());
+    let stream = "stream { server { listen 82; proxy_pass 127.0.0.1:80; proxy_protocol on; } }";
+    let _nginx = lab.nginx_with(backend, stream, 82)?;
+    assert_eq!(lab.client().curl(&format!("http://{}:82/", backend.ip))?, CLIENT.to_string().as_bytes());
+    let _postgres = lab.postgres(backend, 5432)?;
+    let mut psql = lab.client().command("psql");
+    psql.args(["-h", &backend.ip.to_string(), "-U", "postgres", "-Atq"]);
+    let mut session = Talk::start(psql)?;
+    session.say("select 6 * 7;")?;
+    assert_eq!(session.hear(SOON)?, "42");
     Ok(())
 }
 

@@ -15,7 +15,8 @@ use proxy_core::{
 };
 use proxy_userspace::{
     kernel::nft::{KernelNft, Nft},
-    reconcile::Reconciler,
+    reconcile::{Carrier, Reconciler},
+    stream::memory::MemoryStreams,
 };
 use shunt_tests::in_new_namespace;
 
@@ -143,7 +144,7 @@ fn what_the_kernel_holds_is_what_was_planned() {
 }
 
 /// The table with each mark spelled as the name of its route, in an order of its own.
-fn by_name(reconciler: &Reconciler<KernelNft>) -> Vec<String> {
+fn by_name(reconciler: &Both) -> Vec<String> {
     let mut script = reconciler.script();
     for view in reconciler.route_views() {
         script = script.replace(&format!("{:#010x}", view.mark), &view.name);
@@ -153,8 +154,11 @@ fn by_name(reconciler: &Reconciler<KernelNft>) -> Vec<String> {
     lines
 }
 
-fn begin(config: Config) -> anyhow::Result<Reconciler<KernelNft>> {
-    let (mut reconciler, found) = Reconciler::open(KernelNft::open()?, config, Capabilities::all(), Instant::now())?;
+type Both = Reconciler<KernelNft, MemoryStreams>;
+
+fn begin(config: Config) -> anyhow::Result<Both> {
+    let (nft, streams) = (Some(KernelNft::open()?), MemoryStreams::default());
+    let (mut reconciler, found) = Reconciler::open(nft, streams, config, Capabilities::all(), Instant::now())?;
     reconciler.install(&found)?;
     Ok(reconciler)
 }
@@ -172,7 +176,8 @@ fn a_sequence_of_changes_ends_where_a_fresh_start_begins() {
                 anyhow::ensure!(changing.verify()? == 0, "the kernel differs after a change");
             }
             for id in changing.draining().keys().copied().collect::<Vec<_>>() {
-                changing.drained(id)?;
+                changing.drained(id, Carrier::Kernel)?;
+                changing.drained(id, Carrier::Daemon)?;
             }
             let differences = changing.verify()?;
             let changed = by_name(&changing);

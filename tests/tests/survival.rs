@@ -236,7 +236,7 @@ fn a_bad_file_changes_nothing_and_says_why() -> Result<()> {
     let before = lab.gateway().sh("nft -s list table inet shunt")?;
     for bad in [
         "[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:0\"]\nbackends = [\"10.88.2.2:80\"]\n",
-        "[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:80\"]\nbackends = [\"10.88.2.2:80\"]\nproxy_protocol = { send = \"v2\" }\n",
+        "[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:80\"]\nbackends = [\"10.88.2.2:80\"]\nengine = \"nft\"\nproxy_protocol = { send = \"v2\" }\n",
         "nonsense",
     ] {
         shunt.write_config(bad)?;

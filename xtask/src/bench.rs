@@ -1,4 +1,4 @@
-//! The benchmark: shunt's nft engine beside what it must not be slower than, and what it replaces.
+//! The benchmark: shunt's engines beside what they must not be slower than, and what they replace.
 
 mod measure;
 mod metric;
@@ -64,7 +64,7 @@ pub struct Options {
 /// Builds, measures, prints, writes.
 pub fn run(options: &Options) -> Result<()> {
     let paths = chosen(&options.paths, &PathKind::ALL);
-    let needs_shunt = paths.contains(&PathKind::Shunt) || options.scale || options.scale_only;
+    let needs_shunt = paths.iter().any(|path| path.is_shunt()) || options.scale || options.scale_only;
     if !options.no_build {
         setup::ensure_done()?;
         if needs_shunt {

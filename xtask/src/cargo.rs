@@ -43,12 +43,17 @@ pub fn run_programs_as_root(command: &mut Command) -> Result<()> {
     if root::is_root() {
         return Ok(());
     }
-    let version = Command::new("rustc").arg("-vV").output().context("start rustc")?;
-    let version = String::from_utf8_lossy(&version.stdout);
-    let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("host in `rustc -vV`")?;
-    let variable = format!("CARGO_TARGET_{}_RUNNER", host.replace('-', "_").to_uppercase());
+    let variable = format!("CARGO_TARGET_{}_RUNNER", host()?.replace('-', "_").to_uppercase());
     command.env(variable, "sudo -E");
     Ok(())
+}
+
+/// The platform that programs are built for when nothing else is asked for.
+pub fn host() -> Result<String> {
+    let version = Command::new("rustc").arg("-vV").output().context("start rustc")?;
+    let version = String::from_utf8_lossy(&version.stdout);
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).context("host in `rustc -vV`")
 }
 
 /// Builds the daemon with optimisation, as it is deployed.

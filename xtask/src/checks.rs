@@ -5,7 +5,7 @@ use std::{env, process::Command, time::Instant};
 use anyhow::Result;
 use clap::Args;
 
-use crate::{cargo, setup, ui};
+use crate::{cargo, fuzz, setup, ui};
 
 /// Tests on the real kernel share its two or more cores with the servers they start and have deadlines.
 const TEST_THREADS: &str = "2";
@@ -60,9 +60,12 @@ pub fn ci(options: &CiOptions) -> Result<()> {
         setup::ensure_done()?;
     }
     cargo::run("fmt: is it formatted?", &mut cargo::command(&["fmt", "--all", "--check"]))?;
+    let fuzz_targets = ["fmt", "--manifest-path", "tests/fuzz/Cargo.toml", "--check"];
+    cargo::run("fmt: fuzz targets too?", &mut cargo::command(&fuzz_targets))?;
     let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
     cargo::run("clippy: no warnings", &mut cargo::command(&clippy))?;
     test(&TestOptions { filter: None, package: None, no_setup: true, args: Vec::new() })?;
+    fuzz::smoke()?;
     let mut docs = cargo::command(&["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"]);
     cargo::run("doc: no broken links", docs.env("RUSTDOCFLAGS", "-D warnings"))?;
     ui::step("ci: all passed");

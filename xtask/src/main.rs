@@ -5,6 +5,7 @@ mod cargo;
 mod checks;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod root;
 mod setup;
 mod stop;
@@ -36,7 +37,9 @@ enum Task {
         #[command(subcommand)]
         what: Ebpf,
     },
-    /// Everything a change must pass: formatting, lints, tests, documentation
+    /// Throw bytes at everything that reads what strangers send, guided by coverage
+    Fuzz(fuzz::Options),
+    /// Everything a change must pass: formatting, lints, tests, a minute of fuzzing, documentation
     Ci(checks::CiOptions),
 }
 
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::run(&options),
         Task::Ebpf { what: Ebpf::Build } => ebpf::build(),
         Task::Ebpf { what: Ebpf::Check } => ebpf::check(),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Ci(options) => checks::ci(&options),
     });
     match outcome {

@@ -14,9 +14,10 @@ use clap::Args;
 use crate::{cargo, root, ui};
 
 /// Name of the package, and what it is for.
-const PACKAGES: [(&str, &str); 20] = [
+const PACKAGES: [(&str, &str); 25] = [
     ("gcc", "links"),
     ("libc6-dev", "links"),
+    ("g++", "compiles libFuzzer"),
     ("pkg-config", "finds libmnl and libnftnl"),
     ("libmnl-dev", "netlink"),
     ("libnftnl-dev", "nftables over netlink"),
@@ -33,8 +34,12 @@ const PACKAGES: [(&str, &str); 20] = [
     ("socat", "echo servers"),
     ("nginx", "HTTP server, and a peer in the benchmark"),
     ("libnginx-mod-stream", "a peer in the benchmark"),
-    ("haproxy", "a peer in the benchmark"),
+    ("haproxy", "PROXY protocol, and a peer in the benchmark"),
     ("redis-server", "a real protocol with long connections"),
+    ("postgresql", "a real protocol with long connections and much data"),
+    ("python3", "small servers"),
+    ("python3-websockets", "WebSocket, both ends"),
+    ("openssl", "certificates, TLS client and server"),
 ];
 
 #[derive(Debug, Args)]

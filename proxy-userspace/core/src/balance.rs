@@ -3,13 +3,18 @@
 //! The number of slots of a route is fixed by its configuration, so that a backend that goes down or comes back
 //! changes elements only and never a rule.
 
+mod chooser;
 mod maglev;
 mod weighted;
 
+pub use chooser::{Asked, Chooser};
 pub use maglev::maglev;
 pub use weighted::{homes, round_robin};
 
-use crate::config::{Backend, Balance, Target};
+use crate::{
+    config::{Backend, Balance, Target},
+    ruleset::Endpoint,
+};
 
 /// Seed of `jhash` over the client address; a constant, so that every node from the same file sends a client to the same backend.
 pub const HASH_SEED: u32 = 0x5348_4e54;
@@ -31,6 +36,26 @@ pub fn slots(balance: Balance, backends: &[Backend]) -> u32 {
         Balance::Maglev => {
             let wanted = backends.len() as u32 * 100;
             MAGLEV_SIZES.into_iter().find(|&size| size >= wanted).unwrap_or(MAGLEV_SIZES[6])
+        }
+    }
+}
+
+/// Which endpoint each slot goes to; empty when none is up.
+pub fn fill(balance: Balance, endpoints: &[&Endpoint], slots: u32) -> Vec<usize> {
+    let weight = |e: &&Endpoint| if e.up { e.weight } else { 0 };
+    let weights: Vec<u16> = endpoints.iter().map(weight).collect();
+    match balance {
+        Balance::RoundRobin | Balance::Random | Balance::LeastConnections => round_robin(&weights, slots),
+        Balance::SourceHash => {
+            let all: Vec<u16> = endpoints.iter().map(|e| e.weight).collect();
+            let up: Vec<bool> = endpoints.iter().map(|e| e.up).collect();
+            homes(&all, &up, slots)
+        }
+        Balance::Maglev => {
+            let names: Vec<String> =
+                endpoints.iter().map(|e| format!("{}:{}", e.address, e.port.unwrap_or_default())).collect();
+            let named: Vec<(&str, u16)> = names.iter().map(String::as_str).zip(weights).collect();
+            maglev(&named, slots)
         }
     }
 }

@@ -84,13 +84,15 @@ fn routes(root: &Section<'_>, defaults: &Defaults, admin: Option<SocketAddr>) ->
     }
     let overlaps = Overlaps::find(source, &routes, &labels, claims);
     overlaps.report_conflicts();
+    overlaps.report_headers();
     if let Some(admin) = admin {
         overlaps.report_admin(admin);
     }
     let shared = if source.has_problems() { Vec::new() } else { overlaps.shared() };
-    for (route, (sharers, fingerprint)) in routes.iter_mut().zip(shared) {
+    for (route, (sharers, fingerprint, own)) in routes.iter_mut().zip(shared) {
         route.shares_port_with = sharers;
         route.fingerprint = fingerprint;
+        route.own_fingerprint = own;
     }
     routes
 }

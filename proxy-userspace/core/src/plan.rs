@@ -3,11 +3,11 @@
 mod preview;
 mod refusal;
 
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{collections::HashMap, net::SocketAddr, ops::Range, sync::Arc};
 
 use ipnet::IpNet;
 
-pub use refusal::{Capability, Need, Refusal};
+pub use refusal::{Capability, MAX_STREAM_PORTS, Need, Refusal};
 
 use crate::{
     capability::Capabilities,
@@ -70,6 +70,11 @@ impl Plan {
         unserved(&self.routes)
     }
 
+    /// Whether a route is forwarded by the kernel: nftables and conntrack are for those alone.
+    pub fn uses_nft(&self) -> bool {
+        self.routes.iter().any(|r| r.engine == Some(Engine::Nft))
+    }
+
     /// In file order.
     pub fn routes(&self) -> &[Arc<RoutePlan>] {
         &self.routes
@@ -87,6 +92,19 @@ impl Plan {
 }
 
 impl RoutePlan {
+    /// The daemon listens, dials and relays.
+    pub fn is_relayed(&self) -> bool {
+        matches!(self.engine, Some(Engine::Splice | Engine::Copy))
+    }
+
+    /// Every address and port it listens on, as addresses of sockets.
+    pub fn sockets(&self) -> impl Iterator<Item = SocketAddr> {
+        let ports = |&Listen { address, ports }: &Listen| {
+            (ports.first..=ports.last).map(move |port| SocketAddr::new(address, port))
+        };
+        self.route.listen.iter().flat_map(ports)
+    }
+
     /// Why this engine, in one sentence.
     pub fn because(&self) -> String {
         match (self.engine, self.route.engine) {
@@ -95,7 +113,10 @@ impl RoutePlan {
             (Some(Engine::Nft), EngineChoice::Auto) => {
                 "the first packet decides: address, port and client are all this route looks at".into()
             }
-            (Some(engine), EngineChoice::Auto) => format!("{engine} is the cheapest engine that can serve it"),
+            (Some(engine), EngineChoice::Auto) => match self.refused.first() {
+                Some((_, refusal)) => format!("{refusal}: the daemon relays"),
+                None => format!("{engine} is the cheapest engine that can serve it"),
+            },
         }
     }
 }
@@ -140,7 +161,7 @@ fn unserved(routes: &[Arc<RoutePlan>]) -> Vec<Unserved> {
 
 fn plan_route(config: &Config, index: usize, capabilities: &Capabilities, ports: &mut Ports) -> RoutePlan {
     let route = &config.routes[index];
-    let port = ports.of(config, route);
+    let port = ports.of(config, route, capabilities);
     let refused = refusal::refusals(route, port, capabilities);
     let can = |engine| !refused.iter().any(|&(e, _)| e == engine);
     let engine = match route.engine {
@@ -168,8 +189,8 @@ struct Ports(HashMap<*const usize, Port>);
 
 #[derive(Debug, Default)]
 struct Port {
-    /// One of them that must read the stream.
-    reader: Option<RouteName>,
+    /// One of them that the engine nft does not serve.
+    relayed: Option<RouteName>,
     /// One of them listens on a range.
     has_range: bool,
     /// Who listens where, in file order.
@@ -177,14 +198,14 @@ struct Port {
 }
 
 impl Ports {
-    fn of(&mut self, config: &Config, route: &Route) -> &Port {
+    fn of(&mut self, config: &Config, route: &Route, capabilities: &Capabilities) -> &Port {
         let members = &route.shares_port_with;
         self.0.entry(members.as_ptr()).or_insert_with(|| {
             let mut port = Port::default();
             for &index in members.iter() {
                 let member = &config.routes[index];
-                if port.reader.is_none() && refusal::reads_stream(member) {
-                    port.reader = Some(member.name.clone());
+                if port.relayed.is_none() && refusal::is_for_stream(member, capabilities) {
+                    port.relayed = Some(member.name.clone());
                 }
                 for &listen in &member.listen {
                     port.has_range |= !listen.ports.is_single();

@@ -9,7 +9,7 @@ mod print;
 mod skeleton;
 mod types;
 
-pub use fragment::{Context, Endpoint, FOREVER, Fragment, Marks, Member, draining, fragment, timeout_policy};
+pub use fragment::{Context, Endpoint, FOREVER, Fragment, Marks, Member, draining, fragment, passing, timeout_policy};
 pub use print::print;
 pub use skeleton::skeleton;
 pub use types::*;

@@ -61,7 +61,7 @@ pub struct Route {
     pub balance: String,
     /// `active`, or `draining` once the configuration no longer has it.
     pub state: RouteState,
-    /// The mark of its connections in conntrack, end bits clear.
+    /// The mark of its connections in conntrack, end bits clear; 0 when the kernel has none of them.
     pub mark: u32,
     pub backends: Vec<Backend>,
     #[serde(flatten)]
@@ -110,6 +110,7 @@ pub struct RouteStats {
     pub connections_total: u64,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// Of what the kernel forwards; a relayed stream has no packets.
     pub packets_in: u64,
     pub packets_out: u64,
     /// Per second, over the last reporting interval.
@@ -117,7 +118,7 @@ pub struct RouteStats {
     pub bytes_in_rate: f64,
     pub bytes_out_rate: f64,
     pub terminations: BTreeMap<Reason, u64>,
-    /// Seconds since the oldest live connection began.
+    /// Seconds since the oldest live connection that the kernel forwards began.
     pub oldest_seconds: f64,
 }
 
@@ -131,8 +132,9 @@ pub struct Connection {
     pub client: SocketAddr,
     /// What the client dialled.
     pub listen: SocketAddr,
-    pub backend: SocketAddr,
-    /// `dialing`, `established`, `half_closed`, `closing`.
+    /// `None`: not chosen yet.
+    pub backend: Option<SocketAddr>,
+    /// `dialing`, `established`, `half_closed`, `closing`; where the daemon relays also what it does before it dials.
     pub state: String,
     pub age_seconds: f64,
     pub idle_seconds: f64,

@@ -1,6 +1,6 @@
 //! The JSON API: each handler asks an owner through its channel, or reads its last snapshot.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use axum::{
     Json,
@@ -16,8 +16,14 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Api, merge};
-use crate::control::{ConnectionFilter, FlowCommand, Reply, RouteCommand};
+use super::{
+    Api,
+    merge::{self, Known},
+};
+use crate::{
+    control::{ConnectionFilter, FlowCommand, Reply, RouteCommand},
+    stream::{StreamCommand, StreamId},
+};
 
 /// How long an owner may take to answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -97,7 +103,8 @@ pub(super) async fn method_not_allowed() -> Refusal {
 
 /// The owners of routes and flows live.
 pub(super) async fn healthz(State(api): State<Api>) -> Response {
-    if api.control.routes.is_closed() || api.control.flows.is_closed() {
+    let flows_gone = api.control.flows.as_ref().is_some_and(mpsc::Sender::is_closed);
+    if api.control.routes.is_closed() || flows_gone {
         return (StatusCode::SERVICE_UNAVAILABLE, "stopping\n").into_response();
     }
     "ok\n".into_response()
@@ -113,13 +120,12 @@ pub(super) async fn readyz(State(api): State<Api>) -> Response {
 }
 
 pub(super) async fn status(State(api): State<Api>) -> Json<view::Status> {
-    let (routes, flows) = snapshots(&api);
-    Json(merge::status(&routes, &flows, api.started.elapsed()))
+    Json(merge::status(&Known::now(&api), api.started.elapsed()))
 }
 
 pub(super) async fn routes(State(api): State<Api>) -> Response {
-    let (routes, flows) = snapshots(&api);
-    json(move || merge::routes(&routes, &flows)).await
+    let known = Known::now(&api);
+    json(move || merge::routes(&known)).await
 }
 
 #[derive(Debug, Deserialize)]
@@ -145,8 +151,31 @@ pub(super) async fn connections(State(api): State<Api>, query: Asked<Connections
     Ok(json(move || found).await)
 }
 
+/// Those of the kernel and of the daemon, the oldest first.
 async fn find(api: &Api, filter: ConnectionFilter) -> Result<Vec<view::Connection>, Refusal> {
-    ask(&api.control.flows, ANSWER, |reply| FlowCommand::Connections { filter, reply }).await
+    let relayed = filter.id.as_deref().map(|id| id.parse::<StreamId>().is_ok());
+    let limit = filter.limit;
+    let forwarded = async {
+        match api.control.flows.as_ref().filter(|_| relayed != Some(true)) {
+            Some(flows) => {
+                let filter = filter.clone();
+                ask(flows, ANSWER, |reply| FlowCommand::Connections { filter, reply }).await
+            }
+            None => Ok(Vec::new()),
+        }
+    };
+    let relayed = async {
+        // Closed: nothing is relayed any more.
+        match relayed != Some(false) && !api.control.streams.is_closed() {
+            true => {
+                let filter = filter.clone();
+                ask(&api.control.streams, ANSWER, |reply| StreamCommand::Connections { filter, reply }).await
+            }
+            false => Ok(Vec::new()),
+        }
+    };
+    let (forwarded, relayed) = tokio::join!(forwarded, relayed);
+    Ok(merge::connections(forwarded?, relayed?, limit))
 }
 
 fn has_route(api: &Api, route: &str) -> bool {
@@ -214,7 +243,17 @@ pub(super) struct KillQuery {
 
 pub(super) async fn kill(State(api): State<Api>, query: Asked<KillQuery>) -> Result<Json<view::Killed>, Refusal> {
     let KillQuery { id } = asked(query, "/v1/kill?id=CONNECTION")?;
-    ask(&api.control.flows, ANSWER, |reply| FlowCommand::Kill { id, reply }).await.map(Json)
+    if let Ok(id) = id.parse::<StreamId>() {
+        return ask(&api.control.streams, ANSWER, |reply| StreamCommand::Kill { id, reply }).await.map(Json);
+    }
+    match &api.control.flows {
+        Some(flows) => ask(flows, ANSWER, |reply| FlowCommand::Kill { id, reply }).await.map(Json),
+        None => Err(refusal(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            format!("no connection \"{id}\""),
+            "`shunt connections` lists them",
+        )),
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -233,9 +272,4 @@ pub(super) async fn backend(
     let set =
         |reply| RouteCommand::SetBackend { route: query.route, backend: query.backend, admin: query.state, reply };
     ask(&api.control.routes, ANSWER, set).await.map(Json)
-}
-
-/// The snapshots a scrape reads.
-pub(super) fn snapshots(api: &Api) -> (Arc<crate::control::RouteState>, Arc<crate::control::FlowState>) {
-    (api.control.route_state.borrow().clone(), api.control.flow_state.borrow().clone())
 }

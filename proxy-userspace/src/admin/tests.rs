@@ -1,6 +1,10 @@
 //! The router in front of owners that the tests play.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use axum::{
     body::Body,
@@ -14,7 +18,14 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
 use super::*;
-use crate::control::{AGE_BUCKETS, AgeHistogram, FlowCommand, FlowState, RouteCommand, RouteState};
+use crate::{
+    control::{AGE_BUCKETS, AgeHistogram, FlowCommand, FlowState, RouteCommand, RouteState},
+    stream::{
+        StreamCommand,
+        meter::{Meters, Reader},
+        rates::{Rate, Rates},
+    },
+};
 
 pub(super) fn route_state() -> RouteState {
     let backend = |name: &str, up| view::Backend {
@@ -76,7 +87,7 @@ fn connection() -> view::Connection {
         protocol: "tcp".into(),
         client: "192.0.2.1:4711".parse().expect("address"),
         listen: "10.9.9.9:80".parse().expect("address"),
-        backend: "10.0.0.1:80".parse().expect("address"),
+        backend: "10.0.0.1:80".parse().ok(),
         state: "established".into(),
         age_seconds: 1.0,
         idle_seconds: 0.5,
@@ -89,8 +100,69 @@ fn connection() -> view::Connection {
     }
 }
 
-/// Owners that answer as the real ones would.
+/// What the daemon has relayed: of the route that is forwarded now, and of none.
+pub(super) fn relayed() -> (Reader, Rates) {
+    let meters = |id: u32, name: &str| Meters {
+        id,
+        name: name.into(),
+        workers: vec![Arc::default(), Arc::default()],
+        backends: Default::default(),
+    };
+    let (web, none) = (meters(7, "web"), meters(0, "-"));
+    for worker in &web.workers {
+        let [copy, splice] = &worker.engines;
+        copy.began.add(3);
+        copy.bytes_in.add(100);
+        copy.terminations[Reason::ConnectRefused as usize].add(1);
+        splice.promoted.add(2);
+        splice.active.add(2);
+        worker.connected(Duration::from_millis(3));
+        worker.aged(Duration::from_millis(50));
+    }
+    none.workers[0].engines[0].began.add(4);
+    none.workers[0].engines[0].terminations[Reason::NoRoute as usize].add(4);
+    let open = Arc::new(AtomicU64::new(4));
+    web.backends.write().expect("lock").push(("10.0.0.1:80".parse().expect("address"), open));
+    let reader = Reader::default();
+    reader.meters.put(Arc::new(web));
+    reader.meters.put(Arc::new(none));
+    let rate = Rate { connections: 1.5, bytes_in: 20.0, bytes_out: 0.0 };
+    (reader, Rates::from([(7, rate)]))
+}
+
+fn relayed_connection() -> view::Connection {
+    view::Connection {
+        id: "s000000000000001".into(),
+        engine: Engine::Splice,
+        client: "192.0.2.2:4712".parse().expect("address"),
+        age_seconds: 9.0,
+        ..connection()
+    }
+}
+
+fn answer_stream(command: StreamCommand) {
+    match command {
+        StreamCommand::Connections { filter, reply } => {
+            let one = relayed_connection();
+            let wanted = filter.id.as_ref().is_none_or(|id| *id == one.id)
+                && filter.client_port.is_none_or(|port| port == one.client.port());
+            reply.send(Ok(if wanted { vec![one] } else { Vec::new() })).expect("a listener");
+        }
+        StreamCommand::Kill { id, reply } => {
+            let one = relayed_connection();
+            reply
+                .send(Ok(view::Killed { id: id.to_string(), route: one.route, client: one.client }))
+                .expect("a listener");
+        }
+    }
+}
+
+/// Owners that answer as the real ones would; nothing was relayed.
 fn owners() -> Control {
+    owners_of((Reader::default(), Rates::new()))
+}
+
+fn owners_of((relayed, rates): (Reader, Rates)) -> Control {
     let (routes, mut route_commands) = mpsc::channel(8);
     let (flows, mut flow_commands) = mpsc::channel(8);
     let (_, route_state) = watch::channel(Arc::new(route_state()));
@@ -105,7 +177,14 @@ fn owners() -> Control {
             answer_flow(command);
         }
     });
-    Control { routes, flows, route_state, flow_state }
+    let (streams, mut stream_commands) = mpsc::channel(8);
+    tokio::spawn(async move {
+        while let Some(command) = stream_commands.recv().await {
+            answer_stream(command);
+        }
+    });
+    let (_, relayed_rates) = watch::channel(Arc::new(rates));
+    Control { routes, flows: Some(flows), streams, relayed, relayed_rates, route_state, flow_state }
 }
 
 fn answer_route(command: RouteCommand) {
@@ -152,7 +231,11 @@ fn answer_flow(command: FlowCommand) {
 }
 
 async fn call(transport: Transport, method: Method, uri: &str, host: &str) -> (StatusCode, Value) {
-    let router = router(Api::new(owners()), transport);
+    call_to(owners(), transport, method, uri, host).await
+}
+
+async fn call_to(control: Control, transport: Transport, method: Method, uri: &str, host: &str) -> (StatusCode, Value) {
+    let router = router(Api::new(control), transport);
     let request = Request::builder().method(method).uri(uri).header("host", host).body(Body::empty()).expect("request");
     let response = TowerToHyperService::new(router).call(request).await.expect("infallible");
     let status = response.status();
@@ -241,6 +324,37 @@ async fn explain_takes_a_route_a_connection_and_a_client() {
 }
 
 #[tokio::test]
+async fn what_the_daemon_relays_is_in_every_view() {
+    let (_, found) = get_unix("/v1/connections").await;
+    let ids: Vec<_> = found.as_array().expect("list").iter().map(|one| one["id"].clone()).collect();
+    assert_eq!(ids, [json!("s000000000000001"), json!("c1")], "the oldest first");
+    assert_eq!(get_unix("/v1/connections?limit=1").await.1.as_array().map(Vec::len), Some(1));
+    let (_, explained) = get_unix("/v1/explain?what=s000000000000001").await;
+    assert_eq!(explained["connection"]["engine"], json!("splice"));
+    let ask = |uri| call_to(owners_of(relayed()), Transport::Unix, Method::GET, uri, "shunt");
+    let (_, routes) = ask("/v1/routes").await;
+    let web = &routes[0];
+    assert_eq!((&web["connections_active"], &web["connections_total"]), (&json!(3 + 4), &json!(10 + 6)));
+    assert_eq!((&web["bytes_in"], &web["connections_rate"]), (&json!(1000 + 200), &json!(1.5)));
+    assert_eq!(
+        (&web["terminations"]["connect_refused"], &web["backends"][0]["connections_active"]),
+        (&json!(2), &json!(7))
+    );
+    let (_, status) = ask("/v1/status").await;
+    assert_eq!(status["connections_total"], json!(10 + 6 + 4));
+}
+
+#[tokio::test]
+async fn a_kill_goes_to_who_has_the_connection() {
+    for id in ["s000000000000001", "00000007a8aeb1a7"] {
+        let (code, killed) = call(Transport::Unix, Method::POST, &format!("/v1/kill?id={id}"), "shunt").await;
+        assert_eq!((code, &killed["id"]), (StatusCode::OK, &json!(id)));
+        let client = if id.starts_with('s') { "192.0.2.2:4712" } else { "192.0.2.1:4711" };
+        assert_eq!(killed["client"], json!(client));
+    }
+}
+
+#[tokio::test]
 async fn wrong_queries_are_json_failures_with_their_usage() {
     for uri in ["/v1/explain", "/v1/connections?client=nobody", "/v1/connections?limit=-1"] {
         let (code, failure) = get_unix(uri).await;
@@ -259,7 +373,11 @@ async fn ready_follows_the_routes_and_health_the_owners() {
     let (flows, _) = mpsc::channel(1);
     let (_, route_state) = watch::channel(Arc::new(RouteState::default()));
     let (_, flow_state) = watch::channel(Arc::new(FlowState::default()));
-    let stopped = Api::new(Control { routes, flows, route_state, flow_state });
+    let (streams, _) = mpsc::channel(1);
+    let (_, relayed_rates) = watch::channel(Arc::default());
+    let relayed = Reader::default();
+    let flows = Some(flows);
+    let stopped = Api::new(Control { routes, flows, streams, relayed, relayed_rates, route_state, flow_state });
     for (uri, expected) in [("/readyz", 503), ("/healthz", 503), ("/v1/ruleset", 503), ("/v1/status", 200)] {
         let request = Request::get(uri).body(Body::empty()).expect("request");
         let service = TowerToHyperService::new(router(stopped.clone(), Transport::Unix));

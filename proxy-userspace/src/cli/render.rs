@@ -98,7 +98,7 @@ pub(super) fn connections(connections: &[view::Connection]) -> String {
             Cell::from(one.engine.as_str()),
             Cell::from(format!("{}/{}", one.client, one.protocol)),
             Cell::from(one.listen.to_string()),
-            Cell::from(one.backend.to_string()),
+            Cell::from(one.backend.map_or("-".to_owned(), |backend| backend.to_string())),
             Cell::from(&one.state),
             Cell::from(seconds(one.age_seconds)),
             Cell::from(seconds(one.idle_seconds)),

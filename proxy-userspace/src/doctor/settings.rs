@@ -1,15 +1,13 @@
 //! Kernel settings: what `shunt run` would change, and whether it may.
 
-use std::net::IpAddr;
-
 use proxy_core::config::{Config, SourceAddress};
 
 use super::Check;
 use crate::kernel::sysctl::{self, Routes, Settings, Sysctl};
 
-/// One check per setting the nft engine needs; without a configuration, for IPv4 and IPv6 routes.
-pub(super) fn checks(settings: &Settings, config: Option<&Config>) -> Vec<Check> {
-    let mut checks: Vec<_> = sysctl::needed(families(config)).iter().map(|need| check(settings, need)).collect();
+/// One check per setting these routes need.
+pub(super) fn checks(settings: &Settings, routes: Routes) -> Vec<Check> {
+    let mut checks: Vec<_> = sysctl::needed(routes).iter().map(|need| check(settings, need)).collect();
     checks.push(events(settings));
     let lost = settings.router_advertisements_lost();
     let forwards = settings.read(&Sysctl::new("net/ipv6/conf/all/forwarding")).is_ok_and(|value| value != "0");
@@ -21,15 +19,6 @@ pub(super) fn checks(settings: &Settings, config: Option<&Config>) -> Vec<Check>
     checks
 }
 
-/// The address families of the routes.
-pub(super) fn families(config: Option<&Config>) -> Routes {
-    let Some(config) = config else { return Routes { ipv4: true, ipv6: true } };
-    let has = |wanted: fn(&IpAddr) -> bool| {
-        config.routes.iter().flat_map(|route| &route.listen).any(|listen| wanted(&listen.address))
-    };
-    Routes { ipv4: has(IpAddr::is_ipv4), ipv6: has(IpAddr::is_ipv6) }
-}
-
 fn check(settings: &Settings, need: &sysctl::Needed) -> Check {
     let check = Check::of(need.name.to_string(), need.why);
     match settings.read(&need.name) {
@@ -37,10 +26,15 @@ fn check(settings: &Settings, need: &sysctl::Needed) -> Check {
         Ok(value) if settings.writable(&need.name) => {
             check.ok(format!("{value}; shunt run sets it to {}, shunt cleanup puts it back", need.value))
         }
+        Ok(value) if need.optional => check.warn(
+            format!("{value}, and may not be set from here"),
+            format!("sysctl -w {}={}, where the network namespace is made", need.name, need.value),
+        ),
         Ok(value) => check.missing(
             format!("{value}, and may not be set from here"),
             format!("sysctl -w {}={}, where the network namespace is made", need.name, need.value),
         ),
+        Err(error) if need.optional => check.warn(error.to_string(), error.mend()),
         Err(error) => check.missing(error.to_string(), error.mend()),
     }
 }

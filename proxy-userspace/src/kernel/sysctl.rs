@@ -159,20 +159,37 @@ pub struct Needed {
     pub why: &'static str,
     /// Settings the kernel changes by itself when this one is written.
     follows: &'static [(&'static str, &'static str)],
-    /// Kernels without it (`CONFIG_NF_CONNTRACK_TIMESTAMP`) are served all the same.
-    optional: bool,
+    /// Routes are served all the same where the kernel does not have it (`CONFIG_NF_CONNTRACK_TIMESTAMP`), or where it may
+    /// not be set.
+    pub optional: bool,
 }
 
 /// What the routes ask of the kernel.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Routes {
+    /// The kernel forwards some …
     pub ipv4: bool,
     pub ipv6: bool,
+    /// … and the daemon relays some.
+    pub relayed: bool,
 }
 
-/// The settings the `nft` engine needs for these routes.
+/// The settings these routes need.
 pub fn needed(routes: Routes) -> Vec<Needed> {
     let mut needed = Vec::new();
+    if routes.relayed {
+        needed.push(Needed {
+            name: Sysctl::new("net/ipv4/tcp_tw_reuse"),
+            value: "1",
+            // tcp_twsk_unique(), v6.18
+            why: "a source port towards a backend is used again after a second, not after a minute of TIME_WAIT",
+            follows: &[],
+            optional: true,
+        });
+    }
+    if !routes.ipv4 && !routes.ipv6 {
+        return needed;
+    }
     if routes.ipv4 {
         needed.push(Needed {
             name: Sysctl::new("net/ipv4/ip_forward"),
@@ -260,7 +277,13 @@ impl Settings {
             if need.name.0 == "net/ipv6/conf/all/forwarding" {
                 applied.warnings.extend(self.router_advertisements_lost());
             }
-            self.apply_one(need, &from, record)?;
+            match self.apply_one(need, &from, record) {
+                Err(error) if need.optional => {
+                    applied.warnings.push(format!("{error}; with it, {}", need.why));
+                    continue;
+                }
+                result => result?,
+            }
             tracing::info!(sysctl = %need.name, from, to = need.value, "changed a kernel setting: {}", need.why);
             applied.changed.push(Change { name: need.name.clone(), from, to: need.value.to_owned(), why: need.why });
         }

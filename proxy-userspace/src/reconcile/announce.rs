@@ -16,7 +16,8 @@ use crate::track::{Clock, DropUdp, Input, KernelCounters, RouteCounters};
 /// The owner of the flow table, as the owner of the routes sees it.
 #[derive(Debug)]
 pub struct Announcer {
-    inputs: mpsc::Sender<Input>,
+    /// `None`: the kernel forwards nothing.
+    inputs: Option<mpsc::Sender<Input>>,
     clock: Clock,
     /// The kernel ends idle flows by itself.
     kernel_timeouts: bool,
@@ -31,7 +32,7 @@ pub struct Before {
 }
 
 impl Announcer {
-    pub fn new(inputs: mpsc::Sender<Input>, clock: Clock, kernel_timeouts: bool) -> Self {
+    pub fn new(inputs: Option<mpsc::Sender<Input>>, clock: Clock, kernel_timeouts: bool) -> Self {
         Self { inputs, clock, kernel_timeouts, routes: RouteTable::new() }
     }
 
@@ -39,6 +40,9 @@ impl Announcer {
     /// them before is for [`Self::take_back`].
     pub async fn announce(&mut self, routes: &[(u32, Arc<Route>)]) -> Before {
         let mut before = Before::default();
+        if routes.is_empty() {
+            return before;
+        }
         for (id, _) in routes {
             match self.routes.get(id) {
                 Some(known) => before.known.push((*id, Arc::clone(known))),
@@ -52,6 +56,9 @@ impl Announcer {
 
     /// The kernel refused what was announced.
     pub async fn take_back(&mut self, before: Before) {
+        if before.known.is_empty() && before.unknown.is_empty() {
+            return;
+        }
         self.change(before.known, before.unknown).await;
     }
 
@@ -110,7 +117,8 @@ impl Announcer {
     }
 
     async fn send(&self, input: Input) {
-        if self.inputs.send(input).await.is_err() {
+        let Some(inputs) = &self.inputs else { return };
+        if inputs.send(input).await.is_err() {
             tracing::error!("the flow table's owner has ended");
         }
     }

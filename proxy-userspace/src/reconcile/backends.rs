@@ -13,12 +13,20 @@ use proxy_core::{
     view::{self, BackendAdmin},
 };
 
-use super::{Effect, Reconciler, Served};
-use crate::kernel::nft::{Nft, NftError};
+use super::{Effect, ReconcileError, Reconciler, Served, relay};
+use crate::{
+    kernel::nft::Nft,
+    stream::{self, Streams},
+};
 
-impl<N: Nft> Reconciler<N> {
+impl<N: Nft, S: Streams> Reconciler<N, S> {
     /// A health check of a route's backend has ended.
-    pub fn checked(&mut self, route: &RouteName, target: &Target, checked: &Checked) -> Result<Vec<Effect>, NftError> {
+    pub fn checked(
+        &mut self,
+        route: &RouteName,
+        target: &Target,
+        checked: &Checked,
+    ) -> Result<Vec<Effect>, ReconcileError> {
         self.change_pools(std::slice::from_ref(route), |pool| pool.checked(target, checked))
     }
 
@@ -28,7 +36,7 @@ impl<N: Nft> Reconciler<N> {
         route: &RouteName,
         backend: SocketAddr,
         now: Instant,
-    ) -> Result<Vec<Effect>, NftError> {
+    ) -> Result<Vec<Effect>, ReconcileError> {
         let effects =
             self.change_pools(std::slice::from_ref(route), |pool| pool.dial_failed(backend.ip(), backend.port(), now))?;
         if self.served.get(route).is_some_and(|s| s.pool.next_readmission().is_some()) {
@@ -38,7 +46,7 @@ impl<N: Nft> Reconciler<N> {
     }
 
     /// Takes hosts back that were out of use for failed dials.
-    pub fn readmit(&mut self, now: Instant) -> Result<Vec<Effect>, NftError> {
+    pub fn readmit(&mut self, now: Instant) -> Result<Vec<Effect>, ReconcileError> {
         let due = |name: &&RouteName| {
             self.served.get(*name).and_then(|s| s.pool.next_readmission()).is_none_or(|until| until <= now)
         };
@@ -49,7 +57,7 @@ impl<N: Nft> Reconciler<N> {
     }
 
     /// A name's addresses have changed.
-    pub fn resolved(&mut self, host: &str, addresses: &[IpAddr]) -> Result<Vec<Effect>, NftError> {
+    pub fn resolved(&mut self, host: &str, addresses: &[IpAddr]) -> Result<Vec<Effect>, ReconcileError> {
         let routes = self.routes_with_name(host);
         self.change_pools(&routes, |pool| pool.resolved(host, addresses))
     }
@@ -60,7 +68,7 @@ impl<N: Nft> Reconciler<N> {
         route: &str,
         backend: &str,
         admin: BackendAdmin,
-    ) -> Result<Option<(view::Backend, Vec<Effect>)>, NftError> {
+    ) -> Result<Option<(view::Backend, Vec<Effect>)>, ReconcileError> {
         let Some(name) = RouteName::new(route).filter(|name| self.served.contains_key(name)) else { return Ok(None) };
         let mut view = None;
         let effects = self.change_pools(&[name], |pool| {
@@ -75,8 +83,9 @@ impl<N: Nft> Reconciler<N> {
         &mut self,
         routes: &[RouteName],
         mut change: impl FnMut(&mut Pool) -> bool,
-    ) -> Result<Vec<Effect>, NftError> {
-        let (mut updates, mut changed, mut effects) = (Updates::new(), Vec::new(), Vec::new());
+    ) -> Result<Vec<Effect>, ReconcileError> {
+        let (mut updates, mut asked) = (Updates::new(), stream::Change::default());
+        let (mut changed, mut effects) = (Vec::new(), Vec::new());
         for name in routes {
             let Some(served) = self.served.get(name) else { continue };
             let mut pool = served.pool.clone();
@@ -88,14 +97,17 @@ impl<N: Nft> Reconciler<N> {
                 effects.extend(dropped_udp(served, &pool));
             }
             let down = !pool.endpoints().iter().any(|e| e.up);
-            let made = self.make(served.id, &served.plan, pool, served.counts_no_backend || down);
-            if moved {
+            let counts_no_backend = served.counts_no_backend || down;
+            let made = self.make(served.id, &served.plan, pool, counts_no_backend, served.carriers);
+            if moved && made.plan.is_relayed() {
+                asked.routes.push(relay::spec(&made));
+            } else if moved {
                 updates.insert(made.id, Update { old: self.fragment(served), new: self.fragment(&made) });
             }
             changed.push(made);
         }
-        if !updates.is_empty() {
-            self.apply(&updates)?;
+        if !updates.is_empty() || !asked.routes.is_empty() {
+            self.apply(&updates, asked, false)?;
         }
         self.unpublished |= !changed.is_empty();
         for made in changed {

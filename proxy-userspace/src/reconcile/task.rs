@@ -7,7 +7,8 @@ use std::{
 };
 
 use proxy_core::{
-    config::{self, Config, RouteName, Target},
+    config::{self, Config, Engine, RouteName, Target},
+    plan::RoutePlan,
     view,
 };
 use tokio::{
@@ -16,7 +17,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::{Effect, Outcome, ReconcileError, Reconciler, announce::Announcer};
+use super::{Carrier, Effect, Outcome, Prepared, ReconcileError, Reconciler, announce::Announcer};
 use crate::{
     control::{Reply, RouteCommand, RouteState},
     health::{Checks, Report},
@@ -26,6 +27,7 @@ use crate::{
     },
     logging::LogHandle,
     resolve::{Names, Resolved},
+    stream::{STOP_GRACE, Streams},
     track::FailedDial,
 };
 
@@ -37,8 +39,10 @@ pub struct Inputs {
     pub resolved: mpsc::Receiver<Resolved>,
     /// Dials that came to nothing.
     pub failed_dials: mpsc::Receiver<FailedDial>,
-    /// Ids of draining routes that have no connection left.
+    /// Ids of draining routes that have no connection left in the kernel …
     pub drained: mpsc::Receiver<u32>,
+    /// … and in the daemon.
+    pub relayed: mpsc::Receiver<u32>,
     /// SIGHUP.
     pub reload: mpsc::Receiver<()>,
     /// `None` for a locked table: nobody else can change it, and the kernel would tell of our own changes one by one.
@@ -47,14 +51,16 @@ pub struct Inputs {
 
 /// The owner of the routes at work.
 #[derive(Debug)]
-pub struct Task<N> {
-    pub reconciler: Reconciler<N>,
+pub struct Task<N, S> {
+    pub reconciler: Reconciler<N, S>,
     pub config_file: PathBuf,
     pub settings_record: PathBuf,
     pub log: LogHandle,
     pub checks: Checks,
     pub names: Names,
     pub track: Announcer,
+    /// `log.access`, for the log of relayed connections.
+    pub access: watch::Sender<config::AccessLog>,
     pub published: watch::Sender<Arc<RouteState>>,
     pub reloads_ok: u64,
     pub reloads_failed: u64,
@@ -65,8 +71,9 @@ pub struct Task<N> {
 /// Kernel counters are read so often, or less often when that would cost more than a fiftieth of a core.
 const COUNTERS: Duration = Duration::from_secs(1);
 
-impl<N: Nft> Task<N> {
-    /// Works until `stop` changes. The table is left as it is: the kernel goes on forwarding.
+impl<N: Nft, S: Streams> Task<N, S> {
+    /// Works until `stop` changes, and then until what the daemon relays has drained. The table is left as it is: the
+    /// kernel goes on forwarding.
     pub async fn run(mut self, mut inputs: Inputs, mut stop: watch::Receiver<bool>) {
         let mut counters = interval(COUNTERS);
         counters.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -74,13 +81,14 @@ impl<N: Nft> Task<N> {
         loop {
             tokio::select! {
                 biased;
-                _ = stop.changed() => return,
+                _ = stop.changed() => return self.stop(inputs).await,
                 Some(command) = inputs.commands.recv() => self.command(command).await,
                 Some(()) = inputs.reload.recv() => drop(self.reload().await),
                 Some(report) = inputs.reports.recv() => self.report(&report).await,
                 Some(resolved) = inputs.resolved.recv() => self.resolved(resolved).await,
                 Some(failed) = inputs.failed_dials.recv() => self.dial_failed(&failed).await,
-                Some(id) = inputs.drained.recv() => self.drained(id).await,
+                Some(id) = inputs.drained.recv() => self.drained(id, Carrier::Kernel).await,
+                Some(id) = inputs.relayed.recv() => self.drained(id, Carrier::Daemon).await,
                 news = news_of(&mut inputs.monitor) => self.foreign_hand(news),
                 _ = counters.tick() => {
                     let began = Instant::now();
@@ -96,6 +104,51 @@ impl<N: Nft> Task<N> {
                 self.publish();
             }
         }
+    }
+
+    /// Lets relayed connections finish, within the bounds of their routes, and answers meanwhile.
+    async fn stop(mut self, mut inputs: Inputs) {
+        match self.reconciler.has_table() {
+            true => tracing::info!("stopping; the kernel goes on forwarding, `shunt cleanup` would end that"),
+            false => tracing::info!("stopping"),
+        }
+        self.publish_as(false);
+        let Some(streams) = self.reconciler.take_streams() else { return };
+        let bound = self.reconciler.longest_drain() + STOP_GRACE;
+        let micros = u32::try_from(bound.as_micros()).unwrap_or(u32::MAX);
+        // `TimeoutStopSec` would cut a long drain short.
+        drop(sd_notify::notify(&[sd_notify::NotifyState::ExtendTimeoutUsec(micros)]));
+        let mut stopping = std::pin::pin!(tokio::time::timeout(bound, streams.stop()));
+        let mut counters = interval(COUNTERS);
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut stopping => {
+                    if result.is_err() {
+                        tracing::warn!(seconds = bound.as_secs(), "relayed connections did not end in time");
+                    }
+                    return;
+                }
+                Some(command) = inputs.commands.recv() => self.refuse(command),
+                Some(()) = inputs.reload.recv() => tracing::error!("reload refused: the daemon is stopping"),
+                _ = counters.tick() => self.count().await,
+            }
+        }
+    }
+
+    /// While stopping: what is asked is answered, what is to change is not.
+    fn refuse(&self, command: RouteCommand) {
+        let stopping = || failure(&ReconcileError::Stopping);
+        match command {
+            RouteCommand::Reload { reply } => answer(reply, Err(stopping())),
+            RouteCommand::SetBackend { reply, .. } => answer(reply, Err(stopping())),
+            RouteCommand::Explain { route, reply } => self.explain(&route, reply),
+            RouteCommand::Ruleset { reply } => answer(reply, Ok(self.reconciler.script())),
+        }
+    }
+
+    fn explain(&self, route: &str, reply: Reply<view::Explain>) {
+        answer(reply, self.reconciler.explain(route).ok_or_else(|| no_such_route(route)));
     }
 
     /// Hands on what the start has brought about; the first publication.
@@ -115,10 +168,7 @@ impl<N: Nft> Task<N> {
                 let result = self.set_backend(&route, &backend, admin).await;
                 answer(reply, result);
             }
-            RouteCommand::Explain { route, reply } => {
-                let found = self.reconciler.explain(&route);
-                answer(reply, found.ok_or_else(|| no_such_route(&route)));
-            }
+            RouteCommand::Explain { route, reply } => self.explain(&route, reply),
             RouteCommand::Ruleset { reply } => answer(reply, Ok(self.reconciler.script())),
         }
     }
@@ -155,14 +205,22 @@ impl<N: Nft> Task<N> {
         let file = self.config_file.clone();
         let read = tokio::task::spawn_blocking(move || load(&file)).await;
         let config = read.map_err(|e| view::Failure { error: e.to_string(), hint: None })??;
-        let settings = Settings::default().apply(&needed(&config), &self.settings_record);
-        let settings = settings.map_err(|e| view::Failure { error: e.to_string(), hint: Some(e.mend()) })?;
         let log = config.log.clone();
-        let outcome = serve(&mut self.reconciler, &mut self.track, config).await.map_err(|e| failure(&e))?;
+        let prepared = self.reconciler.prepare(config).map_err(|e| failure(&e))?;
+        let settings = needed(self.reconciler.after(&prepared));
+        let settings = match Settings::default().apply(&settings, &self.settings_record) {
+            Ok(settings) => settings,
+            Err(error) => {
+                self.reconciler.abandon(prepared);
+                return Err(view::Failure { error: error.to_string(), hint: Some(error.mend()) });
+            }
+        };
+        let outcome = serve(&mut self.reconciler, &mut self.track, prepared).await.map_err(|e| failure(&e))?;
         if let Err(error) = self.log.apply(&log) {
             tracing::warn!(%error, "the log stays as it was");
         }
         self.track.access_log(&log).await;
+        self.access.send_replace(log.access);
         self.setting_warnings.extend(settings.warnings);
         let names = |names: &[RouteName]| names.iter().map(ToString::to_string).collect();
         let Outcome { added, changed, removed, changes, apply, effects } = outcome;
@@ -186,7 +244,7 @@ impl<N: Nft> Task<N> {
         admin: view::BackendAdmin,
     ) -> Result<view::Backend, view::Failure> {
         match self.reconciler.set_backend(route, backend, admin) {
-            Err(error) => Err(view::Failure { error: error.to_string(), hint: None }),
+            Err(error) => Err(failure(&error)),
             Ok(None) => Err(view::Failure {
                 error: format!("route \"{route}\" has no backend \"{backend}\""),
                 hint: Some("`shunt routes` lists routes and backends".into()),
@@ -235,15 +293,15 @@ impl<N: Nft> Task<N> {
         self.settle(effects).await;
     }
 
-    async fn drained(&mut self, id: u32) {
-        let effects = self.reconciler.drained(id);
+    async fn drained(&mut self, id: u32, carrier: Carrier) {
+        let effects = self.reconciler.drained(id, carrier);
         self.settle(effects).await;
     }
 
-    async fn settle(&mut self, effects: Result<Vec<Effect>, NftError>) {
+    async fn settle(&mut self, effects: Result<Vec<Effect>, ReconcileError>) {
         match effects {
             Ok(effects) => self.forward(effects).await,
-            Err(error) => tracing::error!(%error, "nftables refused a change; it is tried again with the next one"),
+            Err(error) => tracing::error!(%error, "a change was refused; it is tried again with the next one"),
         }
     }
 
@@ -284,6 +342,9 @@ impl<N: Nft> Task<N> {
     }
 
     async fn count(&mut self) {
+        if !self.reconciler.has_table() {
+            return;
+        }
         match self.reconciler.counters() {
             Ok(counters) => self.track.counters(counters).await,
             Err(error) => tracing::warn!(%error, "kernel counters could not be read"),
@@ -291,10 +352,14 @@ impl<N: Nft> Task<N> {
     }
 
     fn publish(&self) {
+        self.publish_as(true);
+    }
+
+    fn publish_as(&self, ready: bool) {
         let mut warnings = self.setting_warnings.clone();
         warnings.extend(self.last_problem.iter().map(|p| format!("the last reload was refused: {p}")));
         self.published.send_replace(Arc::new(RouteState {
-            ready: true,
+            ready,
             config_file: self.config_file.display().to_string(),
             routes: self.reconciler.route_views(),
             reconcile: self.reconciler.status().clone(),
@@ -306,12 +371,11 @@ impl<N: Nft> Task<N> {
 }
 
 /// All or nothing: in the kernel, here, and in the flow table.
-async fn serve<N: Nft>(
-    reconciler: &mut Reconciler<N>,
+async fn serve<N: Nft, S: Streams>(
+    reconciler: &mut Reconciler<N, S>,
     track: &mut Announcer,
-    config: Config,
+    prepared: Prepared,
 ) -> Result<Outcome, ReconcileError> {
-    let prepared = reconciler.prepare(config)?;
     let before = track.announce(&reconciler.serves(&prepared)).await;
     let result = reconciler.carry_out(prepared, Instant::now());
     if result.is_err() {
@@ -345,10 +409,20 @@ fn no_such_route(name: &str) -> view::Failure {
     view::Failure { error: format!("no route \"{name}\""), hint: Some("`shunt routes` lists them".into()) }
 }
 
-/// The settings the routes of `config` need.
-pub fn needed(config: &Config) -> Vec<sysctl::Needed> {
-    let any = |v4: bool| config.routes.iter().flat_map(|r| &r.listen).any(|l| l.address.is_ipv4() == v4);
-    sysctl::needed(sysctl::Routes { ipv4: any(true), ipv6: any(false) })
+/// The settings these routes need.
+pub fn needed<'a>(routes: impl Iterator<Item = &'a Arc<RoutePlan>>) -> Vec<sysctl::Needed> {
+    sysctl::needed(routes_of(routes))
+}
+
+pub fn routes_of<'a>(routes: impl Iterator<Item = &'a Arc<RoutePlan>>) -> sysctl::Routes {
+    let mut all = sysctl::Routes::default();
+    for plan in routes {
+        let forwarded = plan.engine == Some(Engine::Nft);
+        all.ipv4 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv4());
+        all.ipv6 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv6());
+        all.relayed |= plan.is_relayed();
+    }
+    all
 }
 
 /// Reads and parses the file.
@@ -371,6 +445,8 @@ pub fn failure(error: &ReconcileError) -> view::Failure {
         ReconcileError::TooManyRoutes(_) => Some("set kernel.mark_mask, for instance to 0xffffff00".into()),
         ReconcileError::NeedsRestart(_) => Some("restarting loses no connection: the kernel goes on forwarding".into()),
         ReconcileError::Nft(error) => error.mend(),
+        ReconcileError::Streams(error) => error.mend(),
+        ReconcileError::Stopping => Some("start it again; it reads its configuration then".into()),
     };
     view::Failure { error: error.to_string(), hint }
 }
@@ -382,6 +458,7 @@ mod tests {
     use super::*;
     use crate::{
         kernel::nft::MemoryNft,
+        stream::memory::MemoryStreams,
         track::{Clock, Input},
     };
 
@@ -409,23 +486,26 @@ mod tests {
     #[tokio::test]
     async fn a_reload_the_kernel_refuses_leaves_the_flow_table_with_the_routes_it_had() {
         let (sender, mut inputs) = mpsc::channel(8);
-        let mut track = Announcer::new(sender, Clock::start(), true);
+        let mut track = Announcer::new(Some(sender), Clock::start(), true);
+        let (nft, streams) = (Some(MemoryNft::new()), MemoryStreams::default());
+        let first = config(&route("web", 80, 60));
         let (mut reconciler, found) =
-            Reconciler::open(MemoryNft::new(), config(&route("web", 80, 60)), Capabilities::all(), Instant::now())
-                .expect("opened");
+            Reconciler::open(nft, streams, first, Capabilities::all(), Instant::now()).expect("opened");
         track.announce(&found.serves).await;
         reconciler.install(&found).expect("installed");
         let mut before = RouteTable::new();
         heard(&mut inputs, &mut before);
 
-        reconciler.nft.fail_next(NftError::LostAnswers);
+        reconciler.nft.as_mut().expect("there").fail_next(NftError::LostAnswers);
         let next = config(&(route("web", 80, 90) + &route("new", 81, 60)));
-        serve(&mut reconciler, &mut track, next.clone()).await.expect_err("the kernel refuses");
+        let prepared = reconciler.prepare(next.clone()).expect("sound");
+        serve(&mut reconciler, &mut track, prepared).await.expect_err("the kernel refuses");
         let mut after = before.clone();
         heard(&mut inputs, &mut after);
         assert_eq!(after, before);
 
-        serve(&mut reconciler, &mut track, next).await.expect("the kernel takes it now");
+        let prepared = reconciler.prepare(next).expect("sound");
+        serve(&mut reconciler, &mut track, prepared).await.expect("the kernel takes it now");
         heard(&mut inputs, &mut after);
         assert_eq!(after.len(), 2);
     }

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use proxy_core::{
-    config::{Balance, Listen, RouteName},
+    config::{Balance, Engine, Listen, ProxyVersion, RouteName, SourceAddress},
     plan::RoutePlan,
     pool::Pool,
     view,
 };
 
 use super::{Reconciler, Served};
-use crate::kernel::nft::Nft;
+use crate::{kernel::nft::Nft, stream::Streams};
 
 /// `address:port` or `address:first-last`.
 pub fn listen(listen: &Listen) -> String {
@@ -34,7 +34,7 @@ pub(super) fn route(plan: &RoutePlan, pool: &Pool, mark: u32) -> view::Route {
         name: route.name.to_string(),
         protocol: route.protocol.as_str().into(),
         listen: route.listen.iter().map(listen).collect(),
-        engine: plan.engine.unwrap_or(proxy_core::config::Engine::Nft),
+        engine: plan.engine.unwrap_or(Engine::Nft),
         balance: balance(route.balance).into(),
         state: view::RouteState::Active,
         mark,
@@ -43,7 +43,7 @@ pub(super) fn route(plan: &RoutePlan, pool: &Pool, mark: u32) -> view::Route {
     }
 }
 
-impl<N: Nft> Reconciler<N> {
+impl<N: Nft, S: Streams> Reconciler<N, S> {
     /// Every route, in file order, and those that drain after them.
     pub fn route_views(&self) -> Vec<Arc<view::Route>> {
         let served = self.plan.routes().iter().filter_map(|r| self.served.get(&r.route.name));
@@ -53,10 +53,10 @@ impl<N: Nft> Reconciler<N> {
                 name: drain.name.to_string(),
                 protocol: String::new(),
                 listen: Vec::new(),
-                engine: proxy_core::config::Engine::Nft,
+                engine: drain.engine,
                 balance: String::new(),
                 state: view::RouteState::Draining,
-                mark: self.mark(id),
+                mark: if drain.carriers.kernel { self.mark(id) } else { 0 },
                 backends: Vec::new(),
                 stats: view::RouteStats::default(),
             })
@@ -90,24 +90,62 @@ impl<N: Nft> Reconciler<N> {
     }
 }
 
-/// Where the bytes of a kernel-forwarded route go, hop by hop.
+/// Where the bytes go, hop by hop.
 fn path(served: &Served) -> Vec<String> {
     let view = &served.view;
     let backends: Vec<String> = view.backends.iter().filter(|b| b.up).map(|b| b.name.clone()).collect();
     let to = match backends.as_slice() {
-        [] => "refused with a reset: no backend is up".into(),
-        [one] => one.clone(),
-        many => format!("{} by {}", many.join(", "), view.balance),
+        [] => None,
+        [one] => Some(one.clone()),
+        many => Some(format!("{} by {}", many.join(", "), view.balance)),
     };
+    let dialled = format!("client dials {} ({})", view.listen.join(", "), view.protocol);
+    if served.plan.is_relayed() {
+        return [vec![dialled], relayed(served, to)].concat();
+    }
     let source = match served.plan.route.source_address {
-        proxy_core::config::SourceAddress::Gateway => "the backend sees this machine's address (masquerade)",
-        proxy_core::config::SourceAddress::Client => "the backend sees the client's address",
+        SourceAddress::Gateway => "the backend sees this machine's address (masquerade)",
+        SourceAddress::Client => "the backend sees the client's address",
     };
+    let to = to.unwrap_or_else(|| "refused with a reset: no backend is up".into());
     vec![
-        format!("client dials {} ({})", view.listen.join(", "), view.protocol),
+        dialled,
         format!("first packet: nftables table inet shunt marks the connection {:#010x}", view.mark),
         format!("destination becomes {to}"),
         source.into(),
         "every further packet: conntrack translates it in the kernel; the daemon is not involved".into(),
     ]
+}
+
+/// … of a connection that the daemon accepts and dials.
+fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
+    let route = &served.plan.route;
+    let mut path = vec!["the daemon accepts the connection".to_owned()];
+    if !route.proxy_protocol.accept_from.is_empty() {
+        path.push(
+            "from the networks of proxy_protocol.accept_from: it reads the PROXY header and takes its client".into(),
+        );
+    }
+    if route.tls.is_some() || !route.matches.sni.is_empty() || !route.matches.alpn.is_empty() {
+        path.push("it reads the ClientHello and passes it on as it came; TLS stays between client and backend".into());
+    }
+    match to {
+        Some(to) => path.push(format!("it dials {to}; the backend sees this machine's address")),
+        None => path.push("closed with a reset: no backend is up".into()),
+    }
+    if let Some(version) = route.proxy_protocol.send {
+        let version = match version {
+            ProxyVersion::V1 => "v1",
+            ProxyVersion::V2 => "v2",
+        };
+        path.push(format!("it writes a PROXY header ({version}) that names the client"));
+    }
+    path.push(match served.view.engine {
+        Engine::Splice => {
+            "bytes: copied by the daemon at first; a connection that carries much is moved in the kernel, from socket to \
+             socket through a pipe"
+        }
+        _ => "bytes: the daemon reads them from one socket and writes them to the other",
+    }.into());
+    path
 }

@@ -41,7 +41,7 @@ fn connection(record: &Record, route: &RouteInfo, now: Now) -> view::Connection 
         protocol: record.protocol.as_str().into(),
         client: record.client,
         listen: record.listen,
-        backend: record.backend,
+        backend: Some(record.backend),
         state: record.state.as_str().into(),
         age_seconds: until.saturating_sub(record.start).as_secs_f64(),
         idle_seconds: now.mono.saturating_sub(record.last_activity).as_secs_f64(),

@@ -45,6 +45,24 @@ pub fn tcp_sockets(host: &Host, states: &[&str]) -> Result<usize> {
     Ok(run(&mut command)?.lines().count())
 }
 
+/// Bytes in the receive and send queues of all TCP sockets of `host`.
+pub fn queued_bytes(host: &Host) -> Result<u64> {
+    let listing = run(host.command("ss").args(["-Htn"]))?;
+    // State, Recv-Q, Send-Q, addresses.
+    let numbers =
+        |line: &str| -> u64 { line.split_whitespace().skip(1).take(2).filter_map(|n| n.parse::<u64>().ok()).sum() };
+    Ok(listing.lines().map(numbers).sum())
+}
+
+/// Bytes that one TCP socket of `host` may hold at most, to be received and to be sent (`tcp_rmem`, `tcp_wmem`).
+pub fn socket_buffers(host: &Host) -> Result<u64> {
+    let largest = |key: &str| -> Result<u64> {
+        let three = host.sysctl(key)?;
+        three.split_whitespace().last().and_then(|n| n.parse().ok()).with_context(|| format!("{key}: {three}"))
+    };
+    Ok(largest("net.ipv4.tcp_rmem")? + largest("net.ipv4.tcp_wmem")?)
+}
+
 /// Resident memory of a process in bytes (`VmRSS`).
 pub fn resident_bytes(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid}"))?;
@@ -102,4 +120,33 @@ pub fn slab_bytes(cache: &str) -> Result<u64> {
         .collect();
     anyhow::ensure!(fields.len() >= 3, "/proc/slabinfo: {cache}: {fields:?}");
     Ok(fields[0] * fields[2])
+}
+
+/// What a process holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holdings {
+    pub sockets: usize,
+    /// Ends of pipes.
+    pub pipes: usize,
+    /// Descriptors of everything else.
+    pub others: usize,
+    pub threads: usize,
+    /// Resident memory in bytes.
+    pub memory: u64,
+}
+
+/// What the process `pid` holds now.
+pub fn holdings(pid: u32) -> Result<Holdings> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))?.count();
+    let mut holdings = Holdings { sockets: 0, pipes: 0, others: 0, threads, memory: resident_bytes(pid)? };
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("process {pid}"))?;
+    // One that is closed meanwhile is nothing.
+    for target in descriptors.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok()) {
+        match target.to_string_lossy() {
+            name if name.starts_with("socket:") => holdings.sockets += 1,
+            name if name.starts_with("pipe:") => holdings.pipes += 1,
+            _ => holdings.others += 1,
+        }
+    }
+    Ok(holdings)
 }

@@ -25,6 +25,8 @@
 //! # Ok(()) }
 //! ```
 
+pub mod dialog;
+pub mod hello;
 mod host;
 pub mod kernel;
 mod leftovers;
@@ -32,15 +34,21 @@ pub mod link;
 pub mod load;
 pub mod pattern;
 mod process;
+mod programs;
+pub mod proxy_header;
+pub mod relay;
 pub mod scripted;
 mod servers;
 mod shunt;
+mod talk;
 mod topology;
 mod wait;
 
 pub use host::Host;
 pub use process::{Running, run};
+pub use programs::Certificate;
 pub use servers::HttpFiles;
 pub use shunt::{Metrics, Shunt, ShuntBuilder, shunt_binary};
+pub use talk::Talk;
 pub use topology::{BACKEND_SIDE, BACKEND_SIDE6, CLIENT, CLIENT6, GATEWAY, GATEWAY6, Lab, LabBuilder};
 pub use wait::{wait_for, wait_until};

@@ -1,6 +1,7 @@
 //! The daemon under test.
 
 mod metrics;
+mod told;
 
 use std::{
     env, fs,

@@ -29,23 +29,41 @@ pub enum PathKind {
     Rule,
     /// shunt, nft engine, with accounting
     Shunt,
+    /// shunt, engine = "copy", a worker per core
+    Copy,
+    /// shunt, engine = "splice", a worker per core
+    Splice,
     /// HAProxy, TCP mode, option splice-auto, 2 threads
     Haproxy,
+    /// The same without option splice-auto
+    HaproxyCopy,
     /// nginx stream, 2 workers
     Nginx,
 }
 
 impl PathKind {
-    pub const ALL: [Self; 5] = [Self::Plain, Self::Rule, Self::Shunt, Self::Haproxy, Self::Nginx];
+    pub const ALL: [Self; 8] =
+        [Self::Plain, Self::Rule, Self::Shunt, Self::Copy, Self::Splice, Self::Haproxy, Self::HaproxyCopy, Self::Nginx];
+
+    /// The proxies that shunt's stream path is compared with.
+    pub const PEERS: [Self; 3] = [Self::Haproxy, Self::HaproxyCopy, Self::Nginx];
 
     pub fn title(self) -> &'static str {
         match self {
             Self::Plain => "plain routing",
             Self::Rule => "nft rule",
-            Self::Shunt => "shunt",
-            Self::Haproxy => "HAProxy",
+            Self::Shunt => "shunt nft",
+            Self::Copy => "shunt copy",
+            Self::Splice => "shunt splice",
+            Self::Haproxy => "HAProxy splice",
+            Self::HaproxyCopy => "HAProxy copy",
             Self::Nginx => "nginx",
         }
+    }
+
+    /// Served by the daemon under test.
+    pub fn is_shunt(self) -> bool {
+        matches!(self, Self::Shunt | Self::Copy | Self::Splice)
     }
 }
 
@@ -83,8 +101,10 @@ impl RunningPath {
                 kernel::nft_load(lab.gateway(), lab.dir(), RULE)?;
                 Forwarder::Rule
             }
-            PathKind::Haproxy => {
-                let file = write(lab, "haproxy.cfg", HAPROXY)?;
+            PathKind::Haproxy | PathKind::HaproxyCopy => {
+                let without = HAPROXY.replace("    option splice-auto\n", "");
+                let config = if kind == PathKind::Haproxy { HAPROXY } else { &without };
+                let file = write(lab, "haproxy.cfg", config)?;
                 Forwarder::Program(lab.serve(
                     lab.gateway(),
                     "haproxy",
@@ -99,9 +119,15 @@ impl RunningPath {
                 let args = ["-e", "stderr", "-p", prefix, "-c", &file];
                 Forwarder::Program(lab.serve(lab.gateway(), "nginx-peer", "nginx", &args, services::HTTP)?)
             }
-            PathKind::Shunt => {
+            PathKind::Shunt | PathKind::Copy | PathKind::Splice => {
                 let binary = shunt.context("no shunt binary was built")?;
-                Forwarder::Shunt(Box::new(Shunt::builder().binary(binary).start(lab, SHUNT)?))
+                let engine = match kind {
+                    PathKind::Copy => "[defaults]\nengine = \"copy\"\n",
+                    PathKind::Splice => "[defaults]\nengine = \"splice\"\n",
+                    _ => "",
+                };
+                let config = format!("{engine}{SHUNT}");
+                Forwarder::Shunt(Box::new(Shunt::builder().binary(binary).start(lab, &config)?))
             }
         };
         let target = if kind == PathKind::Plain { lab.backend(1).ip } else { GATEWAY };

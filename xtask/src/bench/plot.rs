@@ -88,6 +88,9 @@ fn colour(path: PathKind) -> RGBColor {
         PathKind::Plain => RGBColor(205, 210, 218),
         PathKind::Rule => RGBColor(150, 170, 195),
         PathKind::Shunt => RGBColor(20, 90, 160),
+        PathKind::Copy => RGBColor(70, 140, 200),
+        PathKind::Splice => RGBColor(110, 170, 220),
+        PathKind::HaproxyCopy => RGBColor(245, 200, 140),
         PathKind::Haproxy => RGBColor(235, 165, 90),
         PathKind::Nginx => RGBColor(120, 175, 110),
     }

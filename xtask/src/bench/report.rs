@@ -95,6 +95,10 @@ impl Report {
         if measured(PathKind::Plain) {
             tables.push(("Ratio to plain routing".to_owned(), self.table(|cell| cell.to_plain.map(ratio_text))));
         }
+        if PathKind::PEERS.into_iter().any(measured) {
+            let table = self.table(|cell| cell.to_peer.map(ratio_text));
+            tables.push(("Ratio to the best of HAProxy and nginx".to_owned(), table));
+        }
         if !self.scale.is_empty() {
             tables.push(("shunt with many routes".to_owned(), ScaleRow::table(&self.scale)));
         }

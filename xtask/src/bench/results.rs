@@ -38,6 +38,8 @@ pub struct Cell {
     /// Of the two values of the same round, then over the rounds: what disturbs a round disturbs both.
     pub to_rule: Option<Spread>,
     pub to_plain: Option<Spread>,
+    /// To the best of the other proxies in the same round.
+    pub to_peer: Option<Spread>,
     /// In the order of the rounds.
     pub rounds: Vec<f64>,
 }
@@ -62,7 +64,14 @@ impl Samples {
                     Spread::of(values.iter().zip(base).map(|(value, base)| value / base))
                 };
                 let (to_rule, to_plain) = (ratio(PathKind::Rule), ratio(PathKind::Plain));
-                Some(Cell { value: Spread::of(values.iter().copied())?, to_rule, to_plain, rounds: values.clone() })
+                let best = |round: usize| {
+                    let peers = PathKind::PEERS.iter().filter_map(|peer| paths.get(peer)?.get(round).copied());
+                    if metric.more_is_better() { peers.reduce(f64::max) } else { peers.reduce(f64::min) }
+                };
+                let to_peer = values.iter().enumerate().filter_map(|(round, value)| Some(value / best(round)?));
+                let to_peer = Spread::of(to_peer.filter(|_| metric != Metric::KernelPerConnection));
+                let value = Spread::of(values.iter().copied())?;
+                Some(Cell { value, to_rule, to_plain, to_peer, rounds: values.clone() })
             };
             paths.iter().filter_map(|(path, values)| Some((*path, cell(values)?))).collect()
         };
@@ -103,5 +112,18 @@ mod tests {
         let cells = samples.cells();
         let ratio = cells[&Metric::Bulk1][&PathKind::Shunt].to_rule.expect("ratio");
         assert_eq!((ratio.min, ratio.max), (0.9, 0.95));
+    }
+
+    #[test]
+    fn the_best_proxy_of_a_round_is_the_one_to_beat() {
+        let mut samples = Samples::default();
+        for (copy, haproxy, nginx) in [(20.0, 10.0, 8.0), (10.0, 4.0, 5.0)] {
+            samples.add(PathKind::Copy, vec![(Metric::Bulk1, copy), (Metric::RequestsP99, copy)]);
+            samples.add(PathKind::Haproxy, vec![(Metric::Bulk1, haproxy), (Metric::RequestsP99, haproxy)]);
+            samples.add(PathKind::Nginx, vec![(Metric::Bulk1, nginx), (Metric::RequestsP99, nginx)]);
+        }
+        let cells = samples.cells();
+        let ratio = |metric: Metric| cells[&metric][&PathKind::Copy].to_peer.expect("ratio").median;
+        assert_eq!((ratio(Metric::Bulk1), ratio(Metric::RequestsP99)), (2.0, 2.5));
     }
 }

@@ -15,10 +15,13 @@ use crate::ui;
 const POLICY: &str = "/usr/sbin/policy-rc.d";
 const ASIDE: &str = "/usr/sbin/policy-rc.d.before-shunt-setup";
 
-/// Packages of ours that bring a service.
-const WITH_SERVICE: [&str; 3] = ["nginx", "haproxy", "redis-server"];
+/// What pg_createcluster(8) reads: while it says no, the package makes no database of its own.
+const NO_DATABASE: &str = "/etc/postgresql-common/createcluster.d/shunt-setup.conf";
 
-/// While it lives, installing a package starts no service. A policy that was there before is put back.
+/// Packages of ours that bring a service.
+const WITH_SERVICE: [&str; 4] = ["nginx", "haproxy", "redis-server", "postgresql"];
+
+/// While it lives, installing a package starts no service and makes no database. A policy that was there before is put back.
 #[derive(Debug)]
 pub struct KeepQuiet;
 
@@ -30,6 +33,9 @@ impl KeepQuiet {
         let guard = Self;
         fs::write(POLICY, "#!/bin/sh\nexit 101\n").with_context(|| format!("write {POLICY}"))?;
         fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755)).with_context(|| format!("chmod {POLICY}"))?;
+        let folder = Path::new(NO_DATABASE).parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+        fs::write(NO_DATABASE, "create_main_cluster = false\n").with_context(|| format!("write {NO_DATABASE}"))?;
         Ok(guard)
     }
 
@@ -53,6 +59,8 @@ impl KeepQuiet {
 
 impl Drop for KeepQuiet {
     fn drop(&mut self) {
+        // Whoever wants a database here later shall get one.
+        let _ = fs::remove_file(NO_DATABASE);
         let restored = if Path::new(ASIDE).exists() { fs::rename(ASIDE, POLICY) } else { fs::remove_file(POLICY) };
         if let Err(error) = restored {
             ui::note(&format!("{POLICY} could not be put back ({error}): remove it, or services will not start"));

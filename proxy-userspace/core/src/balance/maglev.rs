@@ -43,8 +43,8 @@ struct Preference {
 
 impl Preference {
     fn new(name: &str, size: u64) -> Self {
-        let skip = if size > 1 { hash(name, 2) % (size - 1) + 1 } else { 1 };
-        Self { at: hash(name, 1) % size, skip, taken: 0 }
+        let skip = if size > 1 { hash(name.as_bytes(), 2) % (size - 1) + 1 } else { 1 };
+        Self { at: hash(name.as_bytes(), 1) % size, skip, taken: 0 }
     }
 
     fn next_free(&mut self, table: &[usize], size: u64) -> usize {
@@ -59,8 +59,8 @@ impl Preference {
 }
 
 /// FNV-1a with a SplitMix64 finish: fixed for ever, as the table must be the same on every node and version.
-fn hash(name: &str, seed: u64) -> u64 {
-    let fnv = name.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+pub fn hash(name: &[u8], seed: u64) -> u64 {
+    let fnv = name.iter().fold(0xcbf2_9ce4_8422_2325 ^ seed, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
     let mixed = (fnv ^ (fnv >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     mixed ^ (mixed >> 31)

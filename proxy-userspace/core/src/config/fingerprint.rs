@@ -26,6 +26,7 @@ pub(super) fn of_route(route: &Route) -> u64 {
         backend_tls,
         proxy_protocol,
         fingerprint: _,
+        own_fingerprint: _,
         shares_port_with: _,
     } = route;
     let mut hasher = DefaultHasher::new();

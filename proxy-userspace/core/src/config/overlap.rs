@@ -180,6 +180,37 @@ impl<'a> Overlaps<'a> {
         self.reject(later, format!("{how}, and {why}"));
     }
 
+    /// Reports routes on one port that do not agree who sends a PROXY header: it comes before anything that could tell
+    /// them apart.
+    pub fn report_headers(&self) {
+        let mut reported = HashSet::new();
+        for (here, spot) in self.spots.iter().enumerate() {
+            let Some(first) = self.claims_of(here).first() else { continue };
+            let others = spot
+                .neighbours
+                .iter()
+                .filter(|there| **there < here)
+                .filter_map(|there| self.claims_of(*there).first());
+            for claim in self.claims_of(here).iter().chain(others) {
+                let (a, b) = if first.route < claim.route { (first, claim) } else { (claim, first) };
+                if self.senders(a) != self.senders(b) && reported.insert((a.route, b.route)) {
+                    let Some((label, line)) = self.labels.get(a.route) else { continue };
+                    let message = format!(
+                        "{} is shared with {label} (line {line}), whose proxy_protocol.accept_from is another: the PROXY \
+                         header comes before what tells the two apart; give both the same, or another port",
+                        spot_name(b)
+                    );
+                    self.reject(b, message);
+                }
+            }
+        }
+    }
+
+    fn senders(&self, claim: &Claim) -> HashSet<IpNet> {
+        let route = self.routes.get(claim.route);
+        route.map(|route| route.proxy_protocol.accept_from.iter().copied().collect()).unwrap_or_default()
+    }
+
     /// Reports a listen address that takes the port of `[admin] listen` away.
     pub fn report_admin(&self, admin: SocketAddr) {
         for claim in &self.claims {
@@ -200,52 +231,53 @@ impl<'a> Overlaps<'a> {
         self.source.report(claim.offset, format!("{label}: listen[{}]", claim.item), message);
     }
 
-    /// For each route the value of [`Route::shares_port_with`] and of [`Route::fingerprint`].
-    pub fn shared(&self) -> Vec<(Arc<[usize]>, u64)> {
+    /// For each route the value of [`Route::shares_port_with`], of [`Route::fingerprint`] and of [`Route::own_fingerprint`].
+    pub fn shared(&self) -> Vec<(Arc<[usize]>, u64, u64)> {
         let own: Vec<u64> = self.routes.iter().map(fingerprint::of_route).collect();
+        let mut all: Vec<_> = own.iter().map(|own| (Arc::default(), *own, *own)).collect();
+        for sharers in self.sharers() {
+            let theirs = fingerprint::of_all(sharers.iter().filter_map(|route| own.get(*route)).copied());
+            for &route in sharers.iter() {
+                if let Some((group, fingerprint, own)) = all.get_mut(route) {
+                    *group = Arc::clone(&sharers);
+                    *fingerprint = fingerprint::of_all([*own, theirs].into_iter());
+                }
+            }
+        }
+        all
+    }
+
+    /// The routes that hang together by ports they share, directly or by a third one, each group in the order of the file.
+    fn sharers(&self) -> Vec<Arc<[usize]>> {
         let mut spots_of: Vec<Vec<usize>> = vec![Vec::new(); self.routes.len()];
         for (index, spot) in self.spots.iter().enumerate() {
-            if spot.claims.len() == 1 && spot.neighbours.is_empty() {
-                continue;
-            }
-            for claim in self.claims_of(index) {
+            for claim in self.claims.get(spot.claims.clone()).unwrap_or_default() {
                 if let Some(spots) = spots_of.get_mut(claim.route) {
                     spots.push(index);
                 }
             }
         }
-        let nobody: Arc<[usize]> = Arc::default();
-        let mut known: HashMap<Vec<usize>, (Arc<[usize]>, u64)> = HashMap::new();
-        let mut of_spots = |spots: Vec<usize>| {
-            if spots.is_empty() {
-                return (Arc::clone(&nobody), None);
+        let mut seen = vec![false; self.spots.len()];
+        let mut groups = Vec::new();
+        for start in 0..self.spots.len() {
+            let (mut routes, mut next) = (Vec::new(), vec![start]);
+            while let Some(here) = next.pop() {
+                if seen.get_mut(here).is_none_or(|seen| std::mem::replace(seen, true)) {
+                    continue;
+                }
+                next.extend(self.spots.get(here).into_iter().flat_map(|spot| &spot.neighbours));
+                for claim in self.claims_of(here) {
+                    routes.push(claim.route);
+                    next.append(&mut spots_of.get_mut(claim.route).map(std::mem::take).unwrap_or_default());
+                }
             }
-            let (sharers, hash) = known.entry(spots).or_insert_with_key(|spots| {
-                let sharers = self.sharers(spots);
-                let hash = fingerprint::of_all(sharers.iter().filter_map(|route| own.get(*route)).copied());
-                (sharers, hash)
-            });
-            (Arc::clone(sharers), Some(*hash))
-        };
-        let all = spots_of.into_iter().zip(&own).map(|(spots, own)| match of_spots(spots) {
-            (sharers, Some(theirs)) => (sharers, fingerprint::of_all([*own, theirs].into_iter())),
-            (sharers, None) => (sharers, *own),
-        });
-        all.collect()
-    }
-
-    /// The routes at these spots and at those that overlap them, in the order of the file.
-    fn sharers(&self, spots: &[usize]) -> Arc<[usize]> {
-        let mut routes: Vec<usize> = Vec::new();
-        for spot in spots {
-            routes.extend(self.claims_of(*spot).iter().map(|claim| claim.route));
-            for neighbour in self.spots.get(*spot).into_iter().flat_map(|spot| &spot.neighbours) {
-                routes.extend(self.claims_of(*neighbour).iter().map(|claim| claim.route));
+            routes.sort_unstable();
+            routes.dedup();
+            if routes.len() > 1 {
+                groups.push(routes.into());
             }
         }
-        routes.sort_unstable();
-        routes.dedup();
-        routes.into()
+        groups
     }
 }
 

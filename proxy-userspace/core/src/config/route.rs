@@ -61,6 +61,7 @@ pub(super) fn route(
         backend_tls: section.given("backend_tls").and_then(|field| tls::backend_tls(&field.section()?)),
         proxy_protocol: proxy_protocol(&section.child("proxy_protocol")?)?,
         fingerprint: 0,
+        own_fingerprint: 0,
         shares_port_with: Arc::default(),
     };
     check_together(section, &route);

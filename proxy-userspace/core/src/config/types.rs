@@ -97,8 +97,10 @@ pub struct Route {
     /// Hash over all of the above and over the routes in `shares_port_with`. Equal in two configurations, and in two
     /// processes of one build, when nothing that concerns this route has changed.
     pub fingerprint: u64,
+    /// … over all of the above alone: equal when the route itself is the same, whoever shares its ports.
+    pub own_fingerprint: u64,
     /// Indices into [`Config::routes`], in file order, of the routes that claim a listen address, port and protocol of
-    /// this one, itself included; empty when it has its ports to itself. Routes that listen alike hold the same
+    /// this one, or of another of them, itself included; empty when it has its ports to itself. They hold the same
     /// allocation: 50,000 names on port 443 are one list, not 50,000.
     pub shares_port_with: Arc<[usize]>,
 }

@@ -8,7 +8,7 @@ use crate::{
     diff::Preview,
     flow::MarkLayout,
     pool::Pool,
-    ruleset::{Context, Marks, fragment, skeleton},
+    ruleset::{Context, Marks, fragment, passing, skeleton},
 };
 
 #[derive(Debug)]
@@ -28,7 +28,15 @@ impl Plan {
         let mark = |id| layout.route_mark(id).unwrap_or_default();
         let marks = InFileOrder(ids().map(|(id, plan)| (plan.route.name.clone(), mark(id))).collect());
         let mut fragments = Vec::new();
-        for (id, plan) in ids().filter(|(_, plan)| plan.engine == Some(Engine::Nft)) {
+        for (id, plan) in ids() {
+            match plan.engine {
+                Some(Engine::Nft) => {}
+                Some(_) if self.uses_nft() => {
+                    fragments.push(passing(plan));
+                    continue;
+                }
+                Some(_) | None => continue,
+            }
             let mut pool = Pool::new(&plan.route);
             for target in down {
                 pool.set_admin(&target.to_string(), crate::view::BackendAdmin::Down);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::{
     capability::Capabilities,
-    config::{Balance, Engine, Protocol, Route, RouteName, Target, TlsMode},
+    config::{Balance, Engine, EngineChoice, Protocol, Route, RouteName, SourceAddress, Target, TlsMode},
     plan::Port,
     ruleset::Family,
 };
@@ -14,7 +14,7 @@ use crate::{
 pub enum Refusal {
     /// The engine sees packets, and the route must read or write the stream.
     NeedsStream(Need),
-    /// Told apart from a route on the same port that must read the stream: both go where the stream is read.
+    /// On the port of a route that the engine does not serve: only one engine can have the port.
     SharesPortWith(RouteName),
     /// A loopback address cannot be masqueraded onto the wire (`route_localnet` would be needed).
     LoopbackListen,
@@ -24,7 +24,15 @@ pub enum Refusal {
     ClientMatchOnRange,
     /// Some backends have a port, others keep the dialled one.
     MixedPorts,
+    /// `source_address = "client"` where the daemon dials.
+    ClientSource,
+    /// A relayed connection is a TCP connection.
+    OnlyTcp,
+    /// More than [`MAX_STREAM_PORTS`]: each is a socket.
+    TooManyPorts(usize),
     Lacks(Capability),
+    /// What the engine must do for the route is not in this version of shunt.
+    NotYet(Need),
     /// This version of shunt has no such engine.
     NotInThisBuild,
 }
@@ -59,7 +67,7 @@ impl fmt::Display for Refusal {
         match self {
             Self::NeedsStream(need) => write!(f, "{need}"),
             Self::SharesPortWith(route) => {
-                write!(f, "shares a port with route \"{route}\", which must read the stream")
+                write!(f, "shares a port with route \"{route}\", which this engine does not serve")
             }
             Self::LoopbackListen => f.write_str("listens on a loopback address while a backend is elsewhere"),
             Self::NoBackendOfFamily(Family::V4) => f.write_str("listens on IPv4, and no backend has an IPv4 address"),
@@ -68,6 +76,15 @@ impl fmt::Display for Refusal {
                 f.write_str("match.client is served on single ports, and a route on this port listens on a range")
             }
             Self::MixedPorts => f.write_str("some backends have a port and others keep the dialled one"),
+            Self::ClientSource => f.write_str(
+                "source_address = \"client\" needs transparent sockets, which are not in this version; \
+                 proxy_protocol.send tells a backend who the client is",
+            ),
+            Self::OnlyTcp => f.write_str("relays TCP only"),
+            Self::TooManyPorts(ports) => {
+                write!(f, "listens on {ports} ports, each of which is a socket; at most {MAX_STREAM_PORTS} are served")
+            }
+            Self::NotYet(need) => write!(f, "{need}, which is not in this version of shunt"),
             Self::Lacks(capability) => write!(f, "{capability}"),
             Self::NotInThisBuild => f.write_str("not in this version of shunt"),
         }
@@ -107,32 +124,73 @@ impl fmt::Display for Capability {
     }
 }
 
+/// Ports of one route where the daemon listens.
+pub const MAX_STREAM_PORTS: usize = 1024;
+
 /// Every reason against every engine, in order of preference.
 pub(super) fn refusals(route: &Route, port: &Port, capabilities: &Capabilities) -> Vec<(Engine, Refusal)> {
     let mut refused: Vec<(Engine, Refusal)> =
         nft(route, port, capabilities).into_iter().map(|r| (Engine::Nft, r)).collect();
-    let others = [Engine::Handoff, Engine::Sockmap, Engine::Splice, Engine::Copy];
-    refused.extend(others.map(|engine| (engine, Refusal::NotInThisBuild)));
+    refused.extend([Engine::Handoff, Engine::Sockmap].map(|engine| (engine, Refusal::NotInThisBuild)));
+    let relays = stream(route, capabilities);
+    for engine in [Engine::Splice, Engine::Copy] {
+        refused.extend(relays.iter().map(|refusal| (engine, refusal.clone())));
+    }
     refused
 }
 
-/// Whether the route must read or write the stream.
-pub(super) fn reads_stream(route: &Route) -> bool {
-    !needs(route).is_empty()
+/// Whether the route must be served where the stream is, whoever is beside it.
+pub(super) fn is_for_stream(route: &Route, capabilities: &Capabilities) -> bool {
+    match route.engine {
+        EngineChoice::Forced(engine) => engine != Engine::Nft,
+        EngineChoice::Auto => !own(route, capabilities).is_empty(),
+    }
+}
+
+/// Against both engines that relay in the daemon.
+fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
+    let mut refusals = Vec::new();
+    let mut refuse = |condition: bool, refusal| {
+        if condition {
+            refusals.push(refusal);
+        }
+    };
+    let ports: usize = route.listen.iter().map(|l| usize::from(l.ports.last - l.ports.first) + 1).sum();
+    let terminates = route.tls.as_ref().is_some_and(|tls| tls.mode == TlsMode::Terminate);
+    let ipv6 = route.listen.iter().any(|l| l.address.is_ipv6());
+    refuse(route.protocol == Protocol::Udp, Refusal::OnlyTcp);
+    refuse(terminates, Refusal::NotYet(Need::TlsTermination));
+    refuse(route.backend_tls.is_some(), Refusal::NotYet(Need::BackendTls));
+    refuse(route.source_address == SourceAddress::Client, Refusal::ClientSource);
+    refuse(ports > MAX_STREAM_PORTS, Refusal::TooManyPorts(ports));
+    refuse(ipv6 && !capabilities.ipv6, Refusal::Lacks(Capability::Ipv6));
+    refusals
 }
 
 fn nft(route: &Route, port: &Port, capabilities: &Capabilities) -> Vec<Refusal> {
-    let mut refusals: Vec<Refusal> = needs(route).into_iter().map(Refusal::NeedsStream).collect();
-    if let Some(reader) = port.reader.as_ref().filter(|reader| **reader != route.name) {
-        refusals.push(Refusal::SharesPortWith(reader.clone()));
+    let mut refusals = own(route, capabilities);
+    if let Some(relayed) = port.relayed.as_ref().filter(|relayed| **relayed != route.name) {
+        refusals.push(Refusal::SharesPortWith(relayed.clone()));
     }
-    let matches_on_range = !route.matches.client.is_empty() && route.listen.iter().any(|l| !l.ports.is_single());
-    if matches_on_range || port.has_range {
+    if port.has_range && !matches_on_range(route) {
+        refusals.push(Refusal::ClientMatchOnRange);
+    }
+    refusals
+}
+
+/// What the engine nft cannot do for the route, whoever is beside it.
+fn own(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
+    let mut refusals: Vec<Refusal> = needs(route).into_iter().map(Refusal::NeedsStream).collect();
+    if matches_on_range(route) {
         refusals.push(Refusal::ClientMatchOnRange);
     }
     refusals.extend(addresses(route));
     refusals.extend(lacks(route, capabilities).into_iter().map(Refusal::Lacks));
     refusals
+}
+
+fn matches_on_range(route: &Route) -> bool {
+    !route.matches.client.is_empty() && route.listen.iter().any(|l| !l.ports.is_single())
 }
 
 fn needs(route: &Route) -> Vec<Need> {

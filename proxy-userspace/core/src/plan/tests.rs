@@ -41,6 +41,66 @@ fn what_must_read_or_write_the_stream_is_refused_with_the_key_that_says_so() {
     }
 }
 
+/// What `auto` comes to for the first route, and why splice does not serve it.
+fn relayed(text: &str) -> (Option<Engine>, Vec<Refusal>) {
+    let plan = planned(text, &Capabilities::all());
+    let refused = plan.routes[0].refused.iter().filter(|(e, _)| *e == Engine::Splice).map(|(_, r)| r.clone()).collect();
+    (plan.routes[0].engine, refused)
+}
+
+#[test]
+fn what_nft_cannot_do_the_daemon_relays_and_says_so() {
+    let text = route("proxy_protocol = { send = \"v1\" }");
+    assert_eq!(relayed(&text), (Some(Engine::Splice), Vec::new()));
+    let plan = planned(&text, &Capabilities::all());
+    assert_eq!(plan.routes[0].because(), "proxy_protocol.send writes a header into the stream: the daemon relays");
+    assert!(!plan.uses_nft());
+    let forced = planned(&route("engine = \"copy\""), &Capabilities::all());
+    assert_eq!(forced.routes[0].engine, Some(Engine::Copy));
+    let unprivileged = Capabilities { net_admin: false, ..Capabilities::all() };
+    assert_eq!(planned(&route(""), &unprivileged).routes[0].engine, Some(Engine::Splice));
+}
+
+#[test]
+fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
+    let tls = "tls = { mode = \"terminate\", certificates = [{ cert = \"c.pem\", key = \"k.pem\" }] }";
+    for (extra, refusal) in [
+        ("protocol = \"udp\"", Refusal::OnlyTcp),
+        (tls, Refusal::NotYet(Need::TlsTermination)),
+        ("backend_tls = { ca = \"ca.pem\" }", Refusal::NotYet(Need::BackendTls)),
+        ("source_address = \"client\"", Refusal::ClientSource),
+    ] {
+        assert_eq!(relayed(&route(extra)).1, [refusal], "{extra}");
+    }
+    let range = |last: u16| {
+        format!("[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:2000-{last}\"]\nbackends = [\"10.0.1.1\"]\n")
+    };
+    assert_eq!(relayed(&range(3023)).1, []);
+    assert_eq!(relayed(&range(3024)).1, [Refusal::TooManyPorts(1025)]);
+}
+
+#[test]
+fn routes_that_hang_together_by_their_ports_go_the_same_way() {
+    // a and c have no port in common, but both share one with b.
+    let one = |name: &str, listen: &str, more: &str| {
+        format!("[[route]]\nname = \"{name}\"\nlisten = {listen}\nbackends = [\"10.0.1.1:80\"]\n{more}\n")
+    };
+    let text = one("a", "[\"10.0.0.1:80\"]", "")
+        + &one("b", "[\"10.0.0.1:80\", \"10.0.0.1:81\"]", "match.client = [\"10.9.0.0/16\"]")
+        + &one("c", "[\"10.0.0.1:81\"]", "balance = \"least-connections\"")
+        + &one("d", "[\"10.0.0.1:82\"]", "");
+    let plan = planned(&text, &Capabilities::all());
+    let engines: Vec<_> = plan.routes.iter().map(|r| r.engine).collect();
+    assert_eq!(engines, [Some(Engine::Splice), Some(Engine::Splice), Some(Engine::Splice), Some(Engine::Nft)]);
+    let c = RouteName::new("c").expect("valid");
+    assert_eq!(refusals(&text, &Capabilities::all()), [Refusal::SharesPortWith(c)]);
+    let forced = text.replacen("name = \"a\"\n", "name = \"a\"\nengine = \"nft\"\n", 1);
+    assert_eq!(
+        planned(&forced, &Capabilities::all()).unserved()[0].to_string(),
+        "route \"a\": no engine can serve it here: nft: shares a port with route \"c\", which this engine does not serve"
+    );
+}
+
 #[test]
 fn a_plain_route_goes_where_its_neighbour_on_the_port_must_be_read() {
     let text = format!(
@@ -88,12 +148,23 @@ fn ruleset_family(version: u8) -> crate::ruleset::Family {
 
 #[test]
 fn a_forced_engine_that_cannot_serve_is_an_error_that_says_why() {
-    let plan = planned(&route("engine = \"splice\""), &Capabilities::all());
-    assert_eq!(plan.routes[0].engine, None);
-    let [unserved] = &plan.unserved()[..] else { panic!("one route") };
+    let unserved = |extra: &str| {
+        let plan = planned(&route(extra), &Capabilities::all());
+        assert_eq!(plan.routes[0].engine, None, "{extra}");
+        let [unserved] = &plan.unserved()[..] else { panic!("one route") };
+        unserved.to_string()
+    };
     assert_eq!(
-        unserved.to_string(),
-        "route \"web\": no engine can serve it here: splice: not in this version of shunt"
+        unserved("engine = \"sockmap\""),
+        "route \"web\": no engine can serve it here: sockmap: not in this version of shunt"
+    );
+    assert_eq!(
+        unserved("engine = \"splice\"\nprotocol = \"udp\""),
+        "route \"web\": no engine can serve it here: splice: relays TCP only"
+    );
+    assert_eq!(
+        unserved("engine = \"nft\"\nproxy_protocol.send = \"v1\""),
+        "route \"web\": no engine can serve it here: nft: proxy_protocol.send writes a header into the stream"
     );
 }
 

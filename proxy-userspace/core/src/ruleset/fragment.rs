@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     balance,
-    config::{Balance, Keepalive, Listen, Protocol, RateUnit, Route, RouteName, SourceAddress, Target},
+    config::{Balance, Keepalive, Listen, PortRange, Protocol, RateUnit, Route, RouteName, SourceAddress, Target},
     flow::MarkLayout,
     plan::{RoutePlan, SharedListen},
 };
@@ -83,6 +83,26 @@ pub fn draining(name: &RouteName, mark: u32) -> Fragment {
     counters(name, mark)
 }
 
+/// The fragment of a route that the daemon listens for: what is dialled at its own addresses passes to its sockets, also
+/// where a route of the kernel has the port at every address of this machine.
+pub fn passing(plan: &RoutePlan) -> Fragment {
+    let mut fragment = Fragment::default();
+    // One element per port: ranges that overlap would name the same one twice.
+    let apart = |l: &Listen| l.ports.is_single() || plan.route.shares_port_with.is_empty();
+    let own = plan.own_listens.iter().chain(plan.shared_listens.iter().map(|shared| &shared.listen));
+    for listen in own.filter(|l| !l.address.is_unspecified() && !l.address.is_loopback() && apart(l)) {
+        for port in listen.ports.first..=listen.ports.last {
+            let listen = Listen { ports: PortRange { first: port, last: port }, ..*listen };
+            let (set, key) = port_key(listen, plan.route.protocol, n::SHARED, n::SHARED_ANY);
+            fragment.member(set, key, Value::Goto(n::RELAYED.into()));
+        }
+    }
+    if !fragment.elements.is_empty() {
+        fragment.chain(n::RELAYED.into(), Vec::new());
+    }
+    fragment
+}
+
 fn counters(name: &RouteName, mark: u32) -> Fragment {
     // Most routes add two more: where they listen, and their backend.
     let mut fragment = Fragment { elements: Vec::with_capacity(5), ..Fragment::default() };
@@ -109,6 +129,19 @@ pub(crate) fn family_of(address: IpAddr) -> Family {
 }
 
 impl Fragment {
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Both.
+    pub fn and(mut self, other: Self) -> Self {
+        self.timeouts.extend(other.timeouts);
+        self.sets.extend(other.sets);
+        self.chains.extend(other.chains);
+        self.elements.extend(other.elements);
+        self
+    }
+
     fn member(&mut self, set: impl Into<Cow<'static, str>>, key: Key, value: Value) {
         self.elements.push(Member { set: set.into(), key, element: Element::of(value) });
     }
@@ -311,7 +344,7 @@ impl Fragment {
         self.chain(chain, rules);
         for family in FAMILIES {
             let endpoints: Vec<&Endpoint> = context.endpoints.iter().filter(|e| e.family() == family).collect();
-            for (slot, index) in fill(route.balance, &endpoints, slots).into_iter().enumerate() {
+            for (slot, index) in balance::fill(route.balance, &endpoints, slots).into_iter().enumerate() {
                 let endpoint = endpoints[index];
                 let set = if endpoint.port.is_some() { n::SLOTS } else { n::SLOTS_SAME_PORT };
                 let key = Key::new(&[KeyPart::Mark(context.own), KeyPart::Slot(slot as u32)]);
@@ -343,26 +376,6 @@ fn target(endpoint: &Endpoint) -> Value {
     match endpoint.port {
         Some(port) => Value::Endpoint((endpoint.address, port).into()),
         None => Value::Address(endpoint.address),
-    }
-}
-
-/// Which endpoint each slot goes to; empty when none is up.
-fn fill(balance: Balance, endpoints: &[&Endpoint], slots: u32) -> Vec<usize> {
-    let weight = |e: &&Endpoint| if e.up { e.weight } else { 0 };
-    let weights: Vec<u16> = endpoints.iter().map(weight).collect();
-    match balance {
-        Balance::RoundRobin | Balance::Random | Balance::LeastConnections => balance::round_robin(&weights, slots),
-        Balance::SourceHash => {
-            let all: Vec<u16> = endpoints.iter().map(|e| e.weight).collect();
-            let up: Vec<bool> = endpoints.iter().map(|e| e.up).collect();
-            balance::homes(&all, &up, slots)
-        }
-        Balance::Maglev => {
-            let names: Vec<String> =
-                endpoints.iter().map(|e| format!("{}:{}", e.address, e.port.unwrap_or_default())).collect();
-            let named: Vec<(&str, u16)> = names.iter().map(String::as_str).zip(weights).collect();
-            balance::maglev(&named, slots)
-        }
     }
 }
 

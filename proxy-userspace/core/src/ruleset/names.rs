@@ -39,6 +39,9 @@ pub const REFUSALS: [(&str, crate::reason::Reason); 6] = [
     (NO_ROUTE, crate::reason::Reason::NoRoute),
 ];
 
+/// The chain without rules for what the daemon's own sockets take.
+pub const RELAYED: &str = "relayed";
+
 /// `ct timeout` objects for routes with the standard limits.
 pub const TCP_STANDARD: &str = "tcp-standard";
 pub const UDP_STANDARD: &str = "udp-standard";

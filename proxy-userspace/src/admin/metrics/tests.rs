@@ -1,5 +1,6 @@
 use std::{
     collections::HashMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -8,12 +9,12 @@ use proxy_core::reason::Reason;
 
 use super::*;
 use crate::{
-    admin::tests::{flow_state, route_state},
-    control::AgeHistogram,
+    admin::tests::{flow_state, relayed, route_state},
+    control::{AgeHistogram, FlowState},
 };
 
 fn scraped(routes: RouteState, flows: FlowState) -> String {
-    encode(Arc::new(routes), Arc::new(flows)).expect("text")
+    encode(Known { routes: Arc::new(routes), flows: Arc::new(flows), ..Known::default() }).expect("text")
 }
 
 fn value(text: &str, series: &str) -> f64 {
@@ -49,6 +50,31 @@ fn every_promised_name_is_there_with_its_value() {
     assert!(text.ends_with("# EOF\n"));
     assert!(!text.contains("_total_total") && !text.contains("bytes_bytes"));
     assert!(!text.contains("shunt_connect_seconds"), "nft does not measure the time to connect");
+}
+
+#[test]
+fn a_route_that_has_changed_its_engine_has_numbers_of_both_and_no_route_has_its_own() {
+    let (routes, flows) = (Arc::new(route_state()), Arc::new(flow_state()));
+    let (reader, rates) = relayed();
+    let text = encode(Known { routes, flows, relayed: reader, rates: Arc::new(rates) }).expect("text");
+    for (series, expected) in [
+        (r#"shunt_connections_active{route="web",engine="nft"}"#, 3.0),
+        (r#"shunt_connections_active{route="web",engine="copy"}"#, 0.0),
+        (r#"shunt_connections_active{route="web",engine="splice"}"#, 4.0),
+        (r#"shunt_connections_total{route="web",engine="copy"}"#, 6.0),
+        (r#"shunt_connections_total{route="-",engine="copy"}"#, 4.0),
+        (r#"shunt_promotions_total{route="web",engine="splice"}"#, 4.0),
+        (r#"shunt_bytes_total{route="web",engine="copy",direction="in"}"#, 200.0),
+        (r#"shunt_terminations_total{route="web",engine="copy",reason="connect_refused"}"#, 2.0),
+        (r#"shunt_terminations_total{route="-",engine="copy",reason="no_route"}"#, 4.0),
+        (r#"shunt_connect_seconds_bucket{le="0.002",route="web"}"#, 0.0),
+        (r#"shunt_connect_seconds_bucket{le="0.005",route="web"}"#, 2.0),
+        (r#"shunt_connect_seconds_sum{route="web"}"#, 0.006),
+        (r#"shunt_connection_age_seconds_count{route="web"}"#, 9.0),
+        (r#"shunt_backend_connections_active{route="web",backend="10.0.0.1:80"}"#, 7.0),
+    ] {
+        assert_eq!(value(&text, series), expected, "{series}");
+    }
 }
 
 #[test]
@@ -100,7 +126,8 @@ fn cost_at_50_000_routes() {
     let (routes, flows) = (Arc::new(routes), Arc::new(flows));
     for (what, flows) in [("with ages", &flows), ("without", &without)].repeat(2) {
         let (began, spent) = (Instant::now(), cpu());
-        let text = encode(routes.clone(), flows.clone()).expect("text");
+        let known = Known { routes: routes.clone(), flows: flows.clone(), ..Known::default() };
+        let text = encode(known).expect("text");
         let (elapsed, spent) = (began.elapsed(), cpu() - spent);
         println!("{what}: {} lines, {} bytes, {elapsed:?}, CPU {spent:?}", text.lines().count(), text.len());
     }

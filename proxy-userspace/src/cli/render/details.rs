@@ -34,9 +34,12 @@ pub(in crate::cli) fn status(status: &view::Status) -> String {
     if let Some(error) = &reconcile.last_error {
         line(&mut text, "", &format!("{BAD}{error}{BAD:#}"));
     }
-    let entries = format!("{} of {} entries", count(conntrack.entries), count(conntrack.max));
-    let events = format!("{} events, {} lost", count(conntrack.events), count(conntrack.events_lost));
-    line(&mut text, "conntrack", &format!("{entries}, {events}, last dump {:.1} ms", conntrack.last_dump_ms));
+    // Without a limit nobody has read it: the daemon relays every route.
+    if conntrack.max > 0 {
+        let entries = format!("{} of {} entries", count(conntrack.entries), count(conntrack.max));
+        let events = format!("{} events, {} lost", count(conntrack.events), count(conntrack.events_lost));
+        line(&mut text, "conntrack", &format!("{entries}, {events}, last dump {:.1} ms", conntrack.last_dump_ms));
+    }
     for warning in &status.warnings {
         line(&mut text, "warning", &format!("{WARN}{warning}{WARN:#}"));
     }
@@ -58,10 +61,13 @@ pub(in crate::cli) fn route(route: &view::Route) -> String {
     };
     line(&mut text, "route", &format!("{BOLD}{}{BOLD:#}{state}", route.name));
     line(&mut text, "listens on", &format!("{} ({})", route.listen.join(", "), route.protocol));
-    line(&mut text, "engine", &format!("{}, {}, mark {:#x}", route.engine, route.balance, route.mark));
+    // Only what the kernel forwards has one.
+    let mark = if route.mark == 0 { String::new() } else { format!(", mark {:#x}", route.mark) };
+    line(&mut text, "engine", &format!("{}, {}{mark}", route.engine, route.balance));
     let (open, total) = (count(stats.connections_active), count(stats.connections_total));
-    let oldest = match stats.connections_active {
-        0 => String::new(),
+    let oldest = match stats.oldest_seconds {
+        // Nothing is open, or the daemon relays it: its counters do not say.
+        0.0 => String::new(),
         _ => format!(" (oldest {})", seconds(stats.oldest_seconds)),
     };
     let new = rate(stats.connections_rate);
@@ -122,7 +128,8 @@ pub(in crate::cli) fn explain(explain: &view::Explain) -> String {
         line(&mut text, if index == 0 { "path" } else { "" }, hop);
     }
     if let Some(one) = &explain.connection {
-        line(&mut text, "connection", &format!("{}: {} → {} → {}", one.id, one.client, one.listen, one.backend));
+        let backend = one.backend.map_or("no backend yet".to_owned(), |backend| backend.to_string());
+        line(&mut text, "connection", &format!("{}: {} → {} → {backend}", one.id, one.client, one.listen));
         let ends = one
             .expires_seconds
             .map_or("no timeout".to_owned(), |left| format!("ends in {} if nothing comes", seconds(left)));

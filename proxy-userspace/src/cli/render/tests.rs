@@ -58,7 +58,7 @@ fn connection(client: &str, metered: bool) -> view::Connection {
         protocol: "tcp".into(),
         client: address(client),
         listen: address("10.9.9.9:80"),
-        backend: address("10.0.0.1:80"),
+        backend: Some(address("10.0.0.1:80")),
         state: "established".into(),
         age_seconds: 75.0,
         idle_seconds: 0.25,

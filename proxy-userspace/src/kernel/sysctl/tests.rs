@@ -39,7 +39,22 @@ const FORWARD: &str = "net/ipv4/ip_forward";
 const ACCT: &str = "net/netfilter/nf_conntrack_acct";
 
 fn ipv4() -> Vec<Needed> {
-    needed(Routes { ipv4: true, ipv6: false })
+    needed(Routes { ipv4: true, ..Routes::default() })
+}
+
+#[test]
+fn what_is_only_better_to_have_is_a_warning_where_it_may_not_be_set() {
+    const REUSE: &str = "net/ipv4/tcp_tw_reuse";
+    let relayed = needed(Routes { relayed: true, ..Routes::default() });
+    let tree = Tree::new("optional", &[(REUSE, "2")]);
+    let applied =
+        tree.settings().apply(&relayed, Path::new("/proc/no/such/restore.json")).expect("served all the same");
+    assert!(applied.changed.is_empty() && applied.warnings[0].contains("TIME_WAIT"), "{applied:?}");
+    assert_eq!(tree.value(REUSE), "2");
+    tree.settings().apply(&relayed, &tree.record()).expect("apply");
+    assert_eq!(tree.value(REUSE), "1");
+    restore(&tree.settings(), &tree.record()).expect("restore");
+    assert_eq!(tree.value(REUSE), "2");
 }
 
 #[test]

@@ -51,12 +51,13 @@ fn plain(name: &str, listen: Vec<Listen>, backends: Vec<Backend>) -> Route {
         backend_tls: None,
         proxy_protocol: ProxyProtocol::default(),
         fingerprint: 0,
+        own_fingerprint: 0,
         shares_port_with: Arc::default(),
     }
 }
 
 fn routes(config: &Config) -> Vec<Route> {
-    config.routes.iter().map(|route| Route { fingerprint: 0, ..(**route).clone() }).collect()
+    config.routes.iter().map(|route| Route { fingerprint: 0, own_fingerprint: 0, ..(**route).clone() }).collect()
 }
 
 #[test]

@@ -74,6 +74,20 @@ fn routes_that_can_be_told_apart_share_a_port() {
 }
 
 #[test]
+fn routes_on_one_port_agree_on_who_sends_a_proxy_header() {
+    let from = |net: &str| format!("proxy_protocol.accept_from = {net}\nmatch.sni = [\"x\"]");
+    let expected = "8: route \"b\": listen[0]: 0.0.0.0:443/tcp is shared with route \"a\" (line 1), whose \
+                    proxy_protocol.accept_from is another: the PROXY header comes before what tells the two apart; give \
+                    both the same, or another port";
+    let b = from("[\"10.0.0.0/8\", \"fd00::/8\"]");
+    for listen in [PORT, "0.0.0.0:400-500"] {
+        assert_eq!(bad(&two((listen, ""), (PORT, &b))), [expected], "{listen}");
+    }
+    let a = "proxy_protocol.accept_from = [\"fd00::/8\", \"10.0.0.0/8\"]\nmatch.alpn = [\"h2\"]";
+    good(&two((PORT, a), (PORT, &b)));
+}
+
+#[test]
 fn other_addresses_protocols_and_ports_are_not_shared() {
     for text in [
         two((PORT, ""), ("10.0.0.1:443", "")),
@@ -87,14 +101,16 @@ fn other_addresses_protocols_and_ports_are_not_shared() {
 }
 
 #[test]
-fn sharing_reaches_no_further_than_the_ports_themselves() {
+fn sharing_reaches_over_a_route_that_is_on_both_ports() {
     let text = route("a", "0.0.0.0:80", "match.client = [\"10.0.0.0/8\"]")
         + &route("b", "0.0.0.0:80\", \"0.0.0.0:90", "")
-        + &route("c", "0.0.0.0:90", "match.client = [\"10.0.0.0/8\"]");
+        + &route("c", "0.0.0.0:90", "match.client = [\"10.0.0.0/8\"]")
+        + &route("d", "0.0.0.0:91", "");
     let config = good(&text);
-    assert_eq!(*config.routes[0].shares_port_with, [0, 1]);
-    assert_eq!(*config.routes[1].shares_port_with, [0, 1, 2]);
-    assert_eq!(*config.routes[2].shares_port_with, [1, 2]);
+    for route in &config.routes[..3] {
+        assert_eq!(*route.shares_port_with, [0, 1, 2]);
+    }
+    assert!(config.routes[3].shares_port_with.is_empty());
 }
 
 #[test]

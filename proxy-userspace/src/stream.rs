@@ -1,0 +1,134 @@
+//! The stream path: connections that the daemon itself accepts, classifies, dials and relays (engines `copy` and `splice`).
+//!
+//! One worker thread per core owns its connections whole: their sockets, buffers, timers and counters. Nothing on the way
+//! of a byte is shared between workers. What others see of them are counters ([`meter`]) and answers to commands
+//! ([`Streams`] changes, [`StreamCommand`] asks).
+
+mod admission;
+pub mod ended;
+mod flow;
+pub mod memory;
+pub mod meter;
+mod path;
+mod poll;
+pub mod rates;
+mod relay;
+mod route;
+mod socket;
+mod worker;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use proxy_core::{config::Listen, plan::RoutePlan, ruleset::Endpoint, view};
+use tokio::sync::mpsc;
+
+pub use ended::{Ended, StreamId};
+pub use path::{MAX_PORTS, StreamPath};
+
+use crate::{
+    control::{ConnectionFilter, Reply},
+    track::FailedDial,
+};
+
+/// What the owner of the routes asks of the stream path: make it so, or leave everything as it is.
+pub trait Streams {
+    /// A change whose sockets are bound but not yet accepted from; dropping it takes it back.
+    type Prepared;
+
+    /// Everything that can fail: binds the listen addresses that are new. Nothing that runs is touched.
+    fn prepare(&mut self, change: Change) -> Result<Self::Prepared, StreamError>;
+
+    /// Serves the change. Connections of routes that stay are not touched; they keep the backend they have and take the
+    /// timeouts of the new settings.
+    fn commit(&mut self, prepared: Self::Prepared);
+
+    /// The owner of the routes has forgotten a route that was gone: so are its counters.
+    fn forget(&mut self, id: u32);
+
+    /// Accepts what waits, then stops listening everywhere and lets every route drain for its own `timeouts.drain`.
+    /// Resolves when no connection is left.
+    fn stop(self) -> impl Future<Output = ()> + Send;
+}
+
+/// Routes and listen addresses that change; what is not named stays.
+#[derive(Debug, Clone, Default)]
+pub struct Change {
+    /// Added, or replaced: also when only the state of the backends has changed.
+    pub routes: Vec<RouteSpec>,
+    /// By id: no listen address leads there any more. What it has open is ended when its `timeouts.drain` has passed;
+    /// [`Options::drained`] is told when nothing is left.
+    pub gone: Vec<u32>,
+    /// The routes that share a listen address, in file order, after the change; empty: nobody listens there any more.
+    pub ports: Vec<(Listen, Vec<u32>)>,
+}
+
+/// A route as the stream path serves it.
+#[derive(Debug, Clone)]
+pub struct RouteSpec {
+    /// The id it has in `reconcile`; not 0.
+    pub id: u32,
+    pub plan: Arc<RoutePlan>,
+    /// Every address of every backend.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// How the stream path is set up.
+#[derive(Debug)]
+pub struct Options {
+    /// One per core is best.
+    pub workers: usize,
+    /// Told of dials that came to nothing; dropped when the hearer is behind.
+    pub failed_dials: mpsc::Sender<FailedDial>,
+    /// Told the id of a route that is gone when its last connection has ended.
+    pub drained: mpsc::Sender<u32>,
+    /// Told of connections that have ended, in batches.
+    pub ended: mpsc::Sender<Vec<Ended>>,
+}
+
+/// What asks for connections.
+#[derive(Debug)]
+pub enum StreamCommand {
+    Connections { filter: ConnectionFilter, reply: Reply<Vec<view::Connection>> },
+    Kill { id: StreamId, reply: Reply<view::Killed> },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    #[error("cannot listen on {address} (route \"{route}\"): {error}")]
+    Listen { address: SocketAddr, route: String, error: io::Error },
+    #[error("route \"{route}\" listens on {ports} ports; the stream path serves at most {max} in all")]
+    TooManyPorts { route: String, ports: usize, max: usize },
+    #[error("cannot start the stream path: {call}: {error}")]
+    Start { call: &'static str, error: io::Error },
+}
+
+impl StreamError {
+    /// One line of how to mend it.
+    pub fn mend(&self) -> Option<String> {
+        match self {
+            Self::Listen { error, address, .. } => Some(match error.kind() {
+                io::ErrorKind::AddrInUse => format!("`ss -ltnp 'sport = :{}'` shows who listens there", address.port()),
+                io::ErrorKind::PermissionDenied => {
+                    "ports below 1024 need CAP_NET_BIND_SERVICE: AmbientCapabilities=CAP_NET_ADMIN CAP_NET_BIND_SERVICE"
+                        .into()
+                }
+                _ => return None,
+            }),
+            Self::TooManyPorts { .. } => {
+                Some("listen on fewer ports, or let the kernel forward the range (engine = \"nft\")".into())
+            }
+            Self::Start { .. } => None,
+        }
+    }
+
+    /// The exit code of a daemon that ends with it.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Listen { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => 4,
+            Self::Listen { .. } | Self::TooManyPorts { .. } | Self::Start { .. } => 1,
+        }
+    }
+}
+
+/// How long a stopping daemon waits beyond the longest `timeouts.drain`.
+pub const STOP_GRACE: Duration = Duration::from_secs(1);

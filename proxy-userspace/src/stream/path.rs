@@ -1,0 +1,375 @@
+//! The owner of the workers: starts them, brings changes to them, asks them, and stops them.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    sync::{
+        Arc, RwLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread::JoinHandle,
+    time::Instant,
+};
+
+use proxy_core::{
+    config::{Listen as Address, PortRange},
+    view,
+};
+use rustix::{
+    event::{EventfdFlags, eventfd},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    Change, Options, StreamCommand, StreamError, StreamId, Streams,
+    meter::{Meters, Reader, RouteMeter},
+    route::{Listen, Route},
+    socket,
+    worker::{Applied, Command, Leaving, PortChange, Row, Shared, Worker},
+};
+
+/// Listen addresses and ports of all routes together, at most: each costs a descriptor and an epoll entry per worker.
+pub const MAX_PORTS: usize = 16_384;
+/// Descriptors kept for everything that is not a relayed connection.
+const RESERVED: u64 = 512;
+/// Of the rest, one in so many may be for pipes.
+const PIPE_SHARE: u64 = 8;
+/// Pipes per worker at most.
+const MAX_PIPES: u64 = 4096;
+
+/// The running stream path.
+#[derive(Debug)]
+pub struct StreamPath {
+    pub commands: mpsc::Sender<StreamCommand>,
+    pub reader: Reader,
+    workers: Vec<Handle>,
+    routes: HashMap<u32, Arc<Route>>,
+    listens: BTreeMap<SocketAddr, Vec<u32>>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    link: Link,
+    thread: JoinHandle<()>,
+}
+
+/// How a worker is spoken to.
+#[derive(Debug, Clone)]
+struct Link {
+    commands: std::sync::mpsc::Sender<Command>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Link {
+    fn send(&self, command: Command) {
+        // A failed send means that the worker has ended.
+        if self.commands.send(command).is_ok() {
+            let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// A change whose sockets are bound.
+#[derive(Debug)]
+pub struct Prepared {
+    routes: Vec<Arc<Route>>,
+    gone: Vec<u32>,
+    ports: Vec<(SocketAddr, Vec<u32>, Sockets)>,
+}
+
+#[derive(Debug)]
+enum Sockets {
+    /// One for each worker.
+    Open(Vec<OwnedFd>, Arc<Listen>),
+    Update(Arc<Listen>),
+    Close,
+}
+
+impl StreamPath {
+    /// Starts the workers, inside a tokio runtime that answers [`StreamCommand`]s. Raises the limit on open files as far
+    /// as it may.
+    pub fn start(options: Options) -> Result<Self, StreamError> {
+        let workers = options.workers.clamp(1, 255);
+        let reader = Reader::default();
+        let descriptors = raise_descriptors();
+        let usable = descriptors.saturating_sub(RESERVED);
+        let pipes = (usable / PIPE_SHARE / 2 / workers as u64).min(MAX_PIPES);
+        reader.pressure.max.store((usable - pipes * 2 * workers as u64) / 2, Relaxed);
+        let shared = Shared {
+            open: Arc::new(AtomicU64::new(0)),
+            pressure: Arc::clone(&reader.pressure),
+            began: Instant::now(),
+            failed_dials: options.failed_dials,
+            drained: options.drained,
+            ended: options.ended,
+        };
+        let unrouted = Arc::new(Meters {
+            id: 0,
+            name: "-".into(),
+            workers: (0..workers).map(|_| Arc::new(RouteMeter::default())).collect(),
+            backends: RwLock::default(),
+        });
+        reader.meters.put(Arc::clone(&unrouted));
+        let handles = (0..workers).map(|index| {
+            let meter = Arc::clone(&unrouted.workers[index]);
+            spawn(index as u8, shared.clone(), meter, pipes as usize)
+        });
+        let workers = handles.collect::<Result<Vec<Handle>, StreamError>>()?;
+        let (commands, queue) = mpsc::channel(64);
+        let links = workers.iter().map(|worker| worker.link.clone()).collect();
+        tokio::spawn(answer(queue, links));
+        Ok(Self { commands, reader, workers, routes: HashMap::new(), listens: BTreeMap::new() })
+    }
+
+    /// The addresses whose routes are the same as before while what tells them apart has changed.
+    fn told_apart_anew(&self, routes: &[Arc<Route>], asked: &[(Address, Vec<u32>)]) -> Vec<(Address, Vec<u32>)> {
+        let differs = |route: &&Arc<Route>| {
+            self.routes.get(&route.id).is_some_and(|before| !Arc::ptr_eq(&before.config, &route.config))
+        };
+        let changed: HashSet<u32> = routes.iter().filter(differs).map(|route| route.id).collect();
+        if changed.is_empty() {
+            return Vec::new();
+        }
+        let named: HashSet<SocketAddr> = asked.iter().flat_map(|(listen, _)| addresses(listen)).collect();
+        let affected = |(address, members): &(&SocketAddr, &Vec<u32>)| {
+            !named.contains(address) && members.iter().any(|id| changed.contains(id))
+        };
+        let one =
+            |at: &SocketAddr| Address { address: at.ip(), ports: PortRange { first: at.port(), last: at.port() } };
+        self.listens.iter().filter(affected).map(|(at, members)| (one(at), members.clone())).collect()
+    }
+
+    fn sockets(&self, address: SocketAddr, listen: &Arc<Listen>, route: &str) -> Result<Sockets, StreamError> {
+        if self.listens.contains_key(&address) {
+            return Ok(Sockets::Update(Arc::clone(listen)));
+        }
+        let refused = |error| StreamError::Listen { address, route: route.to_owned(), error };
+        let bound = || {
+            // Beside a socket of our own for all addresses, the kernel would say that it is taken.
+            if !self.listens.keys().any(|ours| ours.port() == address.port()) {
+                socket::is_free(address)?;
+            }
+            (0..self.workers.len()).map(|_| socket::listener(address)).collect::<io::Result<Vec<_>>>()
+        };
+        Ok(Sockets::Open(bound().map_err(refused)?, Arc::clone(listen)))
+    }
+}
+
+impl Streams for StreamPath {
+    type Prepared = Prepared;
+
+    fn prepare(&mut self, change: Change) -> Result<Prepared, StreamError> {
+        let count = self.workers.len();
+        let route = |spec: super::RouteSpec| {
+            let before = self.routes.get(&spec.id).map(Arc::clone);
+            Arc::new(Route::new(spec, before.as_deref(), count))
+        };
+        let routes: Vec<Arc<Route>> = change.routes.into_iter().map(route).collect();
+        let fresh: HashMap<u32, &Arc<Route>> = routes.iter().map(|route| (route.id, route)).collect();
+        let mut asked = change.ports;
+        asked.extend(self.told_apart_anew(&routes, &asked));
+        let known = |id: &u32| fresh.get(id).copied().or_else(|| self.routes.get(id));
+        let mut ports = Vec::new();
+        for (listen, members) in asked {
+            let members: Vec<&Arc<Route>> = members.iter().filter_map(known).collect();
+            let ids: Vec<u32> = members.iter().map(|route| route.id).collect();
+            let name = members.first().map_or("", |route| route.config.name.as_str());
+            let shared = Arc::new(Listen::new(&members));
+            for address in addresses(&listen) {
+                let sockets = match ids.is_empty() {
+                    true => Sockets::Close,
+                    false => self.sockets(address, &shared, name)?,
+                };
+                ports.push((address, ids.clone(), sockets));
+            }
+            if self.listens.len() + ports.len() > MAX_PORTS {
+                let ports = addresses(&listen).count();
+                return Err(StreamError::TooManyPorts { route: name.to_owned(), ports, max: MAX_PORTS });
+            }
+        }
+        for (address, _, sockets) in &ports {
+            let Sockets::Open(fds, listen) = sockets else { continue };
+            let name = listen.members.first().and_then(known).map_or("", |route| route.config.name.as_str());
+            for fd in fds {
+                socket::start_listening(fd).map_err(|error| StreamError::Listen {
+                    address: *address,
+                    route: name.to_owned(),
+                    error,
+                })?;
+            }
+        }
+        Ok(Prepared { routes, gone: change.gone, ports })
+    }
+
+    fn commit(&mut self, prepared: Prepared) {
+        let Prepared { routes, gone, ports } = prepared;
+        let mut changes: Vec<Applied> = self.workers.iter().map(|_| Applied::default()).collect();
+        for route in &routes {
+            self.reader.meters.put(Arc::clone(&route.meters));
+            changes.iter_mut().for_each(|change| change.routes.push(Arc::clone(route)));
+        }
+        for (address, members, sockets) in ports {
+            match sockets {
+                Sockets::Open(fds, listen) => {
+                    self.listens.insert(address, members);
+                    for (change, fd) in changes.iter_mut().zip(fds) {
+                        change.ports.push((address, PortChange::Open(fd, Arc::clone(&listen))));
+                    }
+                }
+                Sockets::Update(listen) => {
+                    self.listens.insert(address, members);
+                    for change in &mut changes {
+                        change.ports.push((address, PortChange::Update(Arc::clone(&listen))));
+                    }
+                }
+                Sockets::Close => {
+                    self.listens.remove(&address);
+                    changes.iter_mut().for_each(|change| change.ports.push((address, PortChange::Close)));
+                }
+            }
+        }
+        for id in gone {
+            let leaving = Leaving::new(self.workers.len());
+            self.routes.remove(&id);
+            changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));
+        }
+        self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
+        for (worker, change) in self.workers.iter().zip(changes) {
+            worker.link.send(Command::Apply(change));
+        }
+    }
+
+    fn forget(&mut self, id: u32) {
+        self.reader.meters.remove(id);
+    }
+
+    async fn stop(self) {
+        let threads: Vec<JoinHandle<()>> = self
+            .workers
+            .into_iter()
+            .map(|worker| {
+                worker.link.send(Command::Stop);
+                worker.thread
+            })
+            .collect();
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                // One that panicked has ended the process.
+                let _ = thread.join();
+            }
+        });
+        let _ = joined.await;
+    }
+}
+
+/// Each port of a range.
+fn addresses(listen: &Address) -> impl Iterator<Item = SocketAddr> + use<> {
+    let ip = listen.address;
+    (listen.ports.first..=listen.ports.last).map(move |port| SocketAddr::new(ip, port))
+}
+
+fn spawn(index: u8, shared: Shared, unrouted: Arc<RouteMeter>, pipes: usize) -> Result<Handle, StreamError> {
+    let failed = |call| move |error| StreamError::Start { call, error };
+    let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+    let wake = Arc::new(wake.map_err(io::Error::from).map_err(failed("eventfd2"))?);
+    let (commands, queue) = std::sync::mpsc::channel();
+    let worker =
+        Worker::new(index, shared, Arc::clone(&wake), queue, unrouted, pipes).map_err(failed("epoll_create1"))?;
+    let thread = std::thread::Builder::new().name(format!("stream-{index}"));
+    let run = move || {
+        let _guard = Vital;
+        worker.run();
+    };
+    let thread = thread.spawn(run).map_err(failed("clone"))?;
+    Ok(Handle { link: Link { commands, wake }, thread })
+}
+
+/// A daemon without one of its workers would go on with a part of its connections lost and nobody told: it ends, and is
+/// started again by who started it.
+struct Vital;
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a worker of the stream path has panicked: a defect in shunt");
+            std::process::abort();
+        }
+    }
+}
+
+/// The limit on open files of this process, raised to what is allowed; more than that where the privilege is there.
+fn raise_descriptors() -> u64 {
+    const WANTED: u64 = 1 << 20;
+    let now = getrlimit(Resource::Nofile);
+    let (current, hard) = (now.current.unwrap_or(WANTED), now.maximum.unwrap_or(WANTED));
+    let raised = |to: u64, maximum: u64| {
+        setrlimit(Resource::Nofile, Rlimit { current: Some(to), maximum: Some(maximum) }).is_ok().then_some(to)
+    };
+    if current >= WANTED {
+        return current;
+    }
+    // Beyond the hard limit needs CAP_SYS_RESOURCE, and fs.nr_open to allow it.
+    let beyond = if hard < WANTED { raised(WANTED, WANTED) } else { raised(WANTED, hard) };
+    beyond.or_else(|| raised(hard, hard)).unwrap_or(current)
+}
+
+/// Asks the workers what others want to know.
+async fn answer(mut queue: mpsc::Receiver<StreamCommand>, links: Vec<Link>) {
+    while let Some(command) = queue.recv().await {
+        match command {
+            StreamCommand::Connections { filter, reply } => {
+                let most = if filter.limit == 0 { usize::MAX } else { filter.limit };
+                let (mut rows, mut asked) = (Vec::new(), Vec::new());
+                for link in &links {
+                    let (answer, answered) = oneshot::channel();
+                    link.send(Command::List { filter: filter.clone(), reply: answer });
+                    asked.push(answered);
+                }
+                for answered in asked {
+                    rows.extend(answered.await.unwrap_or_default());
+                }
+                rows.truncate(most);
+                let _ = reply.send(Ok(rows.iter().map(connection).collect()));
+            }
+            StreamCommand::Kill { id, reply } => {
+                let _ = reply.send(kill(id, &links).await);
+            }
+        }
+    }
+}
+
+async fn kill(id: StreamId, links: &[Link]) -> Result<view::Killed, view::Failure> {
+    let missing = || view::Failure {
+        error: format!("there is no connection {id}"),
+        hint: Some("`shunt connections` lists the ids of living connections".into()),
+    };
+    let link = links.get(usize::from(id.worker())).ok_or_else(missing)?;
+    let (reply, answered) = oneshot::channel();
+    link.send(Command::Kill { number: id.number(), reply });
+    let row = answered.await.ok().flatten().ok_or_else(missing)?;
+    Ok(view::Killed { id: id.to_string(), route: row.route.to_string(), client: row.client })
+}
+
+fn connection(row: &Row) -> view::Connection {
+    view::Connection {
+        id: row.id.to_string(),
+        route: row.route.to_string(),
+        engine: row.engine,
+        protocol: "tcp".into(),
+        client: row.client,
+        listen: row.listen,
+        backend: row.backend,
+        state: row.state.into(),
+        age_seconds: row.age.as_secs_f64(),
+        idle_seconds: row.idle.as_secs_f64(),
+        expires_seconds: row.expires.map(|left| left.as_secs_f64()),
+        bytes_in: row.bytes_in,
+        bytes_out: row.bytes_out,
+        packets_in: 0,
+        packets_out: 0,
+        metered: true,
+    }
+}

@@ -1,0 +1,101 @@
+//! One direction of a relayed connection: bytes from one socket to the other, with backpressure, until the FIN.
+
+pub mod buffers;
+mod copy;
+pub mod pipes;
+mod splice;
+
+use rustix::{
+    io::Errno,
+    net::{Shutdown, shutdown},
+};
+
+use self::{
+    buffers::{Buffers, Held},
+    pipes::{Loaded, Pipes},
+};
+use super::socket::Socket;
+
+/// A connection that has so much to say gives way to the others now and then, in bytes.
+pub const TURN: usize = 1 << 20;
+
+/// One way through a connection.
+#[derive(Debug, Default)]
+pub struct Way {
+    /// Payload passed on, ever.
+    pub bytes: u64,
+    pub waiting: Waiting,
+    /// The FIN has been read.
+    pub ended: bool,
+    /// … and passed on.
+    pub passed_on: bool,
+}
+
+/// What has been read and not yet been written, because the reader is slow. An idle connection holds nothing.
+#[derive(Debug, Default)]
+pub enum Waiting {
+    #[default]
+    Nothing,
+    Bytes(Held),
+    Pipe(Loaded),
+}
+
+/// How the bytes are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Means {
+    Copy,
+    Splice,
+}
+
+/// What a turn has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moved {
+    pub bytes: u64,
+    /// The FIN has been passed on in this turn.
+    pub finished: bool,
+    /// There may be more to do without a new event.
+    pub again: bool,
+}
+
+/// The socket that is gone: reset, or vanished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Broken {
+    From,
+    To,
+}
+
+/// What the relays of one worker share.
+#[derive(Debug)]
+pub struct Stores {
+    pub buffers: Buffers,
+    pub pipes: Pipes,
+}
+
+impl Way {
+    /// Moves what can be moved without waiting, at most about [`TURN`] bytes.
+    pub fn pump(
+        &mut self,
+        means: Means,
+        from: &mut Socket,
+        to: &mut Socket,
+        stores: &mut Stores,
+    ) -> Result<Moved, Broken> {
+        let before = self.bytes;
+        let again = match means {
+            Means::Copy => self.copy(from, to, stores)?,
+            Means::Splice => self.splice(from, to, stores)?,
+        };
+        let mut finished = false;
+        if self.ended && !self.passed_on && matches!(self.waiting, Waiting::Nothing) {
+            self.passed_on = true;
+            finished = true;
+            match shutdown(&to.fd, Shutdown::Write) {
+                Ok(()) => {}
+                // Its reset has come meanwhile.
+                Err(Errno::NOTCONN | Errno::PIPE) => return Err(Broken::To),
+                Err(_) => return Err(Broken::To),
+            }
+        }
+        Ok(Moved { bytes: self.bytes - before, finished, again })
+    }
+}

@@ -1,0 +1,135 @@
+//! The sockets of the stream path: how they are made, and what edge-triggered epoll has told of them.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use rustix::{
+    event::epoll::EventFlags,
+    io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, bind, connect, getsockname, ipproto, listen, socket_with, sockopt},
+};
+
+/// Connections that may wait to be accepted; `net.core.somaxconn` caps it.
+const BACKLOG: i32 = 4096;
+const FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
+
+/// A connected or connecting socket and its readiness. A flag that is set may be wrong, and the call then says EAGAIN; one
+/// that is not set is right until the next event.
+#[derive(Debug)]
+pub struct Socket {
+    pub fd: OwnedFd,
+    pub readable: bool,
+    pub writable: bool,
+    /// The peer's FIN has come: after what is queued there is nothing more.
+    pub finished: bool,
+    /// Both directions are over, or there was a reset.
+    pub hung_up: bool,
+    /// There was a reset, or the peer has vanished.
+    pub failed: bool,
+    /// Urgent data has come. A read stops at its mark, so a short one need not have emptied the queue (`tcp_recvmsg_locked`),
+    /// and a splice does not get past it (`tcp_read_sock`).
+    pub urgent: bool,
+}
+
+impl Socket {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { fd, readable: false, writable: false, finished: false, hung_up: false, failed: false, urgent: false }
+    }
+
+    pub fn note(&mut self, events: EventFlags) {
+        let over = events.intersects(EventFlags::HUP | EventFlags::ERR);
+        self.hung_up |= over;
+        self.failed |= events.contains(EventFlags::ERR);
+        self.finished |= events.contains(EventFlags::RDHUP);
+        self.urgent |= events.contains(EventFlags::PRI);
+        self.readable |= over || events.intersects(EventFlags::IN | EventFlags::RDHUP);
+        self.writable |= over || events.contains(EventFlags::OUT);
+    }
+
+    /// A read gave less than there was room for: the queue is empty, and what comes next makes a new event. True when the
+    /// FIN is known to be all that is left, so that no call is needed to read it.
+    pub fn read_short(&mut self) -> bool {
+        self.readable = self.finished || self.hung_up || self.urgent;
+        self.finished && !self.hung_up && !self.urgent
+    }
+
+    /// Closing it will send a reset, and throws away what is not sent.
+    pub fn reset_on_close(&self) {
+        let _ = sockopt::set_socket_linger(&self.fd, Some(Duration::ZERO));
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::INET,
+        IpAddr::V6(_) => AddressFamily::INET6,
+    }
+}
+
+/// Listens, but accepts nothing yet. Other sockets of this kind may have the same address: the kernel deals connections out
+/// among them (`SO_REUSEPORT`). The address need not be on this machine yet. What is accepted inherits its options.
+pub fn listener(address: SocketAddr) -> io::Result<OwnedFd> {
+    let fd = socket_with(family(address.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
+    sockopt::set_socket_reuseaddr(&fd, true)?;
+    sockopt::set_socket_reuseport(&fd, true)?;
+    sockopt::set_tcp_nodelay(&fd, true)?;
+    // Urgent bytes are bytes of the stream (RFC 6093 §4).
+    sockopt::set_socket_oobinline(&fd, true)?;
+    match address.ip() {
+        IpAddr::V4(_) => sockopt::set_ip_freebind(&fd, true)?,
+        IpAddr::V6(_) => {
+            sockopt::set_ipv6_v6only(&fd, true)?;
+            sockopt::set_ipv6_freebind(&fd, true)?;
+        }
+    }
+    bind(&fd, &address)?;
+    Ok(fd)
+}
+
+/// Whether nobody listens there: `SO_REUSEPORT` would let a second program of the same user take a part of the connections.
+pub fn is_free(address: SocketAddr) -> io::Result<()> {
+    let fd = socket_with(family(address.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
+    sockopt::set_socket_reuseaddr(&fd, true)?;
+    match address.ip() {
+        IpAddr::V4(_) => sockopt::set_ip_freebind(&fd, true)?,
+        IpAddr::V6(_) => {
+            sockopt::set_ipv6_v6only(&fd, true)?;
+            sockopt::set_ipv6_freebind(&fd, true)?;
+        }
+    }
+    Ok(bind(&fd, &address)?)
+}
+
+/// From here on connections are taken by the kernel.
+pub fn start_listening(fd: &OwnedFd) -> io::Result<()> {
+    Ok(listen(fd, BACKLOG)?)
+}
+
+/// Begins to connect. The socket becomes writable when the backend has answered.
+pub fn dial(to: SocketAddr, keepalive: bool) -> Result<Socket, Errno> {
+    let fd = socket_with(family(to.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
+    sockopt::set_tcp_nodelay(&fd, true)?;
+    sockopt::set_socket_oobinline(&fd, true)?;
+    if keepalive {
+        sockopt::set_socket_keepalive(&fd, true)?;
+    }
+    match connect(&fd, &to) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(Socket::new(fd)),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// What the client dialled.
+pub fn local_address(fd: &OwnedFd) -> Option<SocketAddr> {
+    SocketAddr::try_from(getsockname(fd).ok()?).ok()
+}

@@ -1,0 +1,86 @@
+//! What a client says on a connection, and how it sees the connection end.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, SocketAddr, TcpStream},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, bail, ensure};
+use socket2::SockRef;
+
+use crate::host::Host;
+
+/// Longer than any answer takes in a lab.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How a connection ended for the one who reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The end of the stream: the other side sent FIN.
+    Finished,
+    /// RST.
+    Reset,
+}
+
+/// Sends `text` and expects it back.
+pub fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(text)?;
+    let mut back = vec![0; text.len()];
+    stream.read_exact(&mut back)?;
+    ensure!(back == text, "{:?} came back as {:?}", String::from_utf8_lossy(text), String::from_utf8_lossy(&back));
+    Ok(())
+}
+
+/// Closes with RST instead of FIN.
+pub fn reset(stream: TcpStream) -> Result<()> {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    Ok(())
+}
+
+/// Reads up to the end: what came before it, and how it ended.
+///
+/// # Errors
+/// When it has not ended after `within`.
+pub fn read_to_end(stream: &mut TcpStream, within: Duration) -> Result<(Vec<u8>, End)> {
+    let deadline = Instant::now() + within;
+    let (mut all, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        ensure!(!left.is_zero(), "the connection has not ended after {within:?}; {} bytes came", all.len());
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok((all, End::Finished)),
+            Ok(n) => all.extend_from_slice(&buffer[..n]),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok((all, End::Reset)),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => bail!("reading: {error}"),
+        }
+    }
+}
+
+/// Waits for the end of a connection on which nothing more shall come.
+pub fn end_of(stream: &mut TcpStream, within: Duration) -> Result<End> {
+    let (bytes, end) = read_to_end(stream, within)?;
+    ensure!(bytes.is_empty(), "{:?} came before the end", String::from_utf8_lossy(&bytes));
+    Ok(end)
+}
+
+/// Connects to where the connection shall be ended at once; how that is seen. The reset may be there before connect has
+/// returned.
+pub fn turned_away(host: &Host, from: IpAddr, to: SocketAddr, within: Duration) -> Result<End> {
+    match host.connect_from((from, 0), to) {
+        Ok(mut stream) => end_of(&mut stream, within),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(End::Reset),
+        Err(error) => bail!("connect {to}: {error}"),
+    }
+}
+
+/// Reads exactly `count` bytes, or what came until there were no more.
+pub fn read_some(stream: &mut TcpStream, count: usize) -> Result<Vec<u8>> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut all = Vec::new();
+    Read::take(stream, count as u64).read_to_end(&mut all)?;
+    Ok(all)
+}

@@ -1,0 +1,146 @@
+//! The ways a byte takes through the daemon's own connections, each with a route of its own so that one daemon shows all.
+
+use std::{
+    io::{Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    panic, thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{
+    dialog::echo,
+    scripted::{Behaviour, TcpServer},
+    shunt::Shunt,
+    topology::{GATEWAY, Lab},
+    wait::wait_for,
+};
+
+/// Far more than a connection has to carry before it is moved to splice.
+const SURELY_PROMOTED: u64 = 128 << 20;
+const CHUNK: usize = 64 * 1024;
+
+/// How the bytes of a relayed connection are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Relay {
+    /// A route with `engine = "copy"`.
+    Copy,
+    /// A route with `engine = "splice"`, its connections too short to be moved.
+    Splice,
+    /// The same, and the connection has carried enough to be moved: [`Self::prime`].
+    Promoted,
+}
+
+impl Relay {
+    pub const ALL: [Self; 3] = [Self::Copy, Self::Splice, Self::Promoted];
+    /// One of each engine, for what happens before a connection carries anything.
+    pub const ENGINES: [Self; 2] = [Self::Copy, Self::Splice];
+
+    /// Name of its route in [`Self::routes`].
+    pub fn route(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Splice => "splice",
+            Self::Promoted => "promoted",
+        }
+    }
+
+    /// `engine` of its route.
+    pub fn engine(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Splice | Self::Promoted => "splice",
+        }
+    }
+
+    /// Where its route listens.
+    pub fn listen(self) -> SocketAddr {
+        SocketAddr::from((GATEWAY, 8000 + self as u16))
+    }
+
+    /// Port of its backend in [`Self::routes`]: each way has its own, so that a server's records are of one way.
+    pub fn backend_port(self) -> u16 {
+        9000 + self as u16
+    }
+
+    /// A `[[route]]` for each way to a port of backend 1; `rest` is what all of them have besides.
+    pub fn routes(rest: &str) -> String {
+        Self::routes_to(&[Ipv4Addr::new(10, 88, 2, 2)], rest)
+    }
+
+    /// … to the same port of several backends.
+    pub fn routes_to(backends: &[Ipv4Addr], rest: &str) -> String {
+        Self::ALL.iter().map(|relay| relay.route_to(backends, rest)).collect()
+    }
+
+    /// The one `[[route]]` of this way.
+    pub fn route_to(self, backends: &[Ipv4Addr], rest: &str) -> String {
+        let backends: Vec<String> = backends.iter().map(|ip| format!("{ip}:{}", self.backend_port())).collect();
+        format!(
+            "[[route]]\nname = {:?}\nlisten = [\"{}\"]\nengine = {:?}\nbackends = {backends:?}\n{rest}\n",
+            self.route(),
+            self.listen(),
+            self.engine(),
+        )
+    }
+
+    /// Connects a client to its route and makes the connection what this way says; the backend echoes.
+    pub fn connect(self, lab: &Lab, shunt: &Shunt) -> Result<TcpStream> {
+        let mut stream = lab.client().connect(self.listen())?;
+        echo(&mut stream, b"hello")?;
+        self.prime(shunt, &mut stream)?;
+        Ok(stream)
+    }
+
+    /// Makes sure that the connection, to an echoing backend, is moved as this way says. The bytes it echoed each way.
+    pub fn prime(self, shunt: &Shunt, stream: &mut TcpStream) -> Result<u64> {
+        if self != Self::Promoted {
+            return Ok(0);
+        }
+        let mut echoed = 0;
+        let (out, mut back) = (vec![0x5a; CHUNK], vec![0; CHUNK]);
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        while echoed < SURELY_PROMOTED {
+            stream.write_all(&out).context("priming")?;
+            stream.read_exact(&mut back).context("priming")?;
+            ensure!(back == out, "priming: came back different after {echoed} bytes");
+            echoed += CHUNK as u64;
+            if echoed % (4 << 20) == 0 && shunt.engine_of(stream)?.as_deref() == Some("splice") {
+                return Ok(echoed);
+            }
+        }
+        wait_for("the connection is moved to splice", Duration::from_secs(3), || {
+            (shunt.engine_of(stream).ok()?.as_deref() == Some("splice")).then_some(echoed)
+        })
+    }
+}
+
+/// A server on backend 1 for each way, in the order of [`Relay::ALL`].
+pub fn servers(lab: &Lab, behaviour: &Behaviour) -> Result<Vec<TcpServer>> {
+    Relay::ALL.iter().map(|r| TcpServer::start(lab.backend(1), r.backend_port(), behaviour.clone())).collect()
+}
+
+/// Does `work` for each of `relays` at the same time; every failure is told, not only the first.
+pub fn on_each(relays: &[Relay], work: impl Fn(Relay) -> Result<()> + Sync) -> Result<()> {
+    let work = &work;
+    let outcomes: Vec<(Relay, Result<()>)> = thread::scope(|scope| {
+        let threads: Vec<_> = relays.iter().map(|&relay| (relay, scope.spawn(move || work(relay)))).collect();
+        let join = |(relay, thread): (Relay, thread::ScopedJoinHandle<'_, Result<()>>)| match thread.join() {
+            Ok(outcome) => (relay, outcome),
+            Err(panic) => panic::resume_unwind(panic),
+        };
+        threads.into_iter().map(join).collect()
+    });
+    let failures: Vec<String> =
+        outcomes.into_iter().filter_map(|(relay, outcome)| Some(format!("{relay:?}: {:#}", outcome.err()?))).collect();
+    if !failures.is_empty() {
+        bail!("{}", failures.join("\n"));
+    }
+    Ok(())
+}
+
+/// As [`on_each`] of [`Relay::ALL`].
+pub fn on_every_relay(work: impl Fn(Relay) -> Result<()> + Sync) -> Result<()> {
+    on_each(&Relay::ALL, work)
+}

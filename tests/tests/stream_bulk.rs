@@ -1,0 +1,335 @@
+//! Much through few connections, and many connections one after another: nothing is lost, nothing piles up (C5, D2, E1).
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, TcpStream},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use shunt_lab::{
+    Lab, Shunt,
+    dialog::{echo, reset},
+    kernel::{self, Holdings},
+    load, pattern,
+    relay::{Relay, on_each, servers},
+    scripted::{Behaviour, Start},
+    wait_until,
+};
+
+const SOON: Duration = Duration::from_secs(10);
+const BIG: u64 = 256 << 20;
+
+/// Runs `work` and gives what the daemon held at most meanwhile.
+fn watched<T>(pid: u32, work: impl FnOnce() -> Result<T>) -> Result<(T, Holdings)> {
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let watcher = scope.spawn(|| -> Result<Holdings> {
+            let mut most = kernel::holdings(pid)?;
+            while !over.load(Ordering::Relaxed) {
+                let now = kernel::holdings(pid)?;
+                most.memory = most.memory.max(now.memory);
+                thread::sleep(Duration::from_millis(5));
+            }
+            Ok(most)
+        });
+        let outcome = work();
+        over.store(true, Ordering::Relaxed);
+        let most = watcher.join().expect("watcher")?;
+        Ok((outcome?, most))
+    })
+}
+
+/// Reads to the end, slowly for the first bytes: pauses while megabytes wait.
+fn read_slowly(stream: &mut TcpStream, mut look: impl FnMut()) -> Result<pattern::Digested> {
+    let mut digest = pattern::Running::default();
+    let mut buffer = vec![0; 64 * 1024];
+    let mut reads = 0;
+    loop {
+        let n = stream.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(digest.finish());
+        }
+        digest.update(&buffer[..n]);
+        reads += 1;
+        if reads < 200 {
+            thread::sleep(Duration::from_millis(10));
+        }
+        if reads % 50 == 0 && reads < 250 {
+            look();
+        }
+    }
+}
+
+/// Sends and slowly receives at the same time. What waits in the kernel meanwhile is what its sockets may hold.
+fn exchange(lab: &Lab, relay: Relay) -> Result<()> {
+    let mut stream = lab.client().connect(relay.listen())?;
+    let mut writer = stream.try_clone()?;
+    let sender = thread::spawn(move || -> Result<pattern::Digested> {
+        let sent = pattern::send(&mut writer, 11, BIG)?;
+        writer.shutdown(Shutdown::Write)?;
+        Ok(sent)
+    });
+    let mut held = 0;
+    let look = || held = held.max(kernel::queued_bytes(lab.gateway()).unwrap_or(u64::MAX));
+    let received = read_slowly(&mut stream, look).context("receiving")?;
+    let most = kernel::socket_buffers(lab.gateway())?;
+    println!("{relay:?}: {} KiB in the gateway's sockets at most; two may hold {} KiB", held >> 10, 2 * most >> 10);
+    ensure!(held > 0 && held < 2 * most, "{held} bytes queued on the gateway");
+    let sent = sender.join().expect("sender").context("sending")?;
+    ensure!(received == pattern::send(&mut std::io::sink(), 12, BIG)?, "backend → client: {received:?}");
+    ensure!(sent.bytes == BIG);
+    Ok(())
+}
+
+#[test]
+fn a_quarter_gibibyte_each_way_at_once_arrives_whole_though_one_side_reads_slowly() -> Result<()> {
+    // The daemon holds a buffer per direction and worker, and what a slow reader has not taken of one.
+    const BOUND: u64 = 16 << 20;
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Exchange { seed: 12, bytes: BIG, start: Start::AtOnce })?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let before = kernel::holdings(shunt.pid()?)?;
+    let expected = pattern::send(&mut std::io::sink(), 11, BIG)?;
+    for relay in Relay::ENGINES {
+        let began = Instant::now();
+        let ((), most) = watched(shunt.pid()?, || exchange(&lab, relay))?;
+        let seconds = began.elapsed().as_secs_f64();
+        let record = servers[relay as usize].wait_records(1, SOON)?.remove(0);
+        ensure!(record.received == expected, "{relay:?}: client → backend: {:?}", record.received);
+        let grown = most.memory.saturating_sub(before.memory);
+        println!("{relay:?}: {seconds:.1} s, memory +{} KiB at most", grown >> 10);
+        ensure!(grown < BOUND, "{relay:?}: memory grew by {grown} bytes: {before:?} {most:?}");
+        let route = shunt.route(relay.route())?;
+        ensure!(route["bytes_in"] == BIG && route["bytes_out"] == BIG, "counted: {route}");
+    }
+    Ok(())
+}
+
+#[test]
+fn many_slow_readers_hold_a_bounded_share_of_memory() -> Result<()> {
+    const READERS: usize = 200;
+    let lab = Lab::new()?;
+    let bytes = 8 << 20;
+    let _servers = servers(&lab, &Behaviour::Exchange { seed: 5, bytes, start: Start::AtOnce })?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let expected = pattern::send(&mut std::io::sink(), 5, bytes)?;
+    for relay in Relay::ENGINES {
+        let before = kernel::holdings(shunt.pid()?)?;
+        let (streams, most) = watched(shunt.pid()?, || {
+            let streams = load::idle(lab.client(), relay.listen(), READERS)?;
+            let mut last = (0, Instant::now());
+            wait_until("the flow has come to a stand", Duration::from_secs(30), || {
+                let Ok(route) = shunt.route(relay.route()) else { return false };
+                let bytes = route["bytes_out"].as_u64().unwrap_or(0);
+                if bytes != last.0 {
+                    last = (bytes, Instant::now());
+                }
+                bytes > 0 && last.1.elapsed() > Duration::from_millis(1500)
+            })?;
+            Ok(streams)
+        })?;
+        let each = most.memory.saturating_sub(before.memory) / READERS as u64;
+        println!("{relay:?}: {READERS} readers that do not read: {} KiB each, {most:?}", each >> 10);
+        ensure!(each < 160 << 10, "{relay:?}: {each} bytes each");
+        // And then they read, all at once.
+        let bad = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for mut part in chunks(streams, 8) {
+                let (bad, expected) = (&bad, &expected);
+                scope.spawn(move || {
+                    for stream in &mut part {
+                        let _ = stream.shutdown(Shutdown::Write);
+                        let got = pattern::receive(stream);
+                        if got.ok().as_ref() != Some(expected) {
+                            bad.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        ensure!(bad.load(Ordering::Relaxed) == 0, "{relay:?}: {bad:?} of {READERS} got other bytes");
+        shunt.wait_route(relay.route(), "closed", SOON, |r| (r["connections_active"] == 0).then_some(()))?;
+    }
+    Ok(())
+}
+
+fn chunks(mut streams: Vec<TcpStream>, count: usize) -> Vec<Vec<TcpStream>> {
+    let size = streams.len().div_ceil(count);
+    let mut all = Vec::new();
+    while !streams.is_empty() {
+        let rest = streams.split_off(size.min(streams.len()));
+        all.push(std::mem::replace(&mut streams, rest));
+    }
+    all
+}
+
+#[test]
+fn counters_move_while_a_long_connection_lives_and_each_byte_counts_once() -> Result<()> {
+    const CHUNK: u64 = 3 << 20;
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::sink())?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut stream = lab.client().connect(relay.listen())?;
+        for nth in 1..=4 {
+            pattern::send(&mut stream, 9, CHUNK)?;
+            wait_until("it has arrived", SOON, || servers[relay as usize].received() == nth * CHUNK)?;
+            shunt.wait_route(relay.route(), "the route has it", SOON, |r| {
+                (r["bytes_in"] == nth * CHUNK).then_some(())
+            })?;
+            let listed = shunt.connection_of(&stream)?.context("listed")?;
+            ensure!(listed["bytes_in"] == nth * CHUNK && listed["metered"] == true, "{listed}");
+            let bytes = [("route", relay.route()), ("direction", "in")];
+            let told = shunt.metrics()?.value("shunt_bytes_total", &bytes);
+            ensure!(told == (nth * CHUNK) as f64, "metrics: {told} of {}", nth * CHUNK);
+            let active = shunt.metrics()?.value("shunt_connections_active", &[("route", relay.route())]);
+            ensure!(active == 1.0, "active: {active}, over all engines");
+            let total = shunt.metrics()?.value("shunt_connections_total", &[("route", relay.route())]);
+            ensure!(total == 1.0, "total: {total}, over all engines");
+        }
+        let by_engine = |engine| {
+            let labels = [("route", relay.route()), ("engine", engine)];
+            shunt.metrics().map(|m| m.value("shunt_connections_active", &labels))
+        };
+        ensure!(by_engine(relay.engine())? == 1.0, "it is counted under the engine it has");
+        Ok(())
+    })
+}
+
+#[test]
+fn under_steady_load_the_rate_is_what_it_is() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Reply(vec![b'r'; 1000]))?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let began = Instant::now();
+        let (mut made, mut rates, mut next) = (0u64, Vec::new(), Duration::from_secs(3));
+        while began.elapsed() < Duration::from_secs(8) {
+            let mut stream = lab.client().connect(relay.listen())?;
+            stream.write_all(b"GET")?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            ensure!(answer.len() == 1000);
+            made += 1;
+            if began.elapsed() > next {
+                rates.push(shunt.route(relay.route())?["connections_rate"].as_f64().context("rate")?);
+                next += Duration::from_secs(1);
+            }
+            thread::sleep((began + Duration::from_millis(made * 20)).saturating_duration_since(Instant::now()));
+        }
+        println!("{relay:?}: {made} connections; rates shown: {rates:?}");
+        ensure!(rates.iter().all(|r| (30.0..70.0).contains(r)), "the rate was 50/s, shown: {rates:?}");
+        shunt.wait_ended(relay.route(), &[("finished_backend_first", made)], SOON)?;
+        let route = shunt.route(relay.route())?;
+        ensure!(route["bytes_in"] == 3 * made && route["bytes_out"] == 1000 * made, "{route}");
+        Ok(())
+    })
+}
+
+/// `idle` connections at once, then `short` ones in mixed ways; all holdings must come back.
+fn come_and_go(idle: usize, short: usize) -> Result<()> {
+    load::allow_descriptors(idle as u64 * 2 + 4096)?;
+    let lab = Lab::builder().client_addresses(8).build()?;
+    let hold = shunt_lab::scripted::TcpServer::start(lab.backend(2), 9100, Behaviour::Hold)?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let to_hold = "[[route]]\nname = \"idle\"\nlisten = [\"10.88.1.1:8100\"]\nengine = \"splice\"\nbackends = [\"10.88.2.3:9100\"]\n";
+    let shunt = Shunt::start(&lab, &format!("[log]\naccess = \"off\"\n{to_hold}{}", Relay::routes("")))?;
+    let closed = || {
+        wait_until("none is open", Duration::from_secs(30), || {
+            shunt.cli_json(&["status"]).is_ok_and(|status| status["connections_active"] == 0)
+        })
+    };
+    // Threads have their stacks and stores their spares after a first round.
+    short_ones(&lab, 200)?;
+    closed()?;
+    let before = kernel::holdings(shunt.pid()?)?;
+    let began = Instant::now();
+    let streams = load::idle(lab.client(), ([10, 88, 1, 1], 8100).into(), idle)?;
+    wait_until("all idle ones are through", SOON, || hold.open() == idle)?;
+    let full = kernel::holdings(shunt.pid()?)?;
+    println!("before {before:?}");
+    println!(
+        "{idle} idle after {:?}: {full:?}, {} bytes each",
+        began.elapsed(),
+        full.memory.saturating_sub(before.memory) / idle as u64
+    );
+    ensure!(full.threads == before.threads, "threads: {before:?} {full:?}");
+    drop(streams);
+    hold.end_all(false);
+    closed()?;
+    let began = Instant::now();
+    short_ones(&lab, short)?;
+    println!("{short} short ones in {:?}", began.elapsed());
+    closed()?;
+    let mut after = before;
+    let settled = wait_until("as before", SOON, || {
+        after = kernel::holdings(shunt.pid().unwrap_or_default()).unwrap_or(after);
+        after.sockets <= before.sockets
+            && after.others <= before.others
+            && after.pipes <= before.pipes + 128
+            && after.threads <= before.threads
+            && after.memory < before.memory + (8 << 20)
+    });
+    println!("after {after:?}");
+    settled.with_context(|| format!("before {before:?}, after {after:?}"))?;
+    let all: u64 = Relay::ALL.iter().map(|r| ended(&shunt, *r)).sum::<Result<u64>>()?;
+    ensure!(all as usize == short + 200, "{all} ended of {}", short + 200);
+    Ok(())
+}
+
+fn ended(shunt: &Shunt, relay: Relay) -> Result<u64> {
+    let route = shunt.route(relay.route())?;
+    ensure!(route["terminations"]["internal_error"].is_null(), "{route}");
+    Ok(route["terminations"].as_object().into_iter().flatten().filter_map(|(_, n)| Value::as_u64(n)).sum())
+}
+
+/// Connections that come and go in every way, from four threads.
+fn short_ones(lab: &Lab, count: usize) -> Result<()> {
+    let addresses = lab.client_addresses();
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|nth| {
+                let addresses = &addresses;
+                scope.spawn(move || -> Result<()> {
+                    for n in (nth..count).step_by(4) {
+                        let relay = Relay::ALL[n % 3];
+                        let from = addresses[n % addresses.len()];
+                        let mut stream = lab.client().connect_from((from, 0), relay.listen())?;
+                        match n / 3 % 5 {
+                            0 => {}
+                            1 => reset(stream)?,
+                            2 => echo(&mut stream, b"hello")?,
+                            3 => {
+                                echo(&mut stream, b"hello")?;
+                                stream.shutdown(Shutdown::Write)?;
+                                stream.read_to_end(&mut Vec::new())?;
+                            }
+                            _ => {
+                                echo(&mut stream, &[1; 4000])?;
+                                reset(stream)?;
+                            }
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("client"))
+    })
+}
+
+#[test]
+fn many_idle_and_many_short_connections_leave_nothing() -> Result<()> {
+    come_and_go(500, 5000)
+}
+
+/// Minutes long: `cargo xtask test two_hundred_thousand -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement that takes minutes"]
+fn eight_thousand_idle_and_two_hundred_thousand_short_connections_leave_nothing() -> Result<()> {
+    come_and_go(8000, 200_000)
+}

@@ -1,0 +1,289 @@
+//! How relayed connections end: each way of ending has one reason, is told at once, and leaves nothing (A1, A5, A9, C2, C4).
+
+use std::{
+    io::Write,
+    net::{Shutdown, SocketAddr, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use shunt_lab::{
+    Lab, Shunt,
+    dialog::{End, echo, end_of, read_to_end, reset, turned_away},
+    kernel, pattern,
+    relay::{Relay, on_each, on_every_relay, servers},
+    scripted::{Behaviour, Start},
+    wait_for, wait_until,
+};
+
+const SOON: Duration = Duration::from_secs(5);
+/// What a client calls at once, on a busy machine.
+const AT_ONCE: Duration = Duration::from_secs(2);
+const JSON_LOG: &str = "[log]\nformat = \"json\"\n";
+
+#[test]
+fn a_thousand_clients_that_say_nothing_and_leave_are_gone_within_two_seconds() -> Result<()> {
+    const CLIENTS: usize = 1000;
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let begin = |n: usize| -> Result<()> {
+            let stream = lab.client().connect(relay.listen()).with_context(|| format!("client {n}"))?;
+            if n.is_multiple_of(4) {
+                reset(stream)?
+            }
+            Ok(())
+        };
+        (0..CLIENTS).try_for_each(begin)?;
+        shunt.wait_route(relay.route(), "all of them ended", AT_ONCE, |r| {
+            let ended: u64 = r["terminations"].as_object()?.values().filter_map(Value::as_u64).sum();
+            (r["connections_active"] == 0 && ended == CLIENTS as u64 && r["connections_total"] == ended).then_some(())
+        })?;
+        let reasons = shunt.terminations(relay.route())?;
+        let expected = ["finished_client_first", "reset_by_client"];
+        ensure!(reasons.keys().all(|reason| expected.contains(&reason.as_str())), "{reasons:?}");
+        Ok(())
+    })?;
+    let left =
+        kernel::tcp_sockets(lab.gateway(), &["established", "syn-sent", "close-wait", "fin-wait-1", "fin-wait-2"])?;
+    assert_eq!(left, 0, "sockets left on the gateway");
+    Ok(())
+}
+
+#[test]
+fn what_was_held_for_connections_is_given_back() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let round = |count: usize| -> Result<()> {
+        on_every_relay(|relay| {
+            let mut held: Vec<TcpStream> =
+                (0..count).map(|_| Ok(lab.client().connect(relay.listen())?)).collect::<Result<_>>()?;
+            held.iter_mut().try_for_each(|stream| echo(stream, b"hello"))?;
+            relay.prime(&shunt, &mut held[0])?;
+            Ok(())
+        })?;
+        wait_until("none is open", SOON, || {
+            shunt.cli_json(&["status"]).is_ok_and(|status| status["connections_active"] == 0)
+        })
+    };
+    round(50)?;
+    let before = kernel::holdings(shunt.pid()?)?;
+    for _ in 0..5 {
+        round(200)?;
+    }
+    let mut now = before;
+    let settled = wait_until("sockets and threads are as before", SOON, || {
+        now = kernel::holdings(shunt.pid().unwrap_or_default()).unwrap_or(now);
+        now.sockets <= before.sockets && now.others <= before.others && now.threads <= before.threads
+    });
+    settled.with_context(|| format!("before {before:?}, after {now:?}"))?;
+    // Empty pipes are kept for the next: at most 32 by each worker.
+    ensure!(now.pipes <= 2 * 32 * thread::available_parallelism()?.get(), "pipes: {now:?}");
+    println!("before {before:?}, after {now:?}");
+    ensure!(now.memory < before.memory + (24 << 20), "memory grew: {before:?}, {now:?}");
+    Ok(())
+}
+
+#[test]
+fn a_reset_by_the_backend_is_a_reset_for_the_client() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut at_once = servers(&lab, &Behaviour::ResetAtOnce)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        for n in 0..20 {
+            let end = turned_away(lab.client(), lab.client().ip.into(), relay.listen(), AT_ONCE)
+                .with_context(|| format!("connection {n}"))?;
+            ensure!(end == End::Reset, "connection {n}: the client saw {end:?}");
+        }
+        shunt.wait_ended(relay.route(), &[("reset_by_backend", 20)], SOON)
+    })?;
+    at_once.clear();
+    let echoing = servers(&lab, &Behaviour::Echo)?;
+    on_every_relay(|relay| {
+        let mut stream = wait_for("a connection through the backend that was dead for a moment", SOON, || {
+            relay.connect(&lab, &shunt).ok()
+        })?;
+        let before = shunt.terminations(relay.route())?.get("reset_by_backend").copied().unwrap_or(0);
+        echoing[relay as usize].end_all(true);
+        let end = end_of(&mut stream, AT_ONCE)?;
+        ensure!(end == End::Reset, "in mid-life: the client saw {end:?}");
+        shunt.wait_route(relay.route(), "counted", SOON, |r| {
+            (r["terminations"]["reset_by_backend"] == before + 1 && r["connections_active"] == 0).then_some(())
+        })
+    })
+}
+
+#[test]
+fn a_reset_by_the_client_reaches_the_backend_as_one() -> Result<()> {
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_every_relay(|relay| {
+        reset(relay.connect(&lab, &shunt)?)?;
+        let record = servers[relay as usize].wait_records(1, AT_ONCE)?.remove(0);
+        let reset = shunt_lab::scripted::Ended::Failed(std::io::ErrorKind::ConnectionReset);
+        ensure!(record.ended == reset, "the backend saw {:?}", record.ended);
+        shunt.wait_ended(relay.route(), &[("reset_by_client", 1)], SOON)
+    })
+}
+
+#[test]
+fn whoever_finishes_first_is_the_reason() -> Result<()> {
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_every_relay(|relay| {
+        let mut stream = relay.connect(&lab, &shunt)?;
+        stream.shutdown(Shutdown::Write)?;
+        ensure!(end_of(&mut stream, AT_ONCE)? == End::Finished, "a clean end is passed on as one");
+        shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)?;
+        let mut stream = relay.connect(&lab, &shunt)?;
+        servers[relay as usize].end_all(false);
+        ensure!(end_of(&mut stream, AT_ONCE)? == End::Finished, "a clean end is passed on as one");
+        drop(stream);
+        shunt.wait_ended(relay.route(), &[("finished_client_first", 1), ("finished_backend_first", 1)], SOON)
+    })
+}
+
+#[test]
+fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Reply(b"bye".to_vec()))?;
+    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes("")))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let from = SocketAddr::from(([10, 88, 1, 2], 40_000 + relay as u16));
+        for nth in 1..=5u64 {
+            // The backend closes first, so the client's side has no TIME_WAIT and its port is free at once.
+            let mut stream =
+                lab.client().connect_from(from, relay.listen()).with_context(|| format!("connection {nth}"))?;
+            stream.write_all(b"x")?;
+            let (answer, end) = read_to_end(&mut stream, SOON)?;
+            ensure!(answer == b"bye" && end == End::Finished, "connection {nth} got {answer:?}, {end:?}");
+            ensure!(servers[relay as usize].accepted() == nth);
+        }
+        shunt.wait_ended(relay.route(), &[("finished_backend_first", 5)], SOON)?;
+        let ids = || -> Vec<String> {
+            let log = shunt.access_log();
+            log.iter().filter(|l| l["client"] == from.to_string()).map(|l| l["id"].to_string()).collect()
+        };
+        wait_until("five lines of five ids", SOON, || {
+            let mut ids = ids();
+            ids.sort();
+            ids.dedup();
+            ids.len() == 5
+        })
+    })
+}
+
+#[test]
+fn all_ends_at_once_are_one_end() -> Result<()> {
+    const CONNECTIONS: usize = 300;
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes("timeouts = { idle = \"1s\" }")))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut streams: Vec<TcpStream> =
+            (0..CONNECTIONS).map(|_| Ok(lab.client().connect(relay.listen())?)).collect::<Result<_>>()?;
+        streams.iter_mut().try_for_each(|stream| echo(stream, b"x"))?;
+        // Just when the idle limit of the first ones comes: both ends close, by FIN or by RST.
+        let due = Instant::now() + Duration::from_millis(900);
+        wait_until("the idle limit", SOON, || Instant::now() >= due)?;
+        thread::scope(|scope| {
+            scope.spawn(|| servers[relay as usize].end_all(true));
+            for (n, stream) in streams.into_iter().enumerate() {
+                if n % 2 == 0 {
+                    let _ = reset(stream);
+                }
+            }
+        });
+        shunt.wait_route(relay.route(), "each has one end", SOON, |r| {
+            let ended: u64 = r["terminations"].as_object()?.values().filter_map(Value::as_u64).sum();
+            (r["connections_active"] == 0
+                && r["connections_total"] == CONNECTIONS as u64
+                && ended == CONNECTIONS as u64)
+                .then_some(())
+        })?;
+        println!("{relay:?}: {:?}", shunt.terminations(relay.route())?);
+        let mut ids = Vec::new();
+        wait_until("a line of each", SOON, || {
+            ids = shunt.access_log();
+            ids.retain(|line| line["route"] == relay.route());
+            ids.len() >= CONNECTIONS
+        })?;
+        let distinct: std::collections::BTreeSet<String> = ids.iter().map(|line| line["id"].to_string()).collect();
+        ensure!(
+            ids.len() == CONNECTIONS && distinct.len() == CONNECTIONS,
+            "{} lines, {} ids",
+            ids.len(),
+            distinct.len()
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn the_access_log_says_what_the_sender_sent() -> Result<()> {
+    let lab = Lab::new()?;
+    let exchange = Behaviour::Exchange { seed: 9, bytes: 24_000_001, start: Start::AfterClientFinished };
+    let _servers = servers(&lab, &exchange)?;
+    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes("")))?;
+    on_every_relay(|relay| {
+        let mut stream = lab.client().connect(relay.listen())?;
+        let client = stream.local_addr()?.to_string();
+        let listed = wait_for("it is listed", SOON, || shunt.connection_of(&stream).ok().flatten())?;
+        let id = listed["id"].as_str().context("an id")?.to_owned();
+        ensure!(id.len() == 16 && id.starts_with('s') && id[1..].bytes().all(|b| b.is_ascii_hexdigit()), "id {id}");
+        pattern::send(&mut stream, 1, 50_000)?;
+        stream.shutdown(Shutdown::Write)?;
+        ensure!(pattern::receive(&mut stream)?.bytes == 24_000_001);
+        drop(stream);
+        let line = shunt.wait_access_line(&client, SOON)?;
+        println!("{line}");
+        let engine = relay.engine();
+        let told =
+            [("id", id.as_str()), ("route", relay.route()), ("engine", engine), ("reason", "finished_client_first")];
+        for (key, value) in told {
+            ensure!(line[key] == value, "{key} is not {value}: {line}");
+        }
+        ensure!(
+            line["listen"] == relay.listen().to_string()
+                && line["backend"] == format!("10.88.2.2:{}", relay.backend_port()),
+            "{line}"
+        );
+        ensure!(line["bytes_in"] == 50_000 && line["bytes_out"] == 24_000_001, "{line}");
+        let seconds = line["duration"].as_f64().context("duration")?;
+        ensure!(seconds > 0.0 && seconds < 20.0, "{seconds}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_killed_connection_ends_for_both_sides_and_is_counted_once() -> Result<()> {
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_every_relay(|relay| {
+        let mut doomed = relay.connect(&lab, &shunt)?;
+        let mut other = relay.connect(&lab, &shunt)?;
+        let client = doomed.local_addr()?.to_string();
+        let id = shunt.connection_of(&doomed)?.context("it is listed")?["id"].as_str().context("id")?.to_owned();
+        let explained = shunt.cli_json(&["explain", &id])?;
+        ensure!(explained["connection"]["client"] == client && explained["engine"] == relay.engine(), "{explained}");
+        ensure!(shunt.cli_json(&["explain", &client])?["route"] == relay.route());
+        ensure!(shunt.cli(&["kill", &id])?.status.success());
+        let end = read_to_end(&mut doomed, AT_ONCE)?.1;
+        println!("{relay:?}: the client of the killed connection saw {end:?}");
+        servers[relay as usize].wait_records(1, AT_ONCE)?;
+        echo(&mut other, b"still here")?;
+        shunt.wait_route(relay.route(), "one killed, one alive", SOON, |r| {
+            (r["terminations"]["killed"] == 1 && r["connections_active"] == 1).then_some(())
+        })?;
+        let again = shunt.cli(&["kill", &id])?;
+        ensure!(again.status.code() == Some(1), "killed twice: {}", again.status);
+        Ok(())
+    })
+}

@@ -1,0 +1,224 @@
+//! Programs as people use them, through a relayed route: connections that are quiet for long and then needed at once (B1).
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use shunt_lab::{
+    Host, Lab, Shunt, Talk,
+    relay::{Relay, on_each},
+    wait_until,
+};
+
+const SOON: Duration = Duration::from_secs(10);
+/// Longer than the idle time that a connection has between two messages.
+const QUIET: Duration = Duration::from_millis(1500);
+
+/// One route of each engine from the gateway's port to `port` of backend 1.
+fn routes(port: u16, rest: &str) -> String {
+    let route = |relay: Relay| {
+        format!(
+            "[[route]]\nname = \"{}\"\nlisten = [\"{}\"]\nengine = \"{}\"\nbackends = [\"10.88.2.2:{port}\"]\n{rest}\n",
+            relay.route(),
+            relay.listen(),
+            relay.engine()
+        )
+    };
+    Relay::ENGINES.map(route).concat()
+}
+
+/// The arguments of a client that say where the server is.
+fn at(to: SocketAddr) -> [String; 4] {
+    ["-h".into(), to.ip().to_string(), "-p".into(), to.port().to_string()]
+}
+
+fn psql(client: &Host, to: SocketAddr) -> Result<Talk> {
+    let mut command = client.command("psql");
+    command.args(at(to)).args(["-U", "postgres", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]);
+    Talk::start(command)
+}
+
+fn quiet() -> Result<()> {
+    let due = std::time::Instant::now() + QUIET;
+    wait_until("a quiet time", QUIET * 4, || std::time::Instant::now() >= due)
+}
+
+#[test]
+fn a_database_session_lives_through_quiet_times_and_carries_much() -> Result<()> {
+    let lab = Lab::new()?;
+    let _postgres = lab.postgres(lab.backend(1), 5432)?;
+    let shunt = Shunt::start(&lab, &routes(5432, ""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut session = psql(lab.client(), relay.listen())?;
+        session.say("select 6 * 7;")?;
+        ensure!(session.hear(SOON)? == "42");
+        session.say("create temp table t as select n, md5(n::text) from generate_series(1, 20000) n;")?;
+        quiet()?;
+        session.say("select n, md5 from t order by n;")?;
+        for n in 1..=20_000 {
+            let line = session.hear(SOON)?;
+            ensure!(line.starts_with(&format!("{n}|")) && line.len() == n.to_string().len() + 33, "row {n}: {line}");
+        }
+        // 24 MB in one answer, and a message from another session.
+        session.say("select sum(length(x)) from (select repeat('x', 1000000) x from generate_series(1, 24)) s;")?;
+        ensure!(session.hear(SOON)? == "24000000");
+        session.say("select repeat('y', 24000000);")?;
+        ensure!(session.hear(SOON)?.len() == 24_000_000);
+        let channel = relay.route();
+        session.say(&format!("listen {channel};"))?;
+        quiet()?;
+        psql(lab.client(), relay.listen())?.say_and_end(&format!("notify {channel}, 'hello';"))?;
+        session.say("select 1;")?;
+        let told = session.hear(SOON)?;
+        let told = if told == "1" { session.hear(SOON)? } else { told };
+        ensure!(told.contains("hello"), "no notification: {told}");
+        let listed = shunt.connections(relay.route())?;
+        ensure!(listed.len() == 1 && listed[0]["bytes_out"].as_u64() > Some(24_000_000), "{listed:?}");
+        drop(session);
+        shunt.wait_route(relay.route(), "none is left", SOON, |r| (r["connections_active"] == 0).then_some(()))
+    })
+}
+
+#[test]
+fn a_subscriber_gets_a_message_after_a_quiet_time() -> Result<()> {
+    let lab = Lab::new()?;
+    let _redis = lab.redis(lab.backend(1), 6379)?;
+    let shunt = Shunt::start(&lab, &routes(6379, "keepalive = \"immortal\"\ntimeouts = { idle = \"500ms\" }"))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let redis_cli = |arguments: &[&str]| {
+            let mut command = lab.client().command("redis-cli");
+            command.args(at(relay.listen())).args(arguments);
+            command
+        };
+        let mut subscriber = Talk::start(redis_cli(&["subscribe", relay.route()]))?;
+        let answer: Vec<String> = (0..3).map(|_| subscriber.hear(SOON)).collect::<Result<_>>()?;
+        ensure!(answer == ["subscribe", relay.route(), "1"], "{answer:?}");
+        for nth in 0..2 {
+            quiet()?;
+            let text = format!("message {nth}");
+            let sent = shunt_lab::run(&mut redis_cli(&["publish", relay.route(), &text]))?;
+            ensure!(sent.trim() == "1", "one subscriber: {sent:?}");
+            let message: Vec<String> = (0..3).map(|_| subscriber.hear(SOON)).collect::<Result<_>>()?;
+            ensure!(message == ["message", relay.route(), &text], "{message:?}");
+        }
+        let listed = shunt.connections(relay.route())?;
+        ensure!(listed.len() == 1, "{listed:?}");
+        Ok(())
+    })
+}
+
+const WEBSOCKET_SERVER: &str = r#"
+import asyncio, websockets
+async def serve(socket, *_):
+    async for message in socket:
+        await socket.send(message[::-1])
+        await asyncio.sleep(0.2)
+        await socket.send("pushed")
+async def main():
+    async with websockets.serve(serve, "0.0.0.0", 8765, ping_interval=None, max_size=2**26):
+        await asyncio.Future()
+asyncio.run(main())
+"#;
+
+const WEBSOCKET_CLIENT: &str = r#"
+import asyncio, sys, websockets
+async def main():
+    async with websockets.connect(sys.argv[1], ping_interval=None, max_size=2**26) as socket:
+        print("open", flush=True)
+        for line in sys.stdin:
+            what, size = line.split()
+            message = what * int(size)
+            await socket.send(message)
+            back = await socket.recv()
+            assert back == message[::-1], "came back different"
+            print("echo", len(back), await socket.recv(), flush=True)
+    print("closed", flush=True)
+asyncio.run(main())
+"#;
+
+#[test]
+fn a_websocket_carries_messages_both_ways_after_being_idle() -> Result<()> {
+    let lab = Lab::new()?;
+    let _server = lab.python(lab.backend(1), "websocket", WEBSOCKET_SERVER, 8765)?;
+    let shunt = Shunt::start(&lab, &routes(8765, ""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut command = lab.client().command("/usr/bin/python3");
+        command.args(["-u", "-c", WEBSOCKET_CLIENT, &format!("ws://{}/", relay.listen())]);
+        let mut client = Talk::start(command)?;
+        ensure!(client.hear(SOON)? == "open");
+        for size in [1, 100, 12 << 20, 3] {
+            quiet()?;
+            client.say(&format!("ab {size}"))?;
+            let heard = client.hear(SOON)?;
+            ensure!(heard == format!("echo {} pushed", 2 * size), "{heard}");
+        }
+        ensure!(shunt.connections(relay.route())?.len() == 1);
+        client.finish();
+        ensure!(client.hear(SOON)? == "closed", "the closing handshake");
+        shunt.wait_route(relay.route(), "closed", SOON, |r| (r["connections_active"] == 0).then_some(()))?;
+        let reasons = shunt.terminations(relay.route())?;
+        ensure!(reasons.keys().all(|r| r.starts_with("finished_")), "{reasons:?}");
+        Ok(())
+    })
+}
+
+const EVENT_SERVER: &str = r#"
+import http.server, time
+class Events(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for n in range(8):
+            self.wfile.write(b"data: %d\n\n" % n)
+            self.wfile.flush()
+            time.sleep(0.4)
+http.server.ThreadingHTTPServer(("0.0.0.0", 8080), Events).serve_forever()
+"#;
+
+#[test]
+fn events_arrive_one_by_one_as_they_are_sent() -> Result<()> {
+    let lab = Lab::new()?;
+    let _server = lab.python(lab.backend(1), "events", EVENT_SERVER, 8080)?;
+    let shunt = Shunt::start(&lab, &routes(8080, ""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut command = lab.client().command("curl");
+        command.args(["-sSN", "--max-time", "20", &format!("http://{}/", relay.listen())]);
+        let mut curl = Talk::start(command)?;
+        let begin = std::time::Instant::now();
+        for n in 0..8 {
+            let line = curl.hear(SOON)?;
+            ensure!(line == format!("data: {n}"), "{line:?}");
+            ensure!(curl.hear(SOON)?.is_empty());
+            // The next has not been sent yet when this one is here.
+            let sent = Duration::from_millis(400 * n);
+            let took = begin.elapsed();
+            ensure!(
+                took + Duration::from_millis(300) > sent && took < sent + Duration::from_secs(2),
+                "event {n} after {took:?}"
+            );
+        }
+        shunt.wait_ended(relay.route(), &[("finished_backend_first", 1)], SOON)
+    })
+}
+
+#[test]
+fn http_load_over_keep_alive_and_over_new_connections_has_no_error() -> Result<()> {
+    let lab = Lab::new()?;
+    let _nginx = lab.nginx(lab.backend(1), 80, &[("page", vec![b'x'; 10_000])])?;
+    let shunt = Shunt::start(&lab, &routes(80, ""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        for header in ["Connection: keep-alive", "Connection: close"] {
+            let to = relay.listen();
+            let report = lab.client().sh(&format!("wrk -t1 -c20 -d2s -H '{header}' http://{to}/page"))?;
+            let requests = report.lines().find(|l| l.contains("requests in")).context("no requests")?;
+            println!("{relay:?} {header}: {}", requests.trim());
+            ensure!(!report.contains("Socket errors") && !report.contains("Non-2xx"), "{header}: {report}");
+        }
+        shunt.wait_route(relay.route(), "none is left", SOON, |r| (r["connections_active"] == 0).then_some(()))?;
+        let reasons = shunt.terminations(relay.route())?;
+        ensure!(!reasons.contains_key("internal_error") && !reasons.contains_key("connect_refused"), "{reasons:?}");
+        Ok(())
+    })
+}

@@ -1,0 +1,248 @@
+//! How long a relayed connection may take, and that every state has its own limit (A16, B1, B4, B5, C1, C3).
+
+use std::{
+    io::Write,
+    net::{Shutdown, TcpStream},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use shunt_lab::{
+    Lab, Shunt,
+    dialog::{echo, read_to_end},
+    hello::Hello,
+    link,
+    relay::{Relay, on_each, on_every_relay, servers},
+    scripted::{Behaviour, TcpServer},
+    wait_for, wait_until,
+};
+
+const SOON: Duration = Duration::from_secs(5);
+/// Past its due time an end may come later on a busy machine; before it, never.
+const LATE: Duration = Duration::from_secs(2);
+
+fn pause(time: Duration) -> Result<()> {
+    let due = Instant::now() + time;
+    wait_until("a pause", time + SOON, || Instant::now() >= due)
+}
+
+/// Waits for the end of `stream`; it must come `after` so long since `since`, and not much later.
+fn ends_after(stream: &mut TcpStream, since: Instant, after: Duration) -> Result<()> {
+    read_to_end(stream, (after + LATE).saturating_sub(since.elapsed()))?;
+    let took = since.elapsed();
+    // Timers are rounded to a tick.
+    ensure!(took + Duration::from_millis(150) >= after, "ended after {took:?}, too soon: the limit is {after:?}");
+    println!("ended after {took:?}; the limit is {after:?}");
+    Ok(())
+}
+
+#[test]
+fn an_idle_connection_ends_at_the_limit_and_every_byte_starts_it_over() -> Result<()> {
+    const LIMIT: Duration = Duration::from_millis(1500);
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1500ms\" }"))?;
+    on_every_relay(|relay| {
+        let mut stream = relay.connect(&lab, &shunt)?;
+        for _ in 0..4 {
+            // Just before the limit.
+            pause(LIMIT * 2 / 3)?;
+            echo(&mut stream, b"tick")?;
+        }
+        ends_after(&mut stream, Instant::now(), LIMIT)?;
+        servers[relay as usize].wait_records(1, LATE).context("the backend is told")?;
+        shunt.wait_ended(relay.route(), &[("idle_timeout", 1)], SOON)
+    })
+}
+
+#[test]
+fn a_byte_in_one_direction_alone_keeps_a_connection_alive() -> Result<()> {
+    const LIMIT: Duration = Duration::from_millis(1500);
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::sink())?;
+    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1500ms\" }"))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut stream = lab.client().connect(relay.listen())?;
+        for n in 1..=5 {
+            stream.write_all(b".")?;
+            wait_until("it arrives", SOON, || servers[relay as usize].received() == n)?;
+            pause(LIMIT * 2 / 3)?;
+        }
+        ensure!(shunt.terminations(relay.route())?.is_empty(), "it lives");
+        ends_after(&mut stream, Instant::now(), LIMIT / 3)
+    })
+}
+
+#[test]
+fn keepalive_multiplies_the_idle_limit_or_lifts_it() -> Result<()> {
+    let lab = Lab::new()?;
+    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    let kinds = [("standard", 1), ("extended", 6), ("immortal", 0)];
+    let route = |(nth, (kind, _)): (usize, &(&str, u32)), relay: Relay| {
+        format!(
+            "[[route]]\nname = \"{kind}-{relay}\"\nlisten = [\"10.88.1.1:{port}\"]\nbackends = [\"10.88.2.2:80\"]\n\
+             engine = \"{relay}\"\nkeepalive = \"{kind}\"\ntimeouts = {{ idle = \"1s\" }}\n",
+            relay = relay.engine(),
+            port = 7000 + 10 * nth + relay as usize,
+        )
+    };
+    let routes: String =
+        kinds.iter().enumerate().flat_map(|nth| Relay::ENGINES.map(|relay| route(nth, relay))).collect();
+    let shunt = Shunt::start(&lab, &routes)?;
+    on_each(&Relay::ENGINES, |relay| {
+        let open = |nth: usize| -> Result<TcpStream> {
+            let mut stream = lab.client().connect(([10, 88, 1, 1], (7000 + 10 * nth + relay as usize) as u16))?;
+            echo(&mut stream, b"morning")?;
+            Ok(stream)
+        };
+        let (mut standard, mut extended, mut immortal) = (open(0)?, open(1)?, open(2)?);
+        let since = Instant::now();
+        ends_after(&mut standard, since, Duration::from_secs(1))?;
+        ends_after(&mut extended, since, Duration::from_secs(6))?;
+        pause(Duration::from_secs(1))?;
+        echo(&mut immortal, b"evening")?;
+        shunt.wait_ended(&format!("standard-{}", relay.engine()), &[("idle_timeout", 1)], SOON)?;
+        shunt.wait_ended(&format!("extended-{}", relay.engine()), &[("idle_timeout", 1)], SOON)
+    })
+}
+
+#[test]
+fn a_half_closed_connection_whose_other_side_is_idle_ends_at_its_own_limit() -> Result<()> {
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Hold)?;
+    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1s\", half_closed = \"3s\" }"))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut stream = lab.client().connect(relay.listen())?;
+        wait_until("it has reached the backend", SOON, || servers[relay as usize].open() == 1)?;
+        stream.shutdown(Shutdown::Write)?;
+        ends_after(&mut stream, Instant::now(), Duration::from_secs(3))?;
+        shunt.wait_ended(relay.route(), &[("half_closed_timeout", 1)], SOON)
+    })
+}
+
+#[test]
+fn a_half_closed_connection_that_still_moves_bytes_is_not_idle() -> Result<()> {
+    let lab = Lab::new()?;
+    let listeners: Vec<_> =
+        Relay::ALL.iter().map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port()))).collect::<Result<_, _>>()?;
+    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1s\", half_closed = \"1500ms\" }"))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut client = lab.client().connect(relay.listen())?;
+        client.shutdown(Shutdown::Write)?;
+        let (mut backend, _) = listeners[relay as usize].accept()?;
+        for _ in 0..4 {
+            pause(Duration::from_secs(1))?;
+            backend.write_all(b"more")?;
+        }
+        drop(backend);
+        let (bytes, _) = read_to_end(&mut client, SOON)?;
+        ensure!(bytes == b"moremoremoremore", "{bytes:?}");
+        shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)
+    })
+}
+
+#[test]
+fn a_busy_connection_past_its_lifetime_ends_with_that_reason() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { lifetime = \"2s\" }"))?;
+    on_every_relay(|relay| {
+        let began = Instant::now();
+        let mut stream = relay.connect(&lab, &shunt)?;
+        wait_for("the connection is cut", SOON, || echo(&mut stream, b"busy").err())?;
+        let took = began.elapsed();
+        ensure!(took > Duration::from_millis(1850) && took < Duration::from_secs(4), "cut after {took:?}");
+        shunt.wait_ended(relay.route(), &[("lifetime_exceeded", 1)], SOON)
+    })
+}
+
+#[test]
+fn a_client_that_says_nothing_where_it_must_ends_at_the_initial_data_limit() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let rest =
+        "match = { sni = [\"a.example\"] }\ntls = { mode = \"passthrough\" }\ntimeouts = { initial_data = \"1s\" }";
+    let shunt = Shunt::start(&lab, &Relay::routes(rest))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let hello = Hello::to("a.example").build();
+        for part in [0, 1, hello.len() / 2, hello.len() - 1] {
+            let since = Instant::now();
+            let mut stream = lab.client().connect(relay.listen())?;
+            stream.write_all(&hello[..part])?;
+            ends_after(&mut stream, since, Duration::from_secs(1)).with_context(|| format!("{part} bytes"))?;
+        }
+        Ok(())
+    })?;
+    // Nothing was read that names a route.
+    let metrics = shunt.metrics()?;
+    let ended = metrics.value("shunt_terminations_total", &[("reason", "initial_data_timeout")]);
+    ensure!(ended == 8.0, "initial_data_timeout: {ended} of 8");
+    Ok(())
+}
+
+#[test]
+fn every_state_is_visible_with_a_limit_of_its_own() -> Result<()> {
+    let lab = Lab::new()?;
+    link::lose(lab.backend(2), 100)?;
+    let _servers = servers(&lab, &Behaviour::Hold)?;
+    let timeouts = "timeouts = { connect = \"31s\", initial_data = \"41s\", idle = \"51s\", half_closed = \"61s\" }";
+    let more: String = Relay::ENGINES
+        .iter()
+        .flat_map(|relay| {
+            let (engine, n) = (relay.engine(), *relay as u16);
+            [
+                format!("[[route]]\nname = \"mute-{engine}\"\nlisten = [\"10.88.1.1:{}\"]\nengine = \"{engine}\"\nbackends = [\"10.88.2.3:80\"]\n{timeouts}\n", 7000 + n),
+                format!("[[route]]\nname = \"tls-{engine}\"\nlisten = [\"10.88.1.1:{}\"]\nengine = \"{engine}\"\nbackends = [\"10.88.2.2:80\"]\nmatch = {{ sni = [\"a.example\"] }}\ntls = {{ mode = \"passthrough\" }}\n{timeouts}\n", 7010 + n),
+            ]
+        })
+        .collect();
+    let shunt = Shunt::start(&lab, &format!("{}{more}", Relay::routes(timeouts)))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let n = relay as u16;
+        let classifying = lab.client().connect(([10, 88, 1, 1], 7010 + n))?;
+        let dialing = lab.client().connect(([10, 88, 1, 1], 7000 + n))?;
+        let established = lab.client().connect(relay.listen())?;
+        let half_closed = lab.client().connect(relay.listen())?;
+        half_closed.shutdown(Shutdown::Write)?;
+        let cases = [
+            (&classifying, None, 41.0),
+            (&dialing, Some("dialing"), 31.0),
+            (&established, Some("established"), 51.0),
+            (&half_closed, Some("half_closed"), 61.0),
+        ];
+        for (stream, state, limit) in cases {
+            let mut last = Value::Null;
+            let seen = wait_until(&format!("seen {state:?} with {limit} s"), SOON, || {
+                last = shunt.connection_of(stream).ok().flatten().unwrap_or_default();
+                let expires = last["expires_seconds"].as_f64().unwrap_or(-1.0);
+                state.is_none_or(|state| last["state"] == state) && expires <= limit && expires > limit - 9.0
+            });
+            seen.with_context(|| format!("last seen as {last}"))?;
+            println!("{relay:?}: {} expires in {} s", last["state"], last["expires_seconds"]);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_long_quiet_connection_is_alive_both_ways_when_it_is_needed() -> Result<()> {
+    let lab = Lab::new()?;
+    let listeners: Vec<_> =
+        Relay::ALL.iter().map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port()))).collect::<Result<_, _>>()?;
+    // A day at a limit of an hour and pings every half hour, a hundred thousand times as fast would be less than a tick.
+    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1s\" }"))?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut client = lab.client().connect(relay.listen())?;
+        let (mut backend, _) = listeners[relay as usize].accept()?;
+        for n in 0..16 {
+            pause(Duration::from_millis(500))?;
+            let (from, to) = if n % 2 == 0 { (&mut client, &mut backend) } else { (&mut backend, &mut client) };
+            from.write_all(b"ping")?;
+            ensure!(shunt_lab::dialog::read_some(to, 4)? == b"ping", "ping {n}");
+        }
+        let listed = shunt.connection_of(&client)?.context("it is listed")?;
+        ensure!(listed["bytes_in"] == 32 && listed["bytes_out"] == 32, "{listed}");
+        Ok(())
+    })
+}
