@@ -10,8 +10,8 @@ use shunt_lab::{
     shunt_binary, wait_until,
 };
 
-/// Some 52,000 events fit into the daemon's queue, and a connection makes two before it lingers.
-const CONNECTIONS: u64 = 45_000;
+/// Some 52,000 events fit into the daemon's queue, and a connection makes one before it lingers.
+const CONNECTIONS: u64 = 80_000;
 
 #[test]
 fn lost_events_are_said_aloud_and_the_numbers_come_right_again() -> Result<()> {

@@ -104,7 +104,8 @@ impl<C: Conntrack> Task<C> {
     pub async fn run(mut self, mut commands: mpsc::Receiver<FlowCommand>, mut inputs: mpsc::Receiver<Input>) {
         loop {
             let until = self.next_wake();
-            let listening = self.retry_at.is_none();
+            // Events of routes that are not known yet wait.
+            let listening = self.routed && self.retry_at.is_none();
             let mut rest = false;
             let wake = tokio::select! {
                 input = inputs.recv() => Wake::Input(input),
@@ -201,7 +202,7 @@ impl<C: Conntrack> Task<C> {
         // What a route leaves behind must be known before it is cut, or the route said to be drained.
         if !gone.is_empty() || changed.iter().any(|(_, info)| info.drain_until.is_some()) {
             self.look();
-        } else {
+        } else if self.routed {
             self.drain();
         }
         let name = |id: &u32| Some((*id, Arc::clone(&self.table.tally(*id)?.info.name)));

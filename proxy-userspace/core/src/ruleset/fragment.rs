@@ -129,10 +129,6 @@ pub(crate) fn family_of(address: IpAddr) -> Family {
 }
 
 impl Fragment {
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
-
     /// Both.
     pub fn and(mut self, other: Self) -> Self {
         self.timeouts.extend(other.timeouts);
