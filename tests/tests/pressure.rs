@@ -16,15 +16,17 @@ const CONNECTIONS: u64 = 80_000;
 #[test]
 fn lost_events_are_said_aloud_and_the_numbers_come_right_again() -> Result<()> {
     let lab = Lab::builder().client_addresses(8).build()?;
-    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Reply(b"bye".to_vec()))?;
+    // Several, because masquerading has 64,512 ports towards each of them.
+    let server = |port| TcpServer::start(lab.backend(1), port, Behaviour::Reply(b"bye".to_vec()));
+    let _servers = (7010..7014).map(server).collect::<Result<Vec<_>>>()?;
     let holder = TcpServer::start(lab.backend(1), 81, Behaviour::Hold)?;
     let mut shunt = Shunt::start(
         &lab,
         r#"
 [[route]]
 name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
+listen = ["10.88.1.1:7010-7013"]
+backends = ["10.88.2.2"]
 [[route]]
 name = "held"
 listen = ["10.88.1.1:81"]
@@ -43,7 +45,7 @@ access = "off"
         let load = load::NewConnections {
             from: lab.client_addresses(),
             to: [10, 88, 1, 1].into(),
-            ports: 80..81,
+            ports: 7010..7014,
             threads: 2,
             rate: None,
             duration: Duration::from_secs(2),
