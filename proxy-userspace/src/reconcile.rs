@@ -568,10 +568,11 @@ fn is_same(old: &RoutePlan, new: &RoutePlan) -> bool {
     old.route.fingerprint == new.route.fingerprint || (relayed && itself && same_listens(old, new))
 }
 
-/// The addresses it carries in the table: alone, or as the first of several routes.
+/// What the table has of it ([`passing`]) is the same.
 fn same_listens(old: &RoutePlan, new: &RoutePlan) -> bool {
     let shared = |plan: &RoutePlan| plan.shared_listens.iter().map(|shared| shared.listen).collect::<Vec<_>>();
-    old.own_listens == new.own_listens && shared(old) == shared(new)
+    let alone = |plan: &RoutePlan| plan.route.shares_port_with.is_empty();
+    old.own_listens == new.own_listens && shared(old) == shared(new) && alone(old) == alone(new)
 }
 
 /// The plan holds the routes; a second copy of fifty thousand of them is not kept. Letting go of them takes a while: elsewhere.

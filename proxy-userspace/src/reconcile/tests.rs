@@ -235,6 +235,24 @@ fn ranges_that_overlap_are_told_port_by_port() {
 }
 
 #[test]
+fn a_range_that_comes_to_overlap_another_route_leaves_the_table_right() {
+    let range = route("a", 80, COPY).replace("10.0.0.1:80\"", "10.0.0.1:80-82\"");
+    let inside = route("b", 81, "match.client = [\"10.9.0.0/16\"]\nengine = \"copy\"");
+    let plain = route("c", 90, "");
+    let mut both = begin(&(range.clone() + &plain));
+    for text in [range.clone() + &inside + &plain, range + &plain] {
+        reload(&mut both, &text).expect("accepted");
+        let fresh = begin(&text);
+        let elements = |both: &Both| {
+            let nft = both.nft.as_ref().expect("open");
+            nft.ruleset().expect("a table").sets[names::SHARED[0]].elements.len()
+        };
+        assert_eq!(elements(&both), elements(&fresh));
+        assert_eq!(both.verify().expect("read"), 0);
+    }
+}
+
+#[test]
 fn what_is_dialled_at_an_address_of_its_own_passes_a_route_for_every_address() {
     let every = route("a", 80, "").replace("10.0.0.1:80", "0.0.0.0:80");
     let mut both = begin(&(every.clone() + &route("b", 80, COPY)));
