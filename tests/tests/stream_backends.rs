@@ -233,3 +233,28 @@ fn a_backend_that_fails_its_checks_gets_nothing_new() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_backend_without_a_port_is_dialled_at_the_clients() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers: Vec<TcpServer> = [7003, 7104]
+        .into_iter()
+        .map(|port| TcpServer::start(lab.backend(1), port, Behaviour::Tagged(port.to_string())))
+        .collect::<Result<_>>()?;
+    let route = |(name, range, engine): (&str, &str, &str)| {
+        format!(
+            "[[route]]\nname = \"{name}\"\nlisten = [\"10.88.1.1:{range}\"]\nengine = \"{engine}\"\nbackends = [\"10.88.2.2\"]\n"
+        )
+    };
+    let config = [("a", "7000-7099", "copy"), ("b", "7100-7199", "splice")].map(route).concat();
+    let shunt = Shunt::start(&lab, &config)?;
+    for port in [7003, 7104] {
+        let mut stream = lab.client().connect(([10, 88, 1, 1], port))?;
+        ensure!(read_some(&mut stream, 5)? == format!("{port}\n").as_bytes());
+        let listed = shunt.connection_of(&stream)?.context("listed")?;
+        ensure!(listed["backend"] == format!("10.88.2.2:{port}"), "{listed}");
+    }
+    let away = turned_away(lab.client(), lab.client().ip.into(), ([10, 88, 1, 1], 7099).into(), AT_ONCE)?;
+    ensure!(away == End::Reset);
+    shunt.wait_ended("a", &[("finished_client_first", 1), ("connect_refused", 1)], SOON)
+}

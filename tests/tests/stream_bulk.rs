@@ -77,7 +77,7 @@ fn exchange(lab: &Lab, relay: Relay) -> Result<()> {
     let look = || held = held.max(kernel::queued_bytes(lab.gateway()).unwrap_or(u64::MAX));
     let received = read_slowly(&mut stream, look).context("receiving")?;
     let most = kernel::socket_buffers(lab.gateway())?;
-    println!("{relay:?}: {} KiB in the gateway's sockets at most; two may hold {} KiB", held >> 10, 2 * most >> 10);
+    println!("{relay:?}: {} KiB in the gateway's sockets at most; two may hold {} KiB", held >> 10, (2 * most) >> 10);
     ensure!(held > 0 && held < 2 * most, "{held} bytes queued on the gateway");
     let sent = sender.join().expect("sender").context("sending")?;
     ensure!(received == pattern::send(&mut std::io::sink(), 12, BIG)?, "backend → client: {received:?}");

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt,
     dialog::{echo, read_to_end},
@@ -340,4 +340,39 @@ fn an_idle_daemon_stops_at_once_and_a_route_drains_for_its_own_time() -> Result<
     println!("exit after {:?}", began.elapsed());
     ensure!(began.elapsed() < AT_ONCE, "only after {:?}", began.elapsed());
     Ok(())
+}
+
+#[test]
+fn living_connections_take_the_timeouts_of_the_new_file() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let config = |idle: &str| Relay::routes(&format!("timeouts = {{ idle = \"{idle}\" }}"));
+    let shunt = Shunt::start(&lab, &config("1h"))?;
+    let mut early: Vec<TcpStream> = Relay::ENGINES.iter().map(|r| r.connect(&lab, &shunt)).collect::<Result<_>>()?;
+    shunt.reload(&config("1s"))?;
+    for stream in &mut early {
+        read_to_end(stream, SOON).context("the limit has come down")?;
+    }
+    let mut late: Vec<TcpStream> = Relay::ENGINES.iter().map(|r| r.connect(&lab, &shunt)).collect::<Result<_>>()?;
+    shunt.reload(&config("1h"))?;
+    let due = Instant::now() + Duration::from_secs(2);
+    wait_until("more than the old limit", SOON, || Instant::now() >= due)?;
+    late.iter_mut().try_for_each(|stream| echo(stream, b"the limit has gone up"))
+}
+
+#[test]
+fn a_killed_daemon_is_followed_by_one_that_serves_at_once() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let mut shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let streams: Vec<TcpStream> = Relay::ALL.iter().map(|r| r.connect(&lab, &shunt)).collect::<Result<_>>()?;
+    shunt.kill9();
+    for mut stream in streams {
+        read_to_end(&mut stream, AT_ONCE).context("what a dead daemon relayed ends")?;
+    }
+    shunt.restart()?;
+    on_every_relay(|relay| {
+        drop(relay.connect(&lab, &shunt)?);
+        shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)
+    })
 }

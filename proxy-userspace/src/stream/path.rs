@@ -46,6 +46,7 @@ pub struct StreamPath {
     pub commands: mpsc::Sender<StreamCommand>,
     pub reader: Reader,
     workers: Vec<Handle>,
+    /// Also those that are gone and not forgotten: one that comes back goes on counting where it was.
     routes: HashMap<u32, Arc<Route>>,
     listens: BTreeMap<SocketAddr, Vec<u32>>,
 }
@@ -233,7 +234,6 @@ impl Streams for StreamPath {
         }
         for id in gone {
             let leaving = Leaving::new(self.workers.len());
-            self.routes.remove(&id);
             changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));
         }
         self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
@@ -243,6 +243,7 @@ impl Streams for StreamPath {
     }
 
     fn forget(&mut self, id: u32) {
+        self.routes.remove(&id);
         self.reader.meters.remove(id);
     }
 

@@ -1,0 +1,145 @@
+//! Too much of something: descriptors run out, some clients take all they can get. The others are served.
+
+use std::{
+    fs,
+    io::{ErrorKind, Read, Write},
+    net::TcpStream,
+    os::unix::fs::PermissionsExt,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use shunt_lab::{
+    Lab, Shunt,
+    dialog::echo,
+    kernel, load,
+    relay::{Relay, servers},
+    scripted::Behaviour,
+    shunt_binary, wait_until,
+};
+
+const SOON: Duration = Duration::from_secs(10);
+
+#[test]
+fn without_descriptors_the_next_are_refused_and_the_old_ones_live() -> Result<()> {
+    const FILES: usize = 900;
+    let lab = Lab::new()?;
+    let servers = servers(&lab, &Behaviour::Echo)?;
+    // Whom the kernel lets raise the limit would.
+    let limited = lab.dir().join("limited");
+    let script = format!(
+        "#!/bin/sh\nulimit -n {FILES}\nexec setpriv --bounding-set=-sys_resource --inh-caps=-sys_resource {} \"$@\"\n",
+        shunt_binary()?.display()
+    );
+    fs::write(&limited, script)?;
+    fs::set_permissions(&limited, fs::Permissions::from_mode(0o755))?;
+    let shunt = Shunt::builder().binary(&limited).start(&lab, &Relay::routes(""))?;
+    let mut held = Vec::new();
+    for n in 0..FILES {
+        match lab.client().connect(Relay::ENGINES[n % 2].listen()) {
+            Ok(stream) => held.push(stream),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            Err(error) => return Err(error).with_context(|| format!("connection {n}")),
+        }
+    }
+    let mut served = Vec::new();
+    for mut stream in held {
+        if echo(&mut stream, b"served").is_ok() {
+            served.push(stream);
+        }
+    }
+    let holdings = kernel::holdings(shunt.pid()?)?;
+    println!("{} of {FILES} clients are served with {FILES} descriptors: {holdings:?}", served.len());
+    ensure!(served.len() > 100 && served.len() < FILES / 2, "{} are served", served.len());
+    ensure!(holdings.sockets + holdings.pipes + holdings.others < FILES - 50, "too near to the limit: {holdings:?}");
+    served.iter_mut().try_for_each(|stream| echo(stream, b"still served"))?;
+    let status = shunt.cli_json(&["status"])?;
+    ensure!(status["warnings"].to_string().contains("open files"), "nobody is told: {}", status["warnings"]);
+    let refused = FILES - served.len();
+    let counted = shunt.metrics()?.value("shunt_terminations_total", &[("reason", "limit_connections")]);
+    ensure!(counted == refused as f64, "{counted} counted of {refused}");
+    ensure!(servers.iter().map(|s| s.open()).sum::<usize>() == served.len(), "the backends have others");
+    served.clear();
+    wait_until("there is room again", SOON, || {
+        lab.client().connect(Relay::Copy.listen()).is_ok_and(|mut stream| echo(&mut stream, b"x").is_ok())
+    })
+}
+
+#[test]
+fn those_who_send_much_leave_room_for_those_who_send_little() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let _sinks = Relay::ENGINES
+        .iter()
+        .map(|r| shunt_lab::scripted::TcpServer::start(lab.backend(2), r.backend_port(), Behaviour::sink()))
+        .collect::<Result<Vec<_>>>()?;
+    let bulk: String = Relay::ENGINES
+        .iter()
+        .map(|r| {
+            format!(
+                "[[route]]\nname = \"bulk-{e}\"\nlisten = [\"10.88.1.1:{}\"]\nengine = \"{e}\"\nbackends = [\"10.88.2.3:{}\"]\n",
+                7000 + *r as u16,
+                r.backend_port(),
+                e = r.engine()
+            )
+        })
+        .collect();
+    let _shunt = Shunt::start(&lab, &format!("{bulk}{}", Relay::routes("")))?;
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for n in 0..4u16 {
+            let (stop, lab) = (&stop, &lab);
+            scope.spawn(move || -> Result<()> {
+                let mut stream: TcpStream = lab.client().connect(([10, 88, 1, 1], 7000 + n % 2))?;
+                let chunk = vec![0; 1 << 20];
+                while !stop.load(Ordering::Relaxed) {
+                    stream.write_all(&chunk)?;
+                }
+                Ok(())
+            });
+        }
+        let pings = || -> Result<()> {
+            // Enough of them to meet every worker.
+            let mut quiet: Vec<TcpStream> =
+                (0..16).map(|n| Ok(lab.client().connect(Relay::ENGINES[n % 2].listen())?)).collect::<Result<_>>()?;
+            let mut slowest = Duration::ZERO;
+            let begin = Instant::now();
+            while begin.elapsed() < Duration::from_secs(2) {
+                for stream in &mut quiet {
+                    let start = Instant::now();
+                    echo(stream, b"ping")?;
+                    slowest = slowest.max(start.elapsed());
+                }
+            }
+            println!("the slowest round trip beside four that send all they can: {slowest:?}");
+            ensure!(slowest < Duration::from_millis(500), "{slowest:?}");
+            Ok(())
+        };
+        let outcome = pings();
+        stop.store(true, Ordering::Relaxed);
+        outcome
+    })
+}
+
+#[test]
+fn clients_that_open_and_say_nothing_do_not_keep_others_out() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    load::allow_descriptors(8192)?;
+    let mut idle = load::idle(lab.client(), Relay::Splice.listen(), 1000)?;
+    for relay in Relay::ENGINES {
+        let began = Instant::now();
+        for _ in 0..50 {
+            echo(&mut lab.client().connect(relay.listen())?, b"hello")?;
+        }
+        println!("{relay:?}: 50 connections beside 1000 idle ones in {:?}", began.elapsed());
+        ensure!(began.elapsed() < SOON);
+    }
+    ensure!(shunt.connections("splice")?.len() >= 1000, "they are listed");
+    idle[999].set_read_timeout(Some(Duration::from_millis(10)))?;
+    ensure!(idle[999].read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "they live");
+    Ok(())
+}
