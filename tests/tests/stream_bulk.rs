@@ -232,7 +232,7 @@ fn under_steady_load_the_rate_is_what_it_is() -> Result<()> {
 
 /// `idle` connections at once, then `short` ones in mixed ways; all holdings must come back.
 fn come_and_go(idle: usize, short: usize) -> Result<()> {
-    load::allow_descriptors(idle as u64 * 2 + 4096)?;
+    load::allow_descriptors(idle as u64 * 2 + 2000)?;
     let lab = Lab::builder().client_addresses(8).build()?;
     let hold = shunt_lab::scripted::TcpServer::start(lab.backend(2), 9100, Behaviour::Hold)?;
     let _servers = servers(&lab, &Behaviour::Echo)?;
