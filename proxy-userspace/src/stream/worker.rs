@@ -73,6 +73,8 @@ pub struct Worker {
     queue: VecDeque<u32>,
     stores: Stores,
     slots: Vec<Slot>,
+    /// Slots of routes that are gone.
+    free_slots: Vec<usize>,
     /// By route id.
     by_id: HashMap<u32, usize>,
     listeners: Vec<Option<Listener>>,
@@ -152,6 +154,7 @@ impl Worker {
             queue: VecDeque::new(),
             stores: Stores { buffers: Buffers::default(), pipes: Pipes::new(pipes) },
             slots: vec![no_route],
+            free_slots: Vec::new(),
             by_id: HashMap::new(),
             listeners: Vec::new(),
             told: Vec::new(),
