@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt,
+    Lab, Shunt, link,
     pattern::{Digested, Pattern, Running},
     relay::{Relay, on_each},
 };
@@ -138,17 +138,29 @@ fn client(lab: &Lab, relay: Relay, seed: u64) -> Result<(u64, Digested, Digested
 
 #[test]
 fn whatever_both_sides_do_every_byte_arrives() -> Result<()> {
-    const AT_ONCE: u64 = 12;
-    const ROUNDS: u64 = 16;
+    exchange_at_random(&Lab::new()?, 16)
+}
+
+#[test]
+fn every_byte_arrives_over_a_network_that_loses_packets() -> Result<()> {
     let lab = Lab::new()?;
+    for host in [lab.client(), lab.backend(1)] {
+        link::offloads(host, "eth0", false)?;
+        link::lose(host, 1)?;
+    }
+    exchange_at_random(&lab, 2)
+}
+
+fn exchange_at_random(lab: &Lab, rounds: u64) -> Result<()> {
+    const AT_ONCE: u64 = 12;
     let listeners: Vec<TcpListener> =
         Relay::ALL.iter().map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port()))).collect::<Result<_, _>>()?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let shunt = Shunt::start(lab, &Relay::routes(""))?;
     let first = std::process::id() as u64 * 1_000_000;
     on_each(&Relay::ENGINES, |relay| {
-        let (lab, listener) = (&lab, &listeners[relay as usize]);
+        let listener = &listeners[relay as usize];
         let (mut up, mut down) = (0, 0);
-        for round in 0..ROUNDS {
+        for round in 0..rounds {
             let seeds: Vec<u64> = (0..AT_ONCE).map(|n| first + round * AT_ONCE + n).collect();
             let (clients, mut backends) = thread::scope(|scope| -> Result<_> {
                 let clients: Vec<_> =
@@ -176,13 +188,13 @@ fn whatever_both_sides_do_every_byte_arrives() -> Result<()> {
                 down += received.bytes;
             }
         }
-        println!("{relay:?}: {} connections, {up} bytes there and {down} back", AT_ONCE * ROUNDS);
+        println!("{relay:?}: {} connections, {up} bytes there and {down} back", AT_ONCE * rounds);
         shunt.wait_route(relay.route(), "each byte counted once, each end once", SOON, |r| {
             let finished: u64 = ["finished_client_first", "finished_backend_first"]
                 .iter()
                 .filter_map(|reason| r["terminations"][reason].as_u64())
                 .sum();
-            (r["bytes_in"] == up && r["bytes_out"] == down && finished == AT_ONCE * ROUNDS).then_some(())
+            (r["bytes_in"] == up && r["bytes_out"] == down && finished == AT_ONCE * rounds).then_some(())
         })
     })
 }
