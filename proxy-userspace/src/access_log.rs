@@ -118,10 +118,7 @@ impl AccessLog {
         }
         let time = self.clock.text(line.at);
         // Writing into a Vec cannot fail.
-        let _ = match self.format {
-            LogFormat::Text => text_line(&mut self.buffer, time, line),
-            LogFormat::Json => json_line(&mut self.buffer, time, line),
-        };
+        let _ = line.write(&mut self.buffer, self.format, time);
         self.lines += 1;
         if self.buffer.len() >= FULL {
             self.flush();
@@ -207,46 +204,66 @@ struct Line<'a> {
     packets: Option<[u64; 2]>,
 }
 
-fn text_line(out: &mut Vec<u8>, time: &str, line: &Line<'_>) -> io::Result<()> {
-    let Line { id, client, listen, route, engine, .. } = line;
-    write!(out, "time={time} id={id} client={client} listen={listen} route={route} engine={engine} backend=")?;
-    match line.backend {
-        Some(backend) => write!(out, "{backend}")?,
-        None => out.write_all(b"-")?,
-    }
-    let (reason, seconds, micros) = (line.reason.label(), line.duration.as_secs(), line.duration.subsec_micros());
-    write!(out, " reason={reason} duration={seconds}.{micros:06}")?;
-    match line.bytes {
-        Some([inward, outward]) => write!(out, " bytes_in={inward} bytes_out={outward}")?,
-        None => out.write_all(b" bytes_in=- bytes_out=-")?,
-    }
-    match line.packets {
-        Some([inward, outward]) => writeln!(out, " packets_in={inward} packets_out={outward}"),
-        None => out.write_all(b" packets_in=- packets_out=-\n"),
+impl Line<'_> {
+    fn write(&self, out: &mut Vec<u8>, format: LogFormat, time: &str) -> io::Result<()> {
+        let (seconds, micros) = (self.duration.as_secs(), self.duration.subsec_micros());
+        let mut fields = Fields { out, format, first: true };
+        fields.text("time", Some(&time))?;
+        fields.text("id", Some(self.id))?;
+        fields.text("client", Some(&self.client))?;
+        fields.text("listen", Some(&self.listen))?;
+        fields.text("route", Some(&self.route))?;
+        fields.text("engine", Some(&self.engine))?;
+        fields.text("backend", self.backend.as_ref().map(|backend| backend as &dyn Display))?;
+        fields.text("reason", Some(&self.reason.label()))?;
+        fields.number("duration", Some(&format_args!("{seconds}.{micros:06}")))?;
+        for (keys, counts) in [(["bytes_in", "bytes_out"], &self.bytes), (["packets_in", "packets_out"], &self.packets)]
+        {
+            for (key, index) in keys.into_iter().zip(0..) {
+                let count = counts.as_ref().and_then(|counts| counts.get(index));
+                fields.number(key, count.map(|count| count as &dyn Display))?;
+            }
+        }
+        fields.end()
     }
 }
 
-/// No value needs escaping: addresses, numbers, labels, and route names of `[a-z0-9-]`.
-fn json_line(out: &mut Vec<u8>, time: &str, line: &Line<'_>) -> io::Result<()> {
-    let Line { id, client, listen, route, engine, .. } = line;
-    write!(
-        out,
-        "{{\"time\":\"{time}\",\"id\":\"{id}\",\"client\":\"{client}\",\"listen\":\"{listen}\",\
-         \"route\":\"{route}\",\"engine\":\"{engine}\",\"backend\":"
-    )?;
-    match line.backend {
-        Some(backend) => write!(out, "\"{backend}\"")?,
-        None => out.write_all(b"null")?,
+/// A line in the making. No value needs escaping: addresses, numbers, labels, and route names of `[a-z0-9-]`.
+struct Fields<'a> {
+    out: &'a mut Vec<u8>,
+    format: LogFormat,
+    first: bool,
+}
+
+impl Fields<'_> {
+    /// `None`: not known.
+    fn text(&mut self, key: &str, value: Option<&dyn Display>) -> io::Result<()> {
+        match (value, self.format) {
+            (Some(value), LogFormat::Json) => self.number(key, Some(&format_args!("\"{value}\""))),
+            (value, LogFormat::Text | LogFormat::Json) => self.number(key, value),
+        }
     }
-    let (reason, seconds, micros) = (line.reason.label(), line.duration.as_secs(), line.duration.subsec_micros());
-    write!(out, ",\"reason\":\"{reason}\",\"duration\":{seconds}.{micros:06}")?;
-    match line.bytes {
-        Some([inward, outward]) => write!(out, ",\"bytes_in\":{inward},\"bytes_out\":{outward}")?,
-        None => out.write_all(b",\"bytes_in\":null,\"bytes_out\":null")?,
+
+    /// `None`: not known.
+    fn number(&mut self, key: &str, value: Option<&dyn Display>) -> io::Result<()> {
+        match (self.format, std::mem::take(&mut self.first)) {
+            (LogFormat::Text, true) => write!(self.out, "{key}=")?,
+            (LogFormat::Text, false) => write!(self.out, " {key}=")?,
+            (LogFormat::Json, true) => write!(self.out, "{{\"{key}\":")?,
+            (LogFormat::Json, false) => write!(self.out, ",\"{key}\":")?,
+        }
+        match (value, self.format) {
+            (Some(value), _) => write!(self.out, "{value}"),
+            (None, LogFormat::Text) => write!(self.out, "-"),
+            (None, LogFormat::Json) => write!(self.out, "null"),
+        }
     }
-    match line.packets {
-        Some([inward, outward]) => writeln!(out, ",\"packets_in\":{inward},\"packets_out\":{outward}}}"),
-        None => out.write_all(b",\"packets_in\":null,\"packets_out\":null}\n"),
+
+    fn end(self) -> io::Result<()> {
+        self.out.write_all(match self.format {
+            LogFormat::Text => b"\n",
+            LogFormat::Json => b"}\n",
+        })
     }
 }
 

@@ -33,7 +33,7 @@ use crate::{
     health::Checks,
     kernel::{
         capability,
-        conntrack::NetlinkConntrack,
+        conntrack::{Hear, NetlinkConntrack},
         memory,
         nft::{KernelNft, Nft, NftError, NftMonitor},
         sysctl::{self, Restored, Settings},
@@ -202,7 +202,7 @@ impl Daemon {
         installed
     }
 
-    /// Before the table: no connection begins unseen.
+    /// Before the table: no connection ends unheard.
     fn tracker(config: &Config, clock: track::Clock, channels: &Channels) -> Result<Tracker, Refusal> {
         let layout = MarkLayout::new(config.kernel.mark_mask);
         let options = track::Options {
@@ -214,7 +214,7 @@ impl Daemon {
             drained: channels.drained.0.clone(),
             failed_dials: channels.failed_dials.0.clone(),
         };
-        Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE))
+        Tracker::spawn(options, move || NetlinkConntrack::open(layout.id_mask(), EVENT_QUEUE, Hear::as_needed()))
             .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))
     }
 

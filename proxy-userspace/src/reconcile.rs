@@ -22,11 +22,11 @@ use std::{
 use proxy_core::{
     capability::Capabilities,
     config::{Config, Engine, Route, RouteName},
-    diff::{Assembly, Ownership, Updates, diff},
+    diff::{Assembly, Ownership, Update, Updates, diff},
     flow::MarkLayout,
     plan::{Plan, Replan, RoutePlan, Unserved, replan},
     pool::Pool,
-    ruleset::{Context, Fragment, draining, fragment, names, passing},
+    ruleset::{Context, Fragment, Ruleset, draining, fragment, names, passing},
     view,
 };
 
@@ -280,15 +280,15 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
             let Some(id) = self.ids.id(&plan.route.name) else { continue };
             let before = old.map(|s| s.carriers).or_else(|| self.draining.get(&id).map(|d| d.carriers));
             let made = self.make(id, plan, pool, counts_no_backend, before.unwrap_or_default());
-            updates.insert(id, self.fragment(&made));
+            updates.insert(id, Update { old: self.committed(id), new: self.fragment(&made) });
             if made.carriers.daemon {
                 change.routes.push(relay::spec(&made));
             }
             served.push(made);
         }
         for served in gone.iter().filter_map(|plan| self.served.get(&plan.route.name)) {
-            let mark = self.mark(served.id);
-            updates.insert(served.id, served.carriers.kernel.then(|| draining(&served.plan.route.name, mark)));
+            let new = self.counted(&served.plan.route.name, served.id, served.carriers);
+            updates.insert(served.id, Update { old: self.fragment(served), new });
             if served.carriers.daemon {
                 change.gone.push(served.id);
             }
@@ -296,7 +296,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         let sockets = self.sockets.changes(self.plan.replaced(replan), &replan.routes, &self.ids);
         change.ports = relay::ports(&sockets);
         let needs_table = served.iter().any(|made| made.plan.engine == Some(Engine::Nft));
-        outcome.changes = self.apply(updates, change, needs_table)?;
+        outcome.changes = self.apply(&updates, change, needs_table)?;
         self.sockets.take_over(sockets);
         self.unpublished = true;
         for made in served {
@@ -331,31 +331,57 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         self.ids.layout().route_mark(id).unwrap_or_default()
     }
 
-    /// `None`: the table has nothing of it.
-    fn fragment(&self, served: &Served) -> Option<Fragment> {
-        let own = self.mark(served.id);
+    /// What the table has of a route that is served.
+    fn fragment(&self, served: &Served) -> Fragment {
         if served.plan.is_relayed() {
-            let counted = match served.carriers.kernel {
-                true => draining(&served.plan.route.name, own),
-                false => Fragment::default(),
-            };
-            return Some(passing(&served.plan).and(counted)).filter(|fragment| !fragment.is_empty());
+            return passing(&served.plan).and(self.counted(&served.plan.route.name, served.id, served.carriers));
         }
         let endpoints = served.pool.endpoints();
-        Some(fragment(
+        fragment(
             &served.plan,
             Context {
                 mark: self.ids.layout(),
-                own,
+                own: self.mark(served.id),
                 marks: &self.ids,
                 endpoints: &endpoints,
                 counts_no_backend: served.counts_no_backend,
             },
-        ))
+        )
+    }
+
+    /// What the table has of a route whose connections are let finish.
+    fn counted(&self, name: &RouteName, id: u32, carriers: Carriers) -> Fragment {
+        match carriers.kernel {
+            true => draining(name, self.mark(id)),
+            false => Fragment::default(),
+        }
+    }
+
+    /// What the table has of a route now; nothing of one that is not there.
+    fn committed(&self, id: u32) -> Fragment {
+        if let Some(drain) = self.draining.get(&id) {
+            return self.counted(&drain.name, id, drain.carriers);
+        }
+        let served = self.ids.name(id).and_then(|name| self.served.get(name));
+        served.map(|served| self.fragment(served)).unwrap_or_default()
+    }
+
+    /// The table as it should be.
+    fn wanted(&self) -> Ruleset {
+        self.wanted_with(&Updates::new())
+    }
+
+    fn wanted_with(&self, updates: &Updates) -> Ruleset {
+        let served = self.served.values().map(|served| served.id);
+        let ids = served.chain(self.draining.keys().copied()).filter(|id| !updates.contains_key(id));
+        let mut whole = self.assembly.whole();
+        ids.for_each(|id| whole.add(self.committed(id)));
+        updates.values().for_each(|update| whole.add(update.new.clone()));
+        whole.finish()
     }
 
     /// Both kernels of a change, or none: what can fail comes before what cannot. The number of messages to nftables.
-    fn apply(&mut self, updates: Updates, change: stream::Change, needs_table: bool) -> Result<usize, ReconcileError> {
+    fn apply(&mut self, updates: &Updates, change: stream::Change, needs_table: bool) -> Result<usize, ReconcileError> {
         let result = self.try_apply(updates, change, needs_table);
         match &result {
             Ok(_) => {
@@ -372,7 +398,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
 
     fn try_apply(
         &mut self,
-        updates: Updates,
+        updates: &Updates,
         change: stream::Change,
         needs_table: bool,
     ) -> Result<usize, ReconcileError> {
@@ -395,11 +421,11 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
     }
 
     /// One atomic batch; the first one makes the table. The number of its messages.
-    fn change_table(&mut self, updates: Updates) -> Result<usize, NftError> {
+    fn change_table(&mut self, updates: &Updates) -> Result<usize, NftError> {
         if !self.table {
             return self.make_table(updates);
         }
-        let changes = self.assembly.changes(&updates);
+        let changes = self.assembly.changes(updates);
         if let Some(nft) = self.nft.as_mut().filter(|_| !changes.is_empty()) {
             nft.apply(&changes)?;
         }
@@ -407,34 +433,33 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         Ok(changes.len())
     }
 
-    fn make_table(&mut self, updates: Updates) -> Result<usize, NftError> {
-        let ownership = self.ownership(false);
+    fn make_table(&mut self, updates: &Updates) -> Result<usize, NftError> {
+        let (ownership, wanted) = (self.ownership(false), self.wanted_with(updates));
         let Some(nft) = &mut self.nft else { return Ok(0) };
-        let mut next = self.assembly.clone();
-        next.commit(updates);
         let snapshot = nft.snapshot()?;
-        let changes = diff(next.ruleset(), &snapshot, ownership, |rule| nft.fingerprint(rule));
+        let changes = diff(wanted, &snapshot, ownership, |rule| nft.fingerprint(rule));
         nft.apply(&changes)?;
-        self.assembly = next;
+        self.assembly.commit(updates);
         self.table = true;
         Ok(changes.len())
     }
 
     /// Nothing is left with one carrier of a route that was draining.
     pub fn drained(&mut self, id: u32, carrier: Carrier) -> Result<Vec<Effect>, ReconcileError> {
-        let Some(drain) = self.draining.get_mut(&id) else { return Ok(Vec::new()) };
-        match carrier {
-            Carrier::Kernel => drain.carriers.kernel = false,
-            Carrier::Daemon => drain.carriers.daemon = false,
-        }
-        let nobody = drain.carriers == Carriers::default();
+        let Some(drain) = self.draining.get(&id) else { return Ok(Vec::new()) };
+        let left = match carrier {
+            Carrier::Kernel => Carriers { kernel: false, ..drain.carriers },
+            Carrier::Daemon => Carriers { daemon: false, ..drain.carriers },
+        };
         let mut effects = Vec::new();
         if carrier == Carrier::Kernel {
-            self.apply(Updates::from([(id, None)]), stream::Change::default(), false)?;
+            let update = Update { old: self.committed(id), new: Fragment::default() };
+            self.apply(&Updates::from([(id, update)]), stream::Change::default(), false)?;
             self.last_counters.remove(&id);
             effects.push(Effect::Forget { id });
         }
-        if nobody {
+        self.draining.entry(id).and_modify(|drain| drain.carriers = left);
+        if left == Carriers::default() {
             self.draining.remove(&id);
             self.ids.release(id);
             self.streams.iter_mut().for_each(|streams| streams.forget(id));
@@ -445,10 +470,9 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
 
     /// Compares the table with what it should be and mends it. True when there was something to mend.
     pub fn repair(&mut self) -> Result<bool, NftError> {
-        let ownership = self.ownership(true);
+        let (ownership, mut wanted) = (self.ownership(true), self.wanted());
         let Some(nft) = self.nft.as_mut().filter(|_| self.table) else { return Ok(false) };
         let snapshot = nft.snapshot()?;
-        let mut wanted = self.assembly.ruleset();
         seed_counters(&self.last_counters, self.ids.layout(), &mut wanted);
         let changes = diff(wanted, &snapshot, ownership, |rule| nft.fingerprint(rule));
         if changes.is_empty() {
@@ -544,7 +568,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
 }
 
 /// Counters of a table that somebody deleted go on from what was read last.
-fn seed_counters(last: &HashMap<u32, Counters>, layout: MarkLayout, ruleset: &mut proxy_core::ruleset::Ruleset) {
+fn seed_counters(last: &HashMap<u32, Counters>, layout: MarkLayout, ruleset: &mut Ruleset) {
     let mut seed = |set: &str, of: &dyn Fn(&Counters) -> proxy_core::ruleset::Counter| {
         let Some(set) = ruleset.sets.get_mut(set) else { return };
         for (key, element) in &mut set.elements {

@@ -3,7 +3,10 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, TcpStream},
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::{
+        Barrier,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -16,7 +19,7 @@ use shunt_lab::{
     kernel::{self, Holdings},
     load, pattern,
     relay::{Relay, on_each, servers},
-    scripted::{Behaviour, Start},
+    scripted::{Behaviour, Start, TcpServer},
     wait_until,
 };
 
@@ -109,62 +112,90 @@ fn a_quarter_gibibyte_each_way_at_once_arrives_whole_though_one_side_reads_slowl
     Ok(())
 }
 
+/// Readers that take some megabytes, so that their connections are moved to splice where that is the engine, and no more.
+/// Then, when nothing flows any more, `look` and let them read on.
+fn stall(lab: &Lab, shunt: &Shunt, relay: Relay, readers: usize, look: impl FnOnce() -> Result<()>) -> Result<()> {
+    let streams = load::idle(lab.client(), relay.listen(), readers)?;
+    let barrier = Barrier::new(readers + 1);
+    let outcomes: Vec<Result<pattern::Digested>> = thread::scope(|scope| -> Result<_> {
+        let threads: Vec<_> = streams
+            .into_iter()
+            .map(|mut stream| {
+                let barrier = &barrier;
+                scope.spawn(move || -> Result<pattern::Digested> {
+                    let first = pattern::receive_first(&mut stream, 6 << 20);
+                    barrier.wait();
+                    stream.shutdown(Shutdown::Write)?;
+                    Ok(pattern::receive_rest(first?, &mut stream)?)
+                })
+            })
+            .collect();
+        let mut last = (0, Instant::now());
+        let still = wait_until("the flow has come to a stand", Duration::from_secs(30), || {
+            let bytes = shunt.route(relay.route()).ok().and_then(|r| r["bytes_out"].as_u64()).unwrap_or(0);
+            if bytes != last.0 {
+                last = (bytes, Instant::now());
+            }
+            bytes >= (readers as u64 * 6) << 20 && last.1.elapsed() > Duration::from_secs(1)
+        });
+        let looked = still.and_then(|()| look());
+        barrier.wait();
+        let outcomes = threads.into_iter().map(|thread| thread.join().expect("reader")).collect();
+        looked.map(|()| outcomes)
+    })?;
+    let expected = pattern::send(&mut std::io::sink(), STALLED.0, STALLED.1)?;
+    for outcome in outcomes {
+        let received = outcome?;
+        ensure!(received == expected, "{relay:?}: {received:?}");
+    }
+    // Either side may have been the first.
+    shunt.wait_route(relay.route(), "all have finished", SOON, |r| {
+        let of = |reason: &str| r["terminations"][reason].as_u64().unwrap_or(0);
+        let finished = of("finished_client_first") + of("finished_backend_first");
+        (r["connections_active"] == 0 && r["connections_total"] == readers && finished == readers as u64).then_some(())
+    })
+}
+
+/// Seed and bytes that a stalled reader shall get.
+const STALLED: (u64, u64) = (5, 16 << 20);
+
+fn senders(lab: &Lab) -> Result<Vec<TcpServer>> {
+    servers(lab, &Behaviour::Exchange { seed: STALLED.0, bytes: STALLED.1, start: Start::AtOnce })
+}
+
 #[test]
 fn many_slow_readers_hold_a_bounded_share_of_memory() -> Result<()> {
-    const READERS: usize = 200;
+    const READERS: usize = 60;
     let lab = Lab::new()?;
-    let bytes = 8 << 20;
-    let _servers = servers(&lab, &Behaviour::Exchange { seed: 5, bytes, start: Start::AtOnce })?;
+    let _servers = senders(&lab)?;
     let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    let expected = pattern::send(&mut std::io::sink(), 5, bytes)?;
     for relay in Relay::ENGINES {
         let before = kernel::holdings(shunt.pid()?)?;
-        let (streams, most) = watched(shunt.pid()?, || {
-            let streams = load::idle(lab.client(), relay.listen(), READERS)?;
-            let mut last = (0, Instant::now());
-            wait_until("the flow has come to a stand", Duration::from_secs(30), || {
-                let Ok(route) = shunt.route(relay.route()) else { return false };
-                let bytes = route["bytes_out"].as_u64().unwrap_or(0);
-                if bytes != last.0 {
-                    last = (bytes, Instant::now());
-                }
-                bytes > 0 && last.1.elapsed() > Duration::from_millis(1500)
-            })?;
-            Ok(streams)
+        stall(&lab, &shunt, relay, READERS, || {
+            let now = kernel::holdings(shunt.pid()?)?;
+            let each = now.memory.saturating_sub(before.memory) / READERS as u64;
+            println!("{relay:?}: {READERS} readers that do not read: {} KiB each, {now:?}", each >> 10);
+            ensure!(each < 160 << 10, "{relay:?}: {each} bytes each");
+            let spliced = now.pipes >= READERS;
+            ensure!(spliced == (relay == Relay::Splice), "{relay:?}: bytes wait in pipes: {now:?}");
+            Ok(())
         })?;
-        let each = most.memory.saturating_sub(before.memory) / READERS as u64;
-        println!("{relay:?}: {READERS} readers that do not read: {} KiB each, {most:?}", each >> 10);
-        ensure!(each < 160 << 10, "{relay:?}: {each} bytes each");
-        // And then they read, all at once.
-        let bad = AtomicUsize::new(0);
-        thread::scope(|scope| {
-            for mut part in chunks(streams, 8) {
-                let (bad, expected) = (&bad, &expected);
-                scope.spawn(move || {
-                    for stream in &mut part {
-                        let _ = stream.shutdown(Shutdown::Write);
-                        let got = pattern::receive(stream);
-                        if got.ok().as_ref() != Some(expected) {
-                            bad.fetch_add(1, Ordering::Relaxed);
-                        }
-                    }
-                });
-            }
-        });
-        ensure!(bad.load(Ordering::Relaxed) == 0, "{relay:?}: {bad:?} of {READERS} got other bytes");
-        shunt.wait_route(relay.route(), "closed", SOON, |r| (r["connections_active"] == 0).then_some(()))?;
     }
     Ok(())
 }
 
-fn chunks(mut streams: Vec<TcpStream>, count: usize) -> Vec<Vec<TcpStream>> {
-    let size = streams.len().div_ceil(count);
-    let mut all = Vec::new();
-    while !streams.is_empty() {
-        let rest = streams.split_off(size.min(streams.len()));
-        all.push(std::mem::replace(&mut streams, rest));
-    }
-    all
+#[test]
+fn without_pipes_for_all_some_are_copied_and_every_byte_arrives() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = senders(&lab)?;
+    // 388 descriptors are for connections, an eighth of those for pipes: 24 pipes.
+    let shunt = Shunt::builder().descriptors(900).start(&lab, &Relay::routes(""))?;
+    stall(&lab, &shunt, Relay::Splice, 60, || {
+        let now = kernel::holdings(shunt.pid()?)?;
+        println!("{now:?}");
+        ensure!(now.pipes > 20 && now.pipes <= 2 * 24 + 2, "pipes: {now:?}");
+        Ok(())
+    })
 }
 
 #[test]
@@ -232,9 +263,9 @@ fn under_steady_load_the_rate_is_what_it_is() -> Result<()> {
 
 /// `idle` connections at once, then `short` ones in mixed ways; all holdings must come back.
 fn come_and_go(idle: usize, short: usize) -> Result<()> {
-    load::allow_descriptors(idle as u64 * 2 + 4096)?;
+    load::allow_descriptors(idle as u64 * 2 + 2000)?;
     let lab = Lab::builder().client_addresses(8).build()?;
-    let hold = shunt_lab::scripted::TcpServer::start(lab.backend(2), 9100, Behaviour::Hold)?;
+    let hold = TcpServer::start(lab.backend(2), 9100, Behaviour::Hold)?;
     let _servers = servers(&lab, &Behaviour::Echo)?;
     let to_hold = "[[route]]\nname = \"idle\"\nlisten = [\"10.88.1.1:8100\"]\nengine = \"splice\"\nbackends = [\"10.88.2.3:9100\"]\n";
     let shunt = Shunt::start(&lab, &format!("[log]\naccess = \"off\"\n{to_hold}{}", Relay::routes("")))?;

@@ -1,7 +1,7 @@
 //! How relayed connections end: each way of ending has one reason, is told at once, and leaves nothing (A1, A5, A9, C2, C4).
 
 use std::{
-    io::Write,
+    io::{ErrorKind, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     thread,
     time::{Duration, Instant},
@@ -125,7 +125,7 @@ fn a_reset_by_the_client_reaches_the_backend_as_one() -> Result<()> {
     on_every_relay(|relay| {
         reset(relay.connect(&lab, &shunt)?)?;
         let record = servers[relay as usize].wait_records(1, AT_ONCE)?.remove(0);
-        let reset = shunt_lab::scripted::Ended::Failed(std::io::ErrorKind::ConnectionReset);
+        let reset = shunt_lab::scripted::Ended::Failed(ErrorKind::ConnectionReset);
         ensure!(record.ended == reset, "the backend saw {:?}", record.ended);
         shunt.wait_ended(relay.route(), &[("reset_by_client", 1)], SOON)
     })
@@ -157,9 +157,14 @@ fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
     on_each(&Relay::ENGINES, |relay| {
         let from = SocketAddr::from(([10, 88, 1, 2], 40_000 + relay as u16));
         for nth in 1..=5u64 {
-            // The backend closes first, so the client's side has no TIME_WAIT and its port is free at once.
+            // The backend closes first, so the client's side has no TIME_WAIT and its port is free as soon as the last ACK
+            // is there.
+            let connect = || match lab.client().connect_from(from, relay.listen()) {
+                Err(error) if error.kind() == ErrorKind::AddrNotAvailable => None,
+                outcome => Some(outcome),
+            };
             let mut stream =
-                lab.client().connect_from(from, relay.listen()).with_context(|| format!("connection {nth}"))?;
+                wait_for("the port is free", SOON, connect)?.with_context(|| format!("connection {nth}"))?;
             stream.write_all(b"x")?;
             let (answer, end) = read_to_end(&mut stream, SOON)?;
             ensure!(answer == b"bye" && end == End::Finished, "connection {nth} got {answer:?}, {end:?}");
@@ -181,16 +186,16 @@ fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
 
 #[test]
 fn all_ends_at_once_are_one_end() -> Result<()> {
-    const CONNECTIONS: usize = 300;
+    const CONNECTIONS: usize = 200;
     let lab = Lab::new()?;
     let servers = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes("timeouts = { idle = \"1s\" }")))?;
+    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes("timeouts = { idle = \"3s\" }")))?;
     on_each(&Relay::ENGINES, |relay| {
         let mut streams: Vec<TcpStream> =
             (0..CONNECTIONS).map(|_| Ok(lab.client().connect(relay.listen())?)).collect::<Result<_>>()?;
+        let due = Instant::now() + Duration::from_secs(3);
         streams.iter_mut().try_for_each(|stream| echo(stream, b"x"))?;
         // Just when the idle limit of the first ones comes: both ends close, by FIN or by RST.
-        let due = Instant::now() + Duration::from_millis(900);
         wait_until("the idle limit", SOON, || Instant::now() >= due)?;
         thread::scope(|scope| {
             scope.spawn(|| servers[relay as usize].end_all(true));

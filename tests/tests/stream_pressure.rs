@@ -1,10 +1,8 @@
 //! Too much of something: descriptors run out, some clients take all they can get. The others are served.
 
 use std::{
-    fs,
     io::{ErrorKind, Read, Write},
     net::TcpStream,
-    os::unix::fs::PermissionsExt,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -17,7 +15,7 @@ use shunt_lab::{
     kernel, load,
     relay::{Relay, servers},
     scripted::Behaviour,
-    shunt_binary, wait_until,
+    wait_until,
 };
 
 const SOON: Duration = Duration::from_secs(10);
@@ -27,15 +25,7 @@ fn without_descriptors_the_next_are_refused_and_the_old_ones_live() -> Result<()
     const FILES: usize = 900;
     let lab = Lab::new()?;
     let servers = servers(&lab, &Behaviour::Echo)?;
-    // Whom the kernel lets raise the limit would.
-    let limited = lab.dir().join("limited");
-    let script = format!(
-        "#!/bin/sh\nulimit -n {FILES}\nexec setpriv --bounding-set=-sys_resource --inh-caps=-sys_resource {} \"$@\"\n",
-        shunt_binary()?.display()
-    );
-    fs::write(&limited, script)?;
-    fs::set_permissions(&limited, fs::Permissions::from_mode(0o755))?;
-    let shunt = Shunt::builder().binary(&limited).start(&lab, &Relay::routes(""))?;
+    let shunt = Shunt::builder().descriptors(FILES).start(&lab, &Relay::routes(""))?;
     let mut held = Vec::new();
     for n in 0..FILES {
         match lab.client().connect(Relay::ENGINES[n % 2].listen()) {

@@ -376,3 +376,32 @@ fn a_killed_daemon_is_followed_by_one_that_serves_at_once() -> Result<()> {
         shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)
     })
 }
+
+#[test]
+fn what_is_not_yet_relayed_does_not_hold_a_stopping_daemon_up() -> Result<()> {
+    let lab = Lab::new()?;
+    shunt_lab::link::lose(lab.backend(1), 100)?;
+    let tls = |relay: &Relay| {
+        format!(
+            "[[route]]\nname = \"tls-{e}\"\nlisten = [\"10.88.1.1:{}\"]\nengine = \"{e}\"\nbackends = [\"10.88.2.3:443\"]\n\
+             match = {{ sni = [\"a.example\"] }}\ntls = {{ mode = \"passthrough\" }}\ntimeouts = {{ drain = \"1s\" }}\n",
+            7000 + *relay as u16,
+            e = relay.engine()
+        )
+    };
+    let dialing = Relay::routes("timeouts = { drain = \"1s\", connect = \"1h\" }");
+    let mut shunt = Shunt::start(&lab, &format!("{dialing}{}", Relay::ENGINES.iter().map(tls).collect::<String>()))?;
+    let mut streams = Vec::new();
+    for relay in Relay::ENGINES {
+        streams.push(lab.client().connect(relay.listen())?);
+        streams.push(lab.client().connect(at(7000 + relay as u16))?);
+    }
+    wait_until("all are there", SOON, || shunt.cli_json(&["status"]).is_ok_and(|s| s["connections_active"] == 4))?;
+    let began = Instant::now();
+    ensure!(shunt.terminate(Duration::from_secs(4))?.success());
+    println!("exit after {:?}", began.elapsed());
+    for stream in &mut streams {
+        read_to_end(stream, AT_ONCE)?;
+    }
+    Ok(())
+}

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use proxy_core::{
     capability::Capabilities,
     config,
-    diff::{Assembly, Ownership, diff},
+    diff::{Ownership, Preview, diff},
     flow::MarkLayout,
     plan::plan,
     ruleset::{print, skeleton},
@@ -28,7 +28,7 @@ struct Template {
     /// The leading comment: prose, and the configuration behind `#|`.
     header: String,
     script: String,
-    assembly: Assembly,
+    preview: Preview,
 }
 
 fn template(path: PathBuf) -> Result<Template> {
@@ -42,8 +42,8 @@ fn template(path: PathBuf) -> Result<Template> {
     let down = backends().filter(|b| down.contains(&b.target.to_string().as_str())).map(|b| b.target.clone());
     let plan = plan(&config, &Capabilities::all());
     ensure!(plan.unserved().is_empty(), "{}: {:?}", path.display(), plan.unserved());
-    let assembly = plan.preview(MarkLayout::new(config.kernel.mark_mask), &down.collect::<Vec<_>>());
-    Ok(Template { path, header, script, assembly })
+    let preview = plan.preview(MarkLayout::new(config.kernel.mark_mask), &down.collect::<Vec<_>>());
+    Ok(Template { path, header, script, preview })
 }
 
 fn templates() -> Result<Vec<Template>> {
@@ -69,7 +69,7 @@ fn every_template_is_what_its_configuration_is_planned_to() -> Result<()> {
     }
     ensure!(fs::read_to_string(&skeleton)? == the_skeleton(), "{SKELETON} is not what is planned");
     for template in templates()? {
-        let planned = format!("\n{}", print(&template.assembly.additions()));
+        let planned = format!("\n{}", print(&template.preview.additions()));
         if update {
             fs::write(&template.path, format!("{}{planned}", template.header))?;
         } else {
@@ -90,7 +90,7 @@ fn netlink_programs_what_nft_makes_of_the_template() -> Result<()> {
             nft_listing()
         })?
         .with_context(|| format!("nft -f {name}"))?;
-        let wanted = template.assembly.ruleset();
+        let wanted = template.preview.ruleset();
         let by_netlink = in_new_namespace(move || -> Result<String> {
             let mut nft = KernelNft::open()?;
             let nothing = nft.snapshot()?;

@@ -5,7 +5,7 @@ mod batch;
 mod snapshot;
 mod whole;
 
-pub use assembly::{Assembly, Updates};
+pub use assembly::{Assembly, Preview, Update, Updates, Whole};
 pub use snapshot::*;
 pub use whole::{Ownership, diff};
 

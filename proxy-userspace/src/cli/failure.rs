@@ -4,8 +4,6 @@ use std::{fmt, process::ExitCode};
 
 use anstyle::{AnsiColor, Style};
 
-use crate::{admin::BindError, kernel::sysctl::SysctlError, logging::LogError};
-
 /// The exit codes of `shunt`; 2, wrong usage, is clap's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
@@ -24,7 +22,6 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// May be put into an [`anyhow::Error`] and is found there again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     /// One line, or one per problem.
@@ -63,48 +60,3 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
-
-/// Finds the typed error below and its mend; context added on the way up stays in front.
-impl From<anyhow::Error> for Failure {
-    fn from(error: anyhow::Error) -> Self {
-        let what = format!("{error:#}");
-        let below = |mend: Option<String>, exit| Failure { what: what.clone(), mend, exit };
-        if let Some(failure) = error.downcast_ref::<Failure>() {
-            return below(failure.mend.clone(), failure.exit);
-        }
-        if let Some(bind) = error.downcast_ref::<BindError>() {
-            return below(Some(bind.mend()), Exit::Failed);
-        }
-        if let Some(sysctl) = error.downcast_ref::<SysctlError>() {
-            return below(Some(sysctl.mend()), Exit::Missing);
-        }
-        if error.downcast_ref::<LogError>().is_some() {
-            return below(Some("set log.level to one of trace, debug, info, warn, error".to_owned()), Exit::Failed);
-        }
-        below(None, Exit::Failed)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use anyhow::Context;
-
-    use super::*;
-
-    #[test]
-    fn the_mend_and_the_exit_code_survive_context() {
-        let below = Failure::new("no nf_tables", "modprobe nf_tables").exit(Exit::Missing);
-        let error = Err::<(), _>(below).context("cannot start").expect_err("an error");
-        let failure = Failure::from(error);
-        assert_eq!(failure.what, "cannot start: no nf_tables");
-        assert_eq!((failure.mend.as_deref(), failure.exit), (Some("modprobe nf_tables"), Exit::Missing));
-    }
-
-    #[test]
-    fn a_second_daemon_is_told_what_to_do() {
-        let error = anyhow::Error::new(BindError::AnotherDaemon { path: "/run/s".into(), pid: Some(7) });
-        let failure = Failure::from(error);
-        assert!(failure.what.contains("(pid 7)"), "{failure}");
-        assert!(failure.mend.is_some());
-    }
-}

@@ -24,18 +24,42 @@ pub struct Announcer {
     routes: RouteTable,
 }
 
+/// What was told of some routes before they were announced.
+#[derive(Debug, Default)]
+pub struct Before {
+    known: Vec<(u32, Arc<RouteInfo>)>,
+    unknown: Vec<u32>,
+}
+
 impl Announcer {
     pub fn new(inputs: Option<mpsc::Sender<Input>>, clock: Clock, kernel_timeouts: bool) -> Self {
         Self { inputs, clock, kernel_timeouts, routes: RouteTable::new() }
     }
 
-    /// Tells of routes that are about to be served: a flow of a route nobody knows would not be counted.
-    pub async fn announce(&mut self, routes: &[(u32, Arc<Route>)]) {
+    /// Tells of routes that are about to be served: a flow of a route nobody knows would not be counted. What was told of
+    /// them before is for [`Self::take_back`].
+    pub async fn announce(&mut self, routes: &[(u32, Arc<Route>)]) -> Before {
+        let mut before = Before::default();
         if routes.is_empty() {
-            return;
+            return before;
+        }
+        for (id, _) in routes {
+            match self.routes.get(id) {
+                Some(known) => before.known.push((*id, Arc::clone(known))),
+                None => before.unknown.push(*id),
+            }
         }
         let routes: Vec<_> = routes.iter().map(|(id, route)| (*id, Arc::new(self.info(route)))).collect();
         self.change(routes, Vec::new()).await;
+        before
+    }
+
+    /// The kernel refused what was announced.
+    pub async fn take_back(&mut self, before: Before) {
+        if before.known.is_empty() && before.unknown.is_empty() {
+            return;
+        }
+        self.change(before.known, before.unknown).await;
     }
 
     async fn change(&mut self, routes: Vec<(u32, Arc<RouteInfo>)>, gone: Vec<u32>) {

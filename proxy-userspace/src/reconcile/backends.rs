@@ -8,7 +8,7 @@ use std::{
 
 use proxy_core::{
     config::{Protocol, RouteName, Target},
-    diff::Updates,
+    diff::{Update, Updates},
     pool::{Checked, Pool},
     view::{self, BackendAdmin},
 };
@@ -102,12 +102,12 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
             if moved && made.plan.is_relayed() {
                 asked.routes.push(relay::spec(&made));
             } else if moved {
-                updates.insert(made.id, self.fragment(&made));
+                updates.insert(made.id, Update { old: self.fragment(served), new: self.fragment(&made) });
             }
             changed.push(made);
         }
         if !updates.is_empty() || !asked.routes.is_empty() {
-            self.apply(updates, asked, false)?;
+            self.apply(&updates, asked, false)?;
         }
         self.unpublished |= !changed.is_empty();
         for made in changed {

@@ -58,6 +58,10 @@ impl Ids {
         }
     }
 
+    pub fn name(&self, id: u32) -> Option<&RouteName> {
+        self.by_id.get(&id)
+    }
+
     pub fn id(&self, name: &RouteName) -> Option<u32> {
         self.by_name.get(name).copied()
     }

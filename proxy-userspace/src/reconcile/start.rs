@@ -9,11 +9,11 @@ use std::{
 use proxy_core::{
     capability::Capabilities,
     config::{Config, Engine, Route, RouteName},
-    diff::{Assembly, Snapshot, Updates, diff},
+    diff::{Assembly, Snapshot, diff},
     flow::MarkLayout,
     plan::{RoutePlan, plan},
     pool::Pool,
-    ruleset::{Key, KeyPart, draining, names, skeleton},
+    ruleset::{Key, KeyPart, Ruleset, draining, names, skeleton},
     view,
 };
 
@@ -141,14 +141,17 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
     pub fn install(&mut self, found: &Found) -> Result<Outcome, ReconcileError> {
         let mut outcome = Outcome::default();
         let refused_before = found.snapshot.sets.get(names::NO_BACKEND);
-        let (mut updates, mut change) = (Updates::new(), stream::Change::default());
+        let mut whole = self.assembly.whole();
+        let mut change = stream::Change::default();
         for plan in self.plan.routes().to_vec() {
             let Some(id) = self.ids.id(&plan.route.name) else { continue };
             let counts_no_backend =
                 refused_before.is_some_and(|set| set.elements.contains_key(&Key::new(&[KeyPart::Mark(self.mark(id))])));
             let before = Carriers { kernel: self.was_forwarded(id, &found.snapshot), daemon: false };
             let served = self.make(id, &plan, Pool::new(&plan.route), counts_no_backend, before);
-            updates.insert(id, self.fragment(&served));
+            let fragment = self.fragment(&served);
+            self.assembly.add(&fragment);
+            whole.add(fragment);
             if served.carriers.daemon {
                 change.routes.push(relay::spec(&served));
             }
@@ -156,7 +159,9 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
             self.served.insert(plan.route.name.clone(), served);
         }
         for (&id, drain) in &self.draining {
-            updates.insert(id, Some(draining(&drain.name, self.mark(id))));
+            let fragment = draining(&drain.name, self.mark(id));
+            self.assembly.add(&fragment);
+            whole.add(fragment);
             let (name, deadline) = (drain.name.clone(), drain.deadline);
             outcome.effects.push(Effect::Drain { id, name, deadline });
         }
@@ -166,8 +171,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
             Some(streams) if !relay::is_empty(&change) => Some(streams.prepare(change)?),
             Some(_) | None => None,
         };
-        self.assembly.commit(updates);
-        outcome.changes = self.equalize(&found.snapshot)?;
+        outcome.changes = self.equalize(whole.finish(), &found.snapshot)?;
         if let (Some(streams), Some(prepared)) = (&mut self.streams, prepared) {
             streams.commit(prepared);
         }
@@ -180,11 +184,11 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
     }
 
     /// The number of messages it took. A configuration without a route for it makes no table.
-    fn equalize(&mut self, snapshot: &Snapshot) -> Result<usize, NftError> {
+    fn equalize(&mut self, wanted: Ruleset, snapshot: &Snapshot) -> Result<usize, NftError> {
         let ownership = self.ownership(false);
-        let wanted = self.table || self.plan.uses_nft();
-        let Some(nft) = self.nft.as_mut().filter(|_| wanted) else { return Ok(0) };
-        let changes = diff(self.assembly.ruleset(), snapshot, ownership, |rule| nft.fingerprint(rule));
+        let needed = self.table || self.plan.uses_nft();
+        let Some(nft) = self.nft.as_mut().filter(|_| needed) else { return Ok(0) };
+        let changes = diff(wanted, snapshot, ownership, |rule| nft.fingerprint(rule));
         if !changes.is_empty() {
             nft.apply(&changes)?;
         }
@@ -195,8 +199,9 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
     /// Reads the table back and compares it with what was asked for: the number of differences, 0 when all is well.
     pub fn verify(&mut self) -> Result<usize, NftError> {
         let ownership = self.ownership(true);
+        let wanted = self.wanted();
         let Some(nft) = self.nft.as_mut().filter(|_| self.table) else { return Ok(0) };
         let snapshot = nft.snapshot()?;
-        Ok(diff(self.assembly.ruleset(), &snapshot, ownership, |rule| nft.fingerprint(rule)).len())
+        Ok(diff(wanted, &snapshot, ownership, |rule| nft.fingerprint(rule)).len())
     }
 }

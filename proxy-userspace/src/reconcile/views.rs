@@ -70,7 +70,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
 
     /// The table as it should be, as a script.
     pub fn script(&self) -> String {
-        proxy_core::ruleset::print(&self.assembly.ruleset())
+        proxy_core::ruleset::print(&self.wanted())
     }
 
     pub fn explain(&self, name: &str) -> Option<view::Explain> {

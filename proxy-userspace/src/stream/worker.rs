@@ -76,6 +76,8 @@ pub struct Worker {
     handshakes: VecDeque<u32>,
     stores: Stores,
     slots: Vec<Slot>,
+    /// Slots of routes that are gone.
+    free_slots: Vec<usize>,
     /// By route id.
     by_id: HashMap<u32, usize>,
     listeners: Vec<Option<Listener>>,
@@ -157,6 +159,7 @@ impl Worker {
             handshakes: VecDeque::new(),
             stores: Stores { buffers: Buffers::default(), pipes: Pipes::new(pipes) },
             slots: vec![no_route],
+            free_slots: Vec::new(),
             by_id: HashMap::new(),
             listeners: Vec::new(),
             told: Vec::new(),

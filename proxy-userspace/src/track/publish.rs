@@ -172,11 +172,11 @@ impl Publisher {
                 state.backends.insert(name.into(), tally.backends.clone());
             }
         }
-        if tally.seen > tally.active {
+        if let Some(ages) = tally.ages() {
             match state.ages.get_mut(name) {
-                Some(known) => *known = tally.ages,
+                Some(known) => *known = *ages,
                 None => {
-                    state.ages.insert(name.into(), tally.ages);
+                    state.ages.insert(name.into(), *ages);
                 }
             }
         }

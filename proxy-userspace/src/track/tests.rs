@@ -161,6 +161,20 @@ fn run(body: impl AsyncFnOnce(&mut Bench)) -> String {
 }
 
 #[test]
+fn an_end_told_before_the_routes_are_known_is_counted_once_they_are() {
+    run(async |bench| {
+        bench.kernel.begin(flow(1, 1));
+        bench.kernel.change(1, true, |entry| entry.mark = mark(1, End::ResetByClient));
+        // The task has its chance to read them.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        bench.send(routes([(1, info("web"))])).await;
+        bench.route("web", |route| route.terminations.get(&Reason::ResetByClient) == Some(&1)).await;
+    });
+}
+
+#[test]
 fn a_flow_is_followed_from_new_to_its_line() {
     let log = run(async |bench| {
         bench.send(routes([(1, info("web"))])).await;

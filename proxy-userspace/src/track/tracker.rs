@@ -104,7 +104,8 @@ impl<C: Conntrack> Task<C> {
     pub async fn run(mut self, mut commands: mpsc::Receiver<FlowCommand>, mut inputs: mpsc::Receiver<Input>) {
         loop {
             let until = self.next_wake();
-            let listening = self.retry_at.is_none();
+            // Events of routes that are not known yet wait.
+            let listening = self.routed && self.retry_at.is_none();
             let mut rest = false;
             let wake = tokio::select! {
                 input = inputs.recv() => Wake::Input(input),
@@ -134,9 +135,7 @@ impl<C: Conntrack> Task<C> {
 
     /// Logs what has ended.
     fn close(&mut self) {
-        if self.routed {
-            self.dump();
-        }
+        self.look();
         let now = self.clock.now();
         self.table.report_all(now);
         self.log_ended();
@@ -183,8 +182,8 @@ impl<C: Conntrack> Task<C> {
                 self.publish(now);
             }
             Input::DropUdp(down) => {
-                // A flow whose first packet has passed must be known before it can be dropped.
-                self.drain();
+                // A flow must be known before it can be dropped.
+                self.look();
                 self.drop_udp(&down, now);
                 self.down.push(down);
             }
@@ -200,7 +199,12 @@ impl<C: Conntrack> Task<C> {
     }
 
     fn change_routes(&mut self, changed: &[(u32, Arc<RouteInfo>)], gone: &[u32], now: Now) {
-        self.drain();
+        // What a route leaves behind must be known before it is cut, or the route said to be drained.
+        if !gone.is_empty() || changed.iter().any(|(_, info)| info.drain_until.is_some()) {
+            self.look();
+        } else if self.routed {
+            self.drain();
+        }
         let name = |id: &u32| Some((*id, Arc::clone(&self.table.tally(*id)?.info.name)));
         let renamed = changed.iter().filter_map(|(id, info)| name(id).filter(|(_, known)| *known != info.name));
         let forgotten: Vec<(u32, Arc<str>)> = gone.iter().filter_map(name).chain(renamed).collect();
@@ -214,9 +218,7 @@ impl<C: Conntrack> Task<C> {
     fn obey(&mut self, command: FlowCommand) {
         match command {
             FlowCommand::Connections { filter, reply } => {
-                if self.routed {
-                    self.dump();
-                }
+                self.look();
                 let _ = reply.send(Ok(commands::list(&self.table, &filter, self.clock.now())));
             }
             FlowCommand::Kill { id, reply } => {
@@ -334,6 +336,13 @@ impl<C: Conntrack> Task<C> {
         }
     }
 
+    /// Everything that lives now is known then.
+    fn look(&mut self) {
+        if self.routed {
+            self.dump();
+        }
+    }
+
     fn dump(&mut self) {
         let now = self.clock.now();
         let kind = self.dump_kind(now);
@@ -341,9 +350,9 @@ impl<C: Conntrack> Task<C> {
         let stretched = (self.last_dump_took * DUMP_SHARE).clamp(self.interval, self.interval * MOST_INTERVALS);
         self.next_dump = now.mono + stretched;
         self.table.begin_dump(kind, self.next_dump, now);
-        let filters = self.filters(kind);
+        let filter = self.filter(kind);
         let table = &mut self.table;
-        if let Err(error) = self.conntrack.dump(&filters, &mut |entry| table.observe(entry, now)) {
+        if let Err(error) = self.conntrack.dump(filter, &mut |entry| table.observe(entry, now)) {
             return self.failed(&error);
         }
         self.drain();
@@ -367,17 +376,10 @@ impl<C: Conntrack> Task<C> {
         }
     }
 
-    /// The kernel can compare bits with one value, so what lives (three of the eight end numbers) takes two passes.
-    fn filters(&self, kind: DumpKind) -> Vec<MarkFilter> {
-        let layout = self.table.layout();
-        let [open, client, backend] =
-            [End::Open, End::ClientFinished, End::BackendFinished].map(|e| layout.end_bits(e));
+    fn filter(&self, kind: DumpKind) -> MarkFilter {
         match kind {
-            DumpKind::Full => vec![MarkFilter { value: 0, mask: 0 }],
-            DumpKind::Live => vec![
-                MarkFilter { value: open, mask: layout.end_mask() & !client },
-                MarkFilter { value: backend, mask: layout.end_mask() },
-            ],
+            DumpKind::Full => MarkFilter { value: 0, mask: 0 },
+            DumpKind::Live => MarkFilter { value: 0, mask: self.table.layout().over_mask() },
         }
     }
 

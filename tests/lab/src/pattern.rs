@@ -50,12 +50,30 @@ pub fn send(to: &mut impl Write, seed: u64, bytes: u64) -> io::Result<Digested> 
 
 /// Reads to the end of the stream; the digest of what came.
 pub fn receive(from: &mut impl Read) -> io::Result<Digested> {
+    receive_rest(Running::default(), from)
+}
+
+/// Reads `bytes`, in front of what [`receive_rest`] reads.
+pub fn receive_first(from: &mut impl Read, bytes: u64) -> io::Result<Running> {
     let mut running = Running::default();
+    let mut buffer = vec![0; 64 * 1024];
+    while running.bytes < bytes {
+        let room = usize::try_from(bytes - running.bytes).map_or(buffer.len(), |left| left.min(buffer.len()));
+        match from.read(&mut buffer[..room])? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => running.update(&buffer[..n]),
+        }
+    }
+    Ok(running)
+}
+
+/// Reads to the end of the stream; the digest of everything, `first` too.
+pub fn receive_rest(mut first: Running, from: &mut impl Read) -> io::Result<Digested> {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         match from.read(&mut buffer)? {
-            0 => return Ok(running.finish()),
-            n => running.update(&buffer[..n]),
+            0 => return Ok(first.finish()),
+            n => first.update(&buffer[..n]),
         }
     }
 }

@@ -30,6 +30,7 @@ pub struct ShuntBuilder {
     args: Vec<String>,
     wait_ready: bool,
     binary: Option<PathBuf>,
+    descriptors: Option<usize>,
 }
 
 impl ShuntBuilder {
@@ -65,6 +66,12 @@ impl ShuntBuilder {
     /// One more argument after `run --config FILE`.
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
+        self
+    }
+
+    /// May not have more open files, nor raise the limit.
+    pub fn descriptors(mut self, most: usize) -> Self {
+        self.descriptors = Some(most);
         self
     }
 
@@ -118,6 +125,7 @@ impl Shunt {
             args: Vec::new(),
             wait_ready: true,
             binary: None,
+            descriptors: None,
         }
     }
 
@@ -248,7 +256,15 @@ impl Shunt {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let mut command = self.host.command(&self.binary);
+        let mut command = match self.options.descriptors {
+            None => self.host.command(&self.binary),
+            Some(most) => {
+                let mut command = self.host.command("setpriv");
+                command.args(["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "prlimit"]);
+                command.arg(format!("--nofile={most}")).arg(&self.binary);
+                command
+            }
+        };
         command.arg("run").arg("--config").arg(&self.config_file).args(&self.options.args);
         command.envs(self.options.env.iter().map(|(key, value)| (key, value)));
         let mut running = Running::start(&self.options.name, command, &self.dir)?;

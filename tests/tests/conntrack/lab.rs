@@ -16,9 +16,9 @@ use proxy_core::{
     conntrack::{Entry, Event},
     flow::MarkLayout,
 };
-use proxy_userspace::kernel::conntrack::{Conntrack, MarkFilter, NetlinkConntrack};
+use proxy_userspace::kernel::conntrack::{Conntrack, Hear, MarkFilter, NetlinkConntrack};
 
-pub const ALL: &[MarkFilter] = &[MarkFilter { value: 0, mask: 0 }];
+pub const ALL: MarkFilter = MarkFilter { value: 0, mask: 0 };
 pub const TCP_ROUTE: u32 = 1;
 pub const UDP_ROUTE: u32 = 2;
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -42,20 +42,20 @@ table inet t {
   chain post { type nat hook postrouting priority srcnat; ct mark != 0 masquerade; }
   chain forw {
     type filter hook forward priority filter
-    tcp flags & (syn|rst) == 0 ct mark and 0x700 == 0x700 reject with tcp reset
+    tcp flags & (syn|rst) == 0 ct mark and 0x700 == 0x300 reject with tcp reset
     tcp flags & (fin|rst) == fin jump fin
     tcp flags & rst == rst ct mark and 0x700 <= 0x200 jump rst
   }
   chain fin {
     ct direction original ct mark and 0x700 == 0x000 ct mark set ct mark or 0x100 return
     ct direction reply ct mark and 0x700 == 0x000 ct mark set ct mark or 0x200 return
-    ct direction reply ct mark and 0x700 == 0x100 ct event set 0x85 ct mark set ct mark and 0xfffff8ff or 0x300
-    ct direction original ct mark and 0x700 == 0x200 ct event set 0x85 ct mark set ct mark and 0xfffff8ff or 0x400
+    ct direction reply ct mark and 0x700 == 0x100 ct event set 0x85 ct mark set ct mark and 0xfffff8ff or 0x400
+    ct direction original ct mark and 0x700 == 0x200 ct event set 0x85 ct mark set ct mark and 0xfffff8ff or 0x500
   }
   chain rst {
     ct event set 0x85
-    ct direction original ct mark set ct mark and 0xfffff8ff or 0x500
-    ct direction reply ct mark set ct mark and 0xfffff8ff or 0x600
+    ct direction original ct mark set ct mark and 0xfffff8ff or 0x600
+    ct direction reply ct mark set ct mark and 0xfffff8ff or 0x700
   }
 }";
 
@@ -146,7 +146,8 @@ impl Lab {
         self.inside("g", || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
             let _inside = runtime.enter();
-            let mut conntrack = NetlinkConntrack::open(layout().id_mask(), buffer).expect("conntrack sockets");
+            let mut conntrack =
+                NetlinkConntrack::open(layout().id_mask(), buffer, Hear::BeginningsAndEnds).expect("conntrack sockets");
             work(&mut conntrack)
         })
     }
@@ -234,9 +235,9 @@ pub fn events_until(conntrack: &mut NetlinkConntrack, enough: impl Fn(&[Event]) 
     seen
 }
 
-pub fn dump(conntrack: &mut NetlinkConntrack, filters: &[MarkFilter]) -> Vec<Entry> {
+pub fn dump(conntrack: &mut NetlinkConntrack, filter: MarkFilter) -> Vec<Entry> {
     let mut entries = Vec::new();
-    conntrack.dump(filters, &mut |entry| entries.push(entry.clone())).expect("dump");
+    conntrack.dump(filter, &mut |entry| entries.push(entry.clone())).expect("dump");
     entries
 }
 

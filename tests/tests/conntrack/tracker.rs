@@ -18,7 +18,7 @@ use proxy_core::{
 use proxy_userspace::{
     access_log::AccessLog,
     control::{ConnectionFilter, FlowCommand, FlowState},
-    kernel::conntrack::NetlinkConntrack,
+    kernel::conntrack::{Hear, NetlinkConntrack},
     track::{Clock, DropUdp, INTERVAL, Input, Options, Tracker},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -78,7 +78,9 @@ impl Running {
             failed_dials: mpsc::channel(1).0,
         };
         let id_mask = layout().id_mask();
-        let tracker = lab.inside("g", || Tracker::spawn(options, move || NetlinkConntrack::open(id_mask, BUFFER)));
+        let tracker = lab.inside("g", || {
+            Tracker::spawn(options, move || NetlinkConntrack::open(id_mask, BUFFER, Hear::as_needed()))
+        });
         let tracker = Some(tracker.expect("tracker"));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
         let running = Self { tracker, runtime, clock, drained, log };

@@ -1,21 +1,34 @@
 //! The table as the sum of a skeleton and one fragment per route, changed a few fragments at a time.
+//!
+//! Fragments are not kept: whoever has the routes makes them again when they are needed. For 50,000 routes they would be
+//! some 60 MB.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap, HashSet},
+};
 
 use super::{Change, Changes, batch::Batch};
-use crate::ruleset::{Fragment, Member, Ruleset, Set, names};
+use crate::ruleset::{Element, Fragment, Key, Member, Ruleset, Set, names};
 
-/// What the daemon has put into the kernel, by route id.
+/// What the daemon has put into the kernel.
 #[derive(Debug, Clone, Default)]
 pub struct Assembly {
     skeleton: Ruleset,
-    fragments: HashMap<u32, Fragment>,
     /// How many fragments name each thing.
     uses: HashMap<Name, u32>,
 }
 
-/// New fragments by route id; `None` removes the route.
-pub type Updates = BTreeMap<u32, Option<Fragment>>;
+/// The change of one route: what it adds to the skeleton now, and then.
+#[derive(Debug, Clone, Default)]
+pub struct Update {
+    /// As it was committed.
+    pub old: Fragment,
+    pub new: Fragment,
+}
+
+/// By route id. A fragment that is empty is that of a route which is not there.
+pub type Updates = BTreeMap<u32, Update>;
 
 /// A thing that several fragments may name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -23,7 +36,7 @@ enum Name {
     Timeout(String),
     Set(String),
     Chain(String),
-    Element(String, crate::ruleset::Key),
+    Element(String, Key),
 }
 
 /// Sets whose elements several routes may have in common. Elements of all other sets belong to one route.
@@ -36,52 +49,18 @@ impl Assembly {
         Self { skeleton, ..Self::default() }
     }
 
-    pub fn fragment(&self, id: u32) -> Option<&Fragment> {
-        self.fragments.get(&id)
-    }
-
-    /// The whole table, for a comparison with the kernel or to be printed.
-    pub fn ruleset(&self) -> Ruleset {
-        let mut ruleset = self.skeleton.clone();
-        self.add_fragments(&mut ruleset);
-        ruleset
-    }
-
-    /// What the routes add to the skeleton: a script of this, loaded after one of the skeleton, makes the same table.
-    pub fn additions(&self) -> Ruleset {
-        let mut ruleset = Ruleset::default();
-        for member in self.fragments.values().flat_map(|f| &f.elements) {
-            if let Some(set) = self.skeleton.sets.get(&*member.set) {
-                ruleset.sets.insert(member.set.to_string(), set.clone());
-            }
-        }
-        self.add_fragments(&mut ruleset);
-        ruleset
-    }
-
-    fn add_fragments(&self, ruleset: &mut Ruleset) {
-        for fragment in self.fragments.values() {
-            ruleset.timeouts.extend(fragment.timeouts.iter().cloned());
-            ruleset.chains.extend(fragment.chains.iter().cloned());
-            for (name, spec) in &fragment.sets {
-                let set = || Set { spec: spec.clone(), elements: BTreeMap::new() };
-                ruleset.sets.entry(name.clone()).or_insert_with(set);
-            }
-        }
-        for member in self.fragments.values().flat_map(|f| &f.elements) {
-            if let Some(set) = ruleset.sets.get_mut(&*member.set) {
-                set.elements.insert(member.key.clone(), member.element.clone());
-            }
-        }
+    /// The whole table, for a comparison with the kernel or to be printed; to be given the fragments of all routes.
+    pub fn whole(&self) -> Whole {
+        Whole::of(self.skeleton.clone())
     }
 
     /// The batch that brings the kernel from this assembly to the one with `updates`. Changes nothing here: see [`Self::commit`].
     pub fn changes(&self, updates: &Updates) -> Changes {
         let mut batch = Batch::default();
         let mut uses: HashMap<Name, i64> = HashMap::new();
-        for (id, new) in updates {
-            for (fragment, step) in [(self.fragments.get(id), -1), (new.as_ref(), 1)] {
-                for name in fragment.into_iter().flat_map(shared_names) {
+        for Update { old, new } in updates.values() {
+            for (fragment, step) in [(old, -1), (new, 1)] {
+                for name in shared_names(fragment) {
                     *uses.entry(name).or_default() += step;
                 }
             }
@@ -93,10 +72,8 @@ impl Assembly {
             _ => Fate::Stays,
         };
         let mut done = HashSet::new();
-        let empty = Fragment::default();
-        for (id, new) in updates {
-            let old = self.fragments.get(id).unwrap_or(&empty);
-            self.step(old, new.as_ref().unwrap_or(&empty), &fate, &mut done, &mut batch);
+        for Update { old, new } in updates.values() {
+            self.step(old, new, &fate, &mut done, &mut batch);
         }
         batch.into_changes()
     }
@@ -158,7 +135,7 @@ impl Assembly {
         done: &mut HashSet<Name>,
         batch: &mut Batch,
     ) {
-        fn index(fragment: &Fragment) -> HashMap<(&str, &crate::ruleset::Key), &Member> {
+        fn index(fragment: &Fragment) -> HashMap<(&str, &Key), &Member> {
             fragment.elements.iter().map(|m| ((&*m.set, &m.key), m)).collect()
         }
         let (before, after) = (index(old), index(new));
@@ -204,18 +181,10 @@ impl Assembly {
     }
 
     /// Takes `updates` over, once the kernel has taken their changes.
-    pub fn commit(&mut self, updates: Updates) {
-        for (id, new) in updates {
-            let old = match new {
-                Some(fragment) => {
-                    for name in shared_names(&fragment) {
-                        *self.uses.entry(name).or_default() += 1;
-                    }
-                    self.fragments.insert(id, fragment)
-                }
-                None => self.fragments.remove(&id),
-            };
-            for name in old.iter().flat_map(shared_names) {
+    pub fn commit(&mut self, updates: &Updates) {
+        for Update { old, new } in updates.values() {
+            self.add(new);
+            for name in shared_names(old) {
                 if let Some(count) = self.uses.get_mut(&name) {
                     *count -= 1;
                     if *count == 0 {
@@ -224,6 +193,78 @@ impl Assembly {
                 }
             }
         }
+    }
+
+    /// Takes one more route over.
+    pub fn add(&mut self, fragment: &Fragment) {
+        for name in shared_names(fragment) {
+            *self.uses.entry(name).or_default() += 1;
+        }
+    }
+}
+
+/// A skeleton and fragments on their way to a [`Ruleset`].
+#[derive(Debug)]
+pub struct Whole {
+    ruleset: Ruleset,
+    /// Sorted at the end: a map that grows in random order costs several times as much.
+    elements: HashMap<Cow<'static, str>, Vec<(Key, Element)>>,
+}
+
+impl Whole {
+    fn of(skeleton: Ruleset) -> Self {
+        Self { ruleset: skeleton, elements: HashMap::new() }
+    }
+
+    pub fn add(&mut self, fragment: Fragment) {
+        self.ruleset.timeouts.extend(fragment.timeouts);
+        self.ruleset.chains.extend(fragment.chains);
+        for (name, spec) in fragment.sets {
+            self.ruleset.sets.entry(name).or_insert_with(|| Set { spec, elements: BTreeMap::new() });
+        }
+        for Member { set, key, element } in fragment.elements {
+            self.elements.entry(set).or_default().push((key, element));
+        }
+    }
+
+    pub fn finish(self) -> Ruleset {
+        let Self { mut ruleset, elements } = self;
+        for (name, elements) in elements {
+            if let Some(set) = ruleset.sets.get_mut(&*name) {
+                set.elements.append(&mut elements.into_iter().collect());
+            }
+        }
+        ruleset
+    }
+}
+
+/// A table that is only looked at.
+#[derive(Debug)]
+pub struct Preview {
+    pub skeleton: Ruleset,
+    pub fragments: Vec<Fragment>,
+}
+
+impl Preview {
+    pub fn ruleset(&self) -> Ruleset {
+        self.onto(self.skeleton.clone())
+    }
+
+    /// What the routes add to the skeleton: a script of this, loaded after one of the skeleton, makes the same table.
+    pub fn additions(&self) -> Ruleset {
+        let mut ruleset = Ruleset::default();
+        for member in self.fragments.iter().flat_map(|f| &f.elements) {
+            if let Some(set) = self.skeleton.sets.get(&*member.set) {
+                ruleset.sets.insert(member.set.to_string(), set.clone());
+            }
+        }
+        self.onto(ruleset)
+    }
+
+    fn onto(&self, skeleton: Ruleset) -> Ruleset {
+        let mut whole = Whole::of(skeleton);
+        self.fragments.iter().cloned().for_each(|fragment| whole.add(fragment));
+        whole.finish()
     }
 }
 

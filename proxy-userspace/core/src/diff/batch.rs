@@ -5,6 +5,8 @@ use crate::ruleset::Chain;
 
 #[derive(Debug, Default)]
 pub(super) struct Batch {
+    /// The table itself.
+    pub table: Vec<Change>,
     pub delete_elements: Vec<Change>,
     pub flush: Vec<Change>,
     pub delete_chains: Vec<Change>,
@@ -39,12 +41,13 @@ impl Batch {
     }
 
     pub fn into_changes(self) -> Changes {
-        let Self { delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements } =
-            self;
-        let mut changes = delete_elements;
-        for mut part in [flush, delete_chains, delete_sets, delete_timeouts, add, rules, add_elements] {
-            changes.append(&mut part);
-        }
+        let Self { table, delete_elements, flush, delete_chains, delete_sets, delete_timeouts, .. } = self;
+        let Self { add, rules, add_elements, .. } = self;
+        let before = [table, delete_elements, flush, delete_chains, delete_sets, delete_timeouts, add, rules];
+        // New elements are by far the most: what comes before them is put in front of them, not they behind it.
+        let before: Vec<Change> = before.into_iter().flatten().collect();
+        let mut changes = add_elements;
+        changes.splice(0..0, before);
         changes
     }
 }

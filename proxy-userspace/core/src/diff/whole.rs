@@ -26,16 +26,13 @@ pub fn diff(
     fingerprint: impl Fn(&Rule) -> Fingerprint,
 ) -> Changes {
     let lock = ownership != Ownership::Shared;
-    let Some(table) = actual.table else { return create(wanted, lock, None) };
+    let Some(table) = actual.table else { return create(Vec::new(), wanted, lock, None) };
     // A lock can be taken over, but not put on a table, nor taken off it (`nf_tables_updtable`, v6.9).
     let take_over = (table.locked && ownership != Ownership::Keep).then_some(Change::AddTable { lock: true });
     if table.locked != lock || needs_replacement(&wanted, actual) {
-        let mut changes: Changes = take_over.into_iter().collect();
-        changes.push(Change::DeleteTable);
-        changes.extend(create(wanted, lock, Some(actual)));
-        return changes;
+        return create(take_over.into_iter().chain([Change::DeleteTable]).collect(), wanted, lock, Some(actual));
     }
-    let mut batch = Batch::default();
+    let mut batch = Batch { table: take_over.into_iter().collect(), ..Batch::default() };
     for (name, policy) in &wanted.timeouts {
         if !actual.timeouts.contains_key(name) {
             batch.add.push(Change::AddTimeout { name: name.clone(), policy: *policy });
@@ -54,7 +51,7 @@ pub fn diff(
             Some(state) => elements(&name, set, state, &mut batch),
         }
     }
-    take_over.into_iter().chain(batch.into_changes()).collect()
+    batch.into_changes()
 }
 
 /// A set or base chain of the wrong shape cannot be changed in place, nor a timeout that rules use.
@@ -67,9 +64,11 @@ fn needs_replacement(wanted: &Ruleset, actual: &Snapshot) -> bool {
     wanted.sets.iter().any(set) || wanted.chains.iter().any(chain) || wanted.timeouts.iter().any(timeout)
 }
 
-/// The whole table from nothing, its counters going on from those of `previous`.
-fn create(wanted: Ruleset, lock: bool, previous: Option<&Snapshot>) -> Changes {
-    let mut batch = Batch::default();
+/// The whole table from nothing, after `before`; its counters go on from those of `previous`.
+fn create(mut before: Vec<Change>, wanted: Ruleset, lock: bool, previous: Option<&Snapshot>) -> Changes {
+    before.push(Change::AddTable { lock });
+    let elements = wanted.sets.values().map(|set| set.elements.len()).sum();
+    let mut batch = Batch { table: before, add_elements: Vec::with_capacity(elements), ..Batch::default() };
     for (name, policy) in wanted.timeouts {
         batch.add.push(Change::AddTimeout { name, policy });
     }
@@ -80,9 +79,7 @@ fn create(wanted: Ruleset, lock: bool, previous: Option<&Snapshot>) -> Changes {
     for (name, chain) in &wanted.chains {
         batch.add_chain(name, chain);
     }
-    let mut changes = vec![Change::AddTable { lock }];
-    changes.extend(batch.into_changes());
-    changes
+    batch.into_changes()
 }
 
 fn add_set(name: String, set: Set, previous: Option<&SetState>, batch: &mut Batch) {

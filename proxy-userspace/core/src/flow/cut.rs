@@ -53,7 +53,7 @@ impl FlowTable {
     /// Reports every ended connection as it is known now.
     pub fn report_all(&mut self, now: Now) {
         for record in self.flows.values_mut().filter(|record| !record.state.is_active()) {
-            if let Some(tally) = self.tallies.get(&record.route) {
+            if let Some(tally) = self.tallies.get_mut(&record.route) {
                 report(record, tally, now, &mut self.ended);
             }
         }

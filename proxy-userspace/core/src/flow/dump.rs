@@ -70,6 +70,9 @@ impl FlowTable {
         self.advance(id, entry, now);
         let Some(record) = self.flows.get_mut(&id) else { return };
         let Some(tally) = self.tallies.get_mut(&record.route) else { return };
+        if !record.start_told {
+            record.begin_as(entry, now);
+        }
         record.expires = entry.timeout.map(|left| now.mono + Duration::from_secs(left.into()));
         if meter(record, entry, tally) && !adopted {
             record.last_activity = now.mono;
@@ -79,6 +82,7 @@ impl FlowTable {
             State::Closing { ended, .. } => {
                 if now.mono.saturating_sub(ended) >= SETTLED {
                     report(record, tally, now, &mut self.ended);
+                    touch(tally, record.route, &mut self.changed);
                 }
             }
             State::Dialing | State::Established | State::HalfClosed { .. } => {

@@ -12,12 +12,12 @@ pub enum End {
     ClientFinished = 1,
     /// The backend's FIN has passed.
     BackendFinished = 2,
-    FinishedClientFirst = 3,
-    FinishedBackendFirst = 4,
-    ResetByClient = 5,
-    ResetByBackend = 6,
-    /// Written by the daemon: the ruleset answers every later packet with a reset.
-    Cut = 7,
+    /// Written by the daemon: the ruleset answers every later packet with a reset. The entry goes within a second.
+    Cut = 3,
+    FinishedClientFirst = 4,
+    FinishedBackendFirst = 5,
+    ResetByClient = 6,
+    ResetByBackend = 7,
 }
 
 impl End {
@@ -26,11 +26,11 @@ impl End {
         End::Open,
         End::ClientFinished,
         End::BackendFinished,
+        End::Cut,
         End::FinishedClientFirst,
         End::FinishedBackendFirst,
         End::ResetByClient,
         End::ResetByBackend,
-        End::Cut,
     ];
 
     /// Bits of the end number: three.
@@ -60,6 +60,12 @@ impl MarkLayout {
     /// The bits of the end number.
     pub const fn end_mask(self) -> u32 {
         ((1 << End::BITS) - 1) << self.shift()
+    }
+
+    /// The bit that is set in what has ended and clear in what lives: the kernel can compare bits of the mark with one
+    /// value, so one pass over its table finds the living among many that linger.
+    pub const fn over_mask(self) -> u32 {
+        self.end_bits(End::FinishedClientFirst)
     }
 
     /// The bits of the route's id.
@@ -107,7 +113,15 @@ mod tests {
         assert_eq!(layout.route_mark(1), Some(0x800));
         assert_eq!(layout.route_mark(0), None);
         assert_eq!(layout.route_mark(1 << 21), None);
-        assert_eq!(layout.end(0x0000_0fff), End::Cut);
+        assert_eq!(layout.end(0x0000_0bff), End::Cut);
+    }
+
+    #[test]
+    fn one_bit_tells_what_has_ended_from_what_lives_or_is_being_cut() {
+        let layout = MarkLayout::new(MarkMask::DEFAULT);
+        let over = |end: &End| layout.end_bits(*end) & layout.over_mask() != 0;
+        let alive: Vec<End> = End::ALL.into_iter().filter(|end| !over(end)).collect();
+        assert_eq!(alive, [End::Open, End::ClientFinished, End::BackendFinished, End::Cut]);
     }
 
     proptest! {

@@ -194,6 +194,8 @@ pub struct Record {
     pub backend: SocketAddr,
     /// [`Now::mono`] of the first packet, or of the moment shunt first saw the connection.
     pub start: Duration,
+    /// The kernel told the start; otherwise it is when the connection was first seen, until the kernel tells.
+    pub(super) start_told: bool,
     /// [`Now::mono`] of the last dump that saw new packets.
     pub last_activity: Duration,
     /// The dump before that one: no packet is known to have come later.
@@ -223,6 +225,7 @@ impl Record {
             listen: entry.listen(),
             backend: entry.backend(),
             start: now.back_to(entry.started_ns).mono,
+            start_told: entry.started_ns.is_some(),
             last_activity: now.mono,
             silent_since: now.mono,
             traffic_in: Traffic::default(),
@@ -244,6 +247,17 @@ impl Record {
             original: Tuple { source: self.client, destination: self.listen },
             id: self.id.conntrack_id(),
         }
+    }
+
+    /// Takes the start over from the entry, where the kernel remembers it.
+    pub(super) fn begin_as(&mut self, entry: &Entry, now: Now) {
+        let Some(ns) = entry.started_ns else { return };
+        let told = now.back_to(Some(ns)).mono;
+        // Told again it is finer than the moment its event was read; further off, the wall clock was set meanwhile.
+        if !self.start_told || told.abs_diff(self.start) < Duration::from_secs(1) {
+            self.start = told;
+        }
+        self.start_told = true;
     }
 
     /// Time until something ends it, or lets go of it once it has ended, if no packet comes.

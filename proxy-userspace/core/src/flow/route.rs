@@ -47,11 +47,10 @@ impl AgeHistogram {
 pub struct RouteTally {
     pub info: Arc<RouteInfo>,
     pub active: u64,
-    /// Records ever: `active` plus all `terminations`.
+    /// Records ever: `active` plus [`Self::terminated_in_all`].
     pub seen: u64,
-    /// Indexed by `Reason as usize`.
-    pub terminations: [u64; Reason::ALL.len()],
-    pub ages: AgeHistogram,
+    /// Most of fifty thousand routes have none.
+    pub(super) past: Option<Box<Past>>,
     /// Active connections by backend; no zeros.
     pub backends: HashMap<SocketAddr, u64>,
     /// All records, ended ones too, as of the last dump.
@@ -66,14 +65,21 @@ pub struct RouteTally {
     pub(super) records: u64,
 }
 
+/// The connections of a route that have ended.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Past {
+    /// Indexed by `Reason as usize`.
+    terminations: [u64; Reason::ALL.len()],
+    ages: AgeHistogram,
+}
+
 impl RouteTally {
     pub(super) fn new(info: Arc<RouteInfo>) -> Self {
         Self {
             info,
             active: 0,
             seen: 0,
-            terminations: [0; Reason::ALL.len()],
-            ages: AgeHistogram::default(),
+            past: None,
             backends: HashMap::new(),
             traffic_in: Traffic::default(),
             traffic_out: Traffic::default(),
@@ -85,7 +91,20 @@ impl RouteTally {
     }
 
     pub fn terminated(&self, reason: Reason) -> u64 {
-        self.terminations[reason as usize]
+        self.past.as_ref().map_or(0, |past| past.terminations[reason as usize])
+    }
+
+    pub fn terminated_in_all(&self) -> u64 {
+        self.past.as_ref().map_or(0, |past| past.terminations.iter().sum())
+    }
+
+    /// `None` as long as no connection has ended.
+    pub fn ages(&self) -> Option<&AgeHistogram> {
+        self.past.as_ref().map(|past| &past.ages)
+    }
+
+    pub(super) fn was(&mut self, age: Duration) {
+        self.past.get_or_insert_default().ages.observe(age);
     }
 
     pub(super) fn began(&mut self, backend: SocketAddr) {
@@ -95,10 +114,9 @@ impl RouteTally {
         *self.backends.entry(backend).or_default() += 1;
     }
 
-    pub(super) fn ended(&mut self, backend: SocketAddr, reason: Reason, age: Duration) {
+    pub(super) fn ended(&mut self, backend: SocketAddr, reason: Reason) {
         self.active = self.active.saturating_sub(1);
-        self.terminations[reason as usize] += 1;
-        self.ages.observe(age);
+        self.past.get_or_insert_default().terminations[reason as usize] += 1;
         if let Some(count) = self.backends.get_mut(&backend) {
             *count = count.saturating_sub(1);
             if *count == 0 {

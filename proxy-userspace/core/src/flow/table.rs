@@ -238,23 +238,31 @@ impl FlowTable {
             return;
         }
         self.insert(entry, now);
+        if let Some(record) = self.flows.get_mut(&id) {
+            record.start_told = true;
+        }
         self.advance(id, entry, now);
     }
 
     fn on_update(&mut self, entry: &Entry, now: Now) {
-        self.advance(FlowId::of(entry), entry, now.back_to(entry.event_ns));
+        let id = FlowId::of(entry);
+        let now = now.back_to(entry.event_ns);
+        if !self.flows.contains_key(&id) && !self.is_full() {
+            self.insert(entry, now);
+        }
+        self.advance(id, entry, now);
     }
 
     fn on_destroy(&mut self, entry: &Entry, now: Now) {
         let id = FlowId::of(entry);
         if self.flows.contains_key(&id) {
             self.remove(id, Some(entry), now);
-        } else if self.stale || self.untracked > 0 {
+        } else {
             self.end_unknown(entry, now);
         }
     }
 
-    /// A connection whose beginning was missed: counted, never held.
+    /// A connection that came and went between two dumps, or found the table full: counted, never held.
     fn end_unknown(&mut self, entry: &Entry, now: Now) {
         if !self.is_ours(entry) {
             return;
@@ -340,11 +348,7 @@ impl FlowTable {
         let mut now = now;
         let mut reason = Reason::KernelExpired;
         if let Some(entry) = last {
-            let told = now.back_to(entry.started_ns).mono;
-            // Finer than the moment its event was read; further off, the wall clock was set meanwhile.
-            if entry.started_ns.is_some() && told.abs_diff(record.start) < Duration::from_secs(1) {
-                record.start = told;
-            }
+            record.begin_as(entry, now);
             now = now.back_to(entry.stopped_ns.or(entry.event_ns));
             let moved = meter(&mut record, entry, tally);
             let since = if moved { self.last_dump.max(record.start) } else { record.silent_since };
@@ -369,14 +373,17 @@ pub(super) fn touch(tally: &mut RouteTally, route: u32, changed: &mut Vec<u32>) 
 
 /// Counts the end of an active connection.
 pub(super) fn close(record: &mut Record, tally: &mut RouteTally, reason: Reason, now: Now) {
-    tally.ended(record.backend, reason, now.mono.saturating_sub(record.start));
+    tally.ended(record.backend, reason);
     record.state = State::Closing { reason, ended: now.mono, reported: false };
 }
 
-/// Hands out the final numbers of a closing record, once.
-pub(super) fn report(record: &mut Record, tally: &RouteTally, now: Now, into: &mut Vec<Ended>) {
+/// Hands out the final numbers of a closing record, once. Its age is among them: an event that tells an end does not tell
+/// the beginning.
+pub(super) fn report(record: &mut Record, tally: &mut RouteTally, now: Now, into: &mut Vec<Ended>) {
     let State::Closing { reason, ended, reported: false } = record.state else { return };
     record.state = State::Closing { reason, ended, reported: true };
+    let duration = ended.saturating_sub(record.start);
+    tally.was(duration);
     into.push(Ended {
         id: record.id,
         route: Arc::clone(&tally.info.name),
@@ -386,7 +393,7 @@ pub(super) fn report(record: &mut Record, tally: &RouteTally, now: Now, into: &m
         backend: record.backend,
         reason,
         at: now.wall.saturating_sub(now.mono.saturating_sub(ended)),
-        duration: ended.saturating_sub(record.start),
+        duration,
         traffic_in: record.traffic_in,
         traffic_out: record.traffic_out,
         metered: record.metered,

@@ -110,7 +110,7 @@ pub(super) fn ended(table: &mut FlowTable) -> Vec<Ended> {
 /// The one reason of the one connection that ended.
 pub(super) fn reason(table: &mut FlowTable) -> Reason {
     let tally = table.tally(ROUTE).expect("route");
-    let counted: u64 = tally.terminations.iter().sum();
+    let counted: u64 = tally.terminated_in_all();
     let ended = ended(table);
     assert_eq!((counted, ended.len()), (1, 1));
     assert_eq!(table.tally(ROUTE).expect("route").terminated(ended[0].reason), 1);
@@ -313,7 +313,7 @@ fn a_dump_of_the_next_connection_under_an_id_does_not_end_the_one_before_twice()
 /// Active, terminated, seen.
 fn reason_counts(table: &FlowTable) -> (u64, u64, u64) {
     let tally = table.tally(ROUTE).expect("route");
-    (tally.active, tally.terminations.iter().sum(), tally.seen)
+    (tally.active, tally.terminated_in_all(), tally.seen)
 }
 
 #[test]
@@ -358,10 +358,39 @@ fn a_late_or_repeated_event_changes_nothing() {
     let mut table = table();
     table.apply(&Event::New(syn(1)), at(1));
     table.apply(&Event::New(syn(1)), at(1));
-    table.apply(&Event::Destroy(ended_with(established(1, 3), End::ResetByClient)), at(2));
+    table.apply(&Event::Update(ended_with(established(1, 3), End::ResetByClient)), at(2));
     table.apply(&Event::Update(ended_with(established(1, 3), End::FinishedClientFirst)), at(2));
     table.apply(&Event::Destroy(ended_with(established(1, 3), End::ResetByClient)), at(2));
     assert_eq!(reason(&mut table), Reason::ResetByClient);
+}
+
+#[test]
+fn a_connection_heard_of_only_at_its_end_is_counted_once_with_its_true_age() {
+    let mut table = table();
+    let began = at(10).wall.as_nanos() as u64;
+    let over = ended_with(established(1, 5), End::FinishedClientFirst);
+    table.apply(&Event::Update(Entry { traffic_in: None, traffic_out: None, ..over.clone() }), at(13));
+    assert_eq!(reason_counts(&table), (0, 1, 1));
+    assert_eq!(
+        table.tally(ROUTE).expect("route").ages(),
+        Some(&AgeHistogram::default()),
+        "its beginning is not known yet"
+    );
+    dump(&mut table, DumpKind::Full, &[Entry { started_ns: Some(began), ..over.clone() }], 15);
+    let ended = ended(&mut table);
+    assert_eq!((ended[0].duration, ended[0].traffic_in.packets), (Duration::from_secs(3), 5));
+    assert_eq!(table.tally(ROUTE).expect("route").ages().map(|ages| ages.sum_seconds), Some(3.0));
+    table.apply(&Event::Destroy(Entry { started_ns: Some(began), ..over }), at(70));
+    assert_eq!(reason_counts(&table), (0, 1, 1));
+}
+
+#[test]
+fn a_dial_heard_of_only_when_it_is_refused_is_counted_as_that() {
+    let mut table = table();
+    let refused = Entry { tcp_state: Some(TcpState::Close), traffic_in: traffic(1), traffic_out: traffic(1), ..syn(1) };
+    table.apply(&Event::Destroy(refused), at(1));
+    assert_eq!(reason(&mut table), Reason::ConnectRefused);
+    assert!(table.is_empty());
 }
 
 #[test]

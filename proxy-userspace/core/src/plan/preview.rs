@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::Plan;
 use crate::{
     config::{Engine, RouteName, Target},
-    diff::{Assembly, Updates},
+    diff::Preview,
     flow::MarkLayout,
     pool::Pool,
     ruleset::{Context, Marks, fragment, passing, skeleton},
@@ -23,16 +23,16 @@ impl Marks for InFileOrder {
 impl Plan {
     /// Routes have the ids 1, 2, 3 … in file order; a running daemon keeps the ones it gave before. Names are not
     /// resolved. `down`: backends taken for down.
-    pub fn preview(&self, layout: MarkLayout, down: &[Target]) -> Assembly {
+    pub fn preview(&self, layout: MarkLayout, down: &[Target]) -> Preview {
         let ids = || (1u32..).zip(&self.routes);
         let mark = |id| layout.route_mark(id).unwrap_or_default();
         let marks = InFileOrder(ids().map(|(id, plan)| (plan.route.name.clone(), mark(id))).collect());
-        let mut updates = Updates::new();
+        let mut fragments = Vec::new();
         for (id, plan) in ids() {
             match plan.engine {
                 Some(Engine::Nft) => {}
                 Some(_) if self.uses_nft() => {
-                    updates.insert(id, Some(passing(plan)));
+                    fragments.push(passing(plan));
                     continue;
                 }
                 Some(_) | None => continue,
@@ -48,10 +48,8 @@ impl Plan {
                 endpoints: &pool.endpoints(),
                 counts_no_backend: false,
             };
-            updates.insert(id, Some(fragment(plan, context)));
+            fragments.push(fragment(plan, context));
         }
-        let mut assembly = Assembly::new(skeleton(layout));
-        assembly.commit(updates);
-        assembly
+        Preview { skeleton: skeleton(layout), fragments }
     }
 }

@@ -104,7 +104,8 @@ pub fn passing(plan: &RoutePlan) -> Fragment {
 }
 
 fn counters(name: &RouteName, mark: u32) -> Fragment {
-    let mut fragment = Fragment::default();
+    // Most routes add two more: where they listen, and their backend.
+    let mut fragment = Fragment { elements: Vec::with_capacity(5), ..Fragment::default() };
     let key = || Key::new(&[KeyPart::Mark(mark)]);
     fragment.elements.push(Member {
         set: n::CONNECTIONS.into(),
@@ -128,10 +129,6 @@ pub(crate) fn family_of(address: IpAddr) -> Family {
 }
 
 impl Fragment {
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
-
     /// Both.
     pub fn and(mut self, other: Self) -> Self {
         self.timeouts.extend(other.timeouts);

@@ -87,36 +87,49 @@ pub enum Data {
 
 /// A key in the kernel's own form: fields in order, each padded with zeros to a multiple of four bytes.
 /// For [`SetKind::Interval`] it is the first key of the range.
+///
+/// Held in place, without an allocation: 50,000 routes have a quarter of a million of them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key(Box<[u8]>);
+pub struct Key {
+    bytes: [u8; Self::LONGEST],
+    length: u8,
+}
 
 impl Key {
+    /// Two IPv6 addresses (`hairpin6`).
+    const LONGEST: usize = 32;
+
     pub fn new(fields: &[KeyPart]) -> Self {
-        let mut bytes = Vec::with_capacity(fields.len() * 4);
+        let mut key = Self { bytes: [0; Self::LONGEST], length: 0 };
         for field in fields {
             match field {
-                KeyPart::Mark(value) | KeyPart::Slot(value) => bytes.extend(value.to_ne_bytes()),
-                KeyPart::Address(IpAddr::V4(ip)) => bytes.extend(ip.octets()),
-                KeyPart::Address(IpAddr::V6(ip)) => bytes.extend(ip.octets()),
-                KeyPart::Protocol(protocol) => bytes.extend([protocol.number(), 0, 0, 0]),
-                KeyPart::Port(port) => {
-                    bytes.extend(port.to_be_bytes());
-                    bytes.extend([0, 0]);
-                }
+                KeyPart::Mark(value) | KeyPart::Slot(value) => key.extend(&value.to_ne_bytes()),
+                KeyPart::Address(IpAddr::V4(ip)) => key.extend(&ip.octets()),
+                KeyPart::Address(IpAddr::V6(ip)) => key.extend(&ip.octets()),
+                KeyPart::Protocol(protocol) => key.extend(&[protocol.number()]),
+                KeyPart::Port(port) => key.extend(&port.to_be_bytes()),
             }
         }
-        Self(bytes.into())
+        key
     }
 
-    /// A key as read from the kernel; `bytes` is padded to a multiple of four.
+    /// A key as read from the kernel. None of shunt's sets has a longer one than fits; of a longer one the beginning is kept.
     pub fn from_kernel(bytes: &[u8]) -> Self {
-        let mut bytes = bytes.to_vec();
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        Self(bytes.into())
+        let mut key = Self { bytes: [0; Self::LONGEST], length: 0 };
+        key.extend(bytes);
+        key
+    }
+
+    /// Pads to a multiple of four.
+    fn extend(&mut self, bytes: &[u8]) {
+        let free = self.bytes.get_mut(usize::from(self.length)..).unwrap_or_default();
+        let taken = bytes.len().min(free.len());
+        free[..taken].copy_from_slice(&bytes[..taken]);
+        self.length += taken.next_multiple_of(4) as u8;
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.bytes[..usize::from(self.length)]
     }
 }
 

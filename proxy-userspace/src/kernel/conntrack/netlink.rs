@@ -9,7 +9,7 @@ use proxy_core::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    Conntrack, ConntrackError, Drained, MarkFilter, Usage,
+    Conntrack, ConntrackError, Drained, Hear, MarkFilter, Usage,
     nudge::Nudge,
     parse,
     socket::{Batch, EventSocket, RequestSocket},
@@ -39,8 +39,8 @@ pub struct NetlinkConntrack {
 impl NetlinkConntrack {
     /// `id_mask`: entries whose mark has none of these bits are ignored. `receive_buffer`: bytes for queued events.
     /// Must be called inside a tokio runtime with I/O enabled.
-    pub fn open(id_mask: u32, receive_buffer: usize) -> Result<Self, ConntrackError> {
-        let socket = EventSocket::open(receive_buffer)?;
+    pub fn open(id_mask: u32, receive_buffer: usize, hear: Hear) -> Result<Self, ConntrackError> {
+        let socket = EventSocket::open(receive_buffer, hear)?;
         // SAFETY: the socket owns its descriptor and yields the same one as long as it lives, which is as long as the
         // registration does.
         let events = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
@@ -198,12 +198,10 @@ impl Conntrack for NetlinkConntrack {
         Ok(Drained { more: true })
     }
 
-    fn dump(&mut self, filters: &[MarkFilter], each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {
-        for filter in filters {
-            for _ in 0..DUMP_TRIES {
-                if self.dump_once(*filter, each)? == Complete::Yes {
-                    break;
-                }
+    fn dump(&mut self, filter: MarkFilter, each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {
+        for _ in 0..DUMP_TRIES {
+            if self.dump_once(filter, each)? == Complete::Yes {
+                break;
             }
         }
         Ok(())
@@ -230,6 +228,16 @@ impl Conntrack for NetlinkConntrack {
 
     fn usage(&self) -> Option<Usage> {
         usage()
+    }
+}
+
+impl Hear {
+    /// What is enough where the calling thread is.
+    pub fn as_needed() -> Self {
+        match fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_timestamp") {
+            Ok(on) if on.trim() == "1" => Self::Ends,
+            Ok(_) | Err(_) => Self::BeginningsAndEnds,
+        }
     }
 }
 

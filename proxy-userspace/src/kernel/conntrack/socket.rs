@@ -6,7 +6,7 @@ use std::{
     ptr,
 };
 
-use super::ConntrackError;
+use super::{ConntrackError, Hear};
 
 /// Datagrams read by one `recvmmsg`.
 const BATCH: usize = 128;
@@ -71,15 +71,20 @@ impl AsRawFd for EventSocket {
 impl EventSocket {
     /// `receive_buffer`: bytes the kernel may queue; 32 MiB hold some 52,000 events. Without `CAP_NET_ADMIN` in the
     /// initial user namespace it is capped at `net.core.rmem_max`.
-    pub fn open(receive_buffer: usize) -> Result<Self, ConntrackError> {
+    pub fn open(receive_buffer: usize, hear: Hear) -> Result<Self, ConntrackError> {
         let fd = open(libc::SOCK_NONBLOCK)?;
         let size = libc::c_int::try_from(receive_buffer).unwrap_or(libc::c_int::MAX);
         if set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &size).is_err() {
             set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUF, &size)
                 .map_err(|source| ConntrackError::Call { call: "setsockopt(SO_RCVBUF)", source })?;
         }
-        for group in [libc::NFNLGRP_CONNTRACK_NEW, libc::NFNLGRP_CONNTRACK_UPDATE, libc::NFNLGRP_CONNTRACK_DESTROY] {
-            set_option(&fd, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group)
+        let ends = [libc::NFNLGRP_CONNTRACK_UPDATE, libc::NFNLGRP_CONNTRACK_DESTROY];
+        let groups: &[libc::c_int] = match hear {
+            Hear::Ends => &ends,
+            Hear::BeginningsAndEnds => &[libc::NFNLGRP_CONNTRACK_NEW, ends[0], ends[1]],
+        };
+        for group in groups {
+            set_option(&fd, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, group)
                 .map_err(|source| ConntrackError::Call { call: "setsockopt(NETLINK_ADD_MEMBERSHIP)", source })?;
         }
         Ok(Self { fd, buffer: vec![0; BATCH * SLOT].into(), lengths: [0; BATCH] })

@@ -96,12 +96,10 @@ impl Conntrack for TwinConntrack {
         Ok(Drained { more: false })
     }
 
-    fn dump(&mut self, filters: &[MarkFilter], each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {
+    fn dump(&mut self, filter: MarkFilter, each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {
         self.shared.table.borrow_mut().dumps += 1;
         let entries: Vec<Entry> = self.shared.table.borrow().entries.values().cloned().collect();
-        for filter in filters {
-            entries.iter().filter(|entry| entry.mark & filter.mask == filter.value).for_each(&mut *each);
-        }
+        entries.iter().filter(|entry| entry.mark & filter.mask == filter.value).for_each(each);
         Ok(())
     }
 

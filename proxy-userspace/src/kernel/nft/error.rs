@@ -130,7 +130,17 @@ impl NftError {
             {
                 4
             }
-            _ => 1,
+            Self::Syscall(_)
+            | Self::OwnedByOther
+            | Self::Refused(_)
+            | Self::LostAnswers
+            | Self::Interrupted
+            | Self::NotTold { .. }
+            | Self::Malformed(_)
+            | Self::Name(_)
+            | Self::RuleTooLong { .. }
+            | Self::Unsupported { .. }
+            | Self::TooLong(_) => 1,
         }
     }
 }

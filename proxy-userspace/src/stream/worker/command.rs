@@ -160,12 +160,16 @@ impl Worker {
                 }
             }
             None => {
-                let free = (1..self.slots.len()).find(|index| self.slots[*index].route.is_none());
-                let index = free.unwrap_or(self.slots.len());
-                match free {
-                    Some(index) => self.slots[index] = slot,
-                    None => self.slots.push(slot),
-                }
+                let index = match self.free_slots.pop() {
+                    Some(index) => {
+                        self.slots[index] = slot;
+                        index
+                    }
+                    None => {
+                        self.slots.push(slot);
+                        self.slots.len() - 1
+                    }
+                };
                 self.by_id.insert(id, index);
             }
         }
@@ -203,6 +207,7 @@ impl Worker {
         let Some(route) = slot.route.take() else { return };
         slot.leaving = None;
         self.by_id.remove(&route.id);
+        self.free_slots.push(index);
         if leaving.done() {
             // Its owner takes it from its own queue: a full one would only delay the news.
             let _ = self.shared.drained.blocking_send(route.id);
