@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt, run,
+    Lab, Shunt, Talk, run,
     scripted::{Behaviour, TcpServer},
     wait_for, wait_until,
 };
@@ -330,4 +330,52 @@ fn much_goes_through_two_encryptions_byte_for_byte_with_bounded_memory() -> Resu
         let route = shunt.route("web").ok()?;
         (route["connections_active"] == 0 && route["bytes_out"].as_u64() > Some(4 << 28)).then_some(())
     })
+}
+
+const IDLE_CLIENT: &str = r#"
+import socket, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[1])
+held = []
+for n in range(1000):
+    stream = context.wrap_socket(socket.create_connection(("10.88.1.1", 443)), server_hostname="web.example")
+    stream.sendall(b"x" * 50000)
+    left = 50000
+    while left:
+        left -= len(stream.recv(65536))
+    held.append(stream)
+print("held", flush=True)
+sys.stdin.readline()
+for stream in held:
+    stream.sendall(b"y")
+    assert stream.recv(1) == b"y"
+    stream.unwrap()
+print("alive", flush=True)
+"#;
+
+#[test]
+fn a_connection_that_is_silent_holds_no_buffer_and_lives_on() -> Result<()> {
+    const CONNECTIONS: u64 = 1000;
+    let lab = Lab::new()?;
+    let pki = Pki::new(&lab)?;
+    pki.issue("web", "ec", "web.example")?;
+    let _server = TcpServer::start(lab.backend(1), 7, Behaviour::Echo)?;
+    let mut shunt = Shunt::start(&lab, &route("web", 443, 7, &pki.terminate(&["web"], "")))?;
+    let resident = |pid: u32| shunt_lab::kernel::resident_bytes(pid);
+    let pid = shunt.process()?.pid();
+    ensure!(
+        curl(&lab, &pki, "web.example", 443, "--max-time 1").is_err(),
+        "an echo is no HTTP; its buffers are there now"
+    );
+    let before = resident(pid)?;
+    let mut command = lab.client().command("/usr/bin/python3");
+    command.args(["-u", "-c", IDLE_CLIENT, &pki.file("ca.pem")]);
+    let mut client = Talk::start(command)?;
+    ensure!(client.hear(SOON * 6)? == "held");
+    let each = resident(pid)?.saturating_sub(before) / CONNECTIONS;
+    println!("{each} bytes per idle connection");
+    // A buffer for one record alone would be 16 KiB.
+    ensure!(each < 12 * 1024, "{each} bytes per idle connection");
+    client.say("")?;
+    ensure!(client.hear(SOON * 3)? == "alive");
+    shunt.wait_route("web", "all ended", SOON, |r| (r["connections_active"] == 0).then_some(()))
 }
