@@ -330,3 +330,30 @@ fn a_file_that_cannot_be_served_is_refused_before_anything_listens() {
     assert!(error.contains("is not the key of the first certificate"), "{error}");
     assert!(TcpStream::connect(listen).is_err());
 }
+
+#[test]
+fn bytes_start_the_idle_limit_over_and_a_finished_side_has_its_own() {
+    let authority = Authority::new("idle");
+    let files = authority.issue("web", &["web.example"]);
+    let limits = "timeouts = { idle = \"900ms\", half_closed = \"300ms\" }\n";
+    let mut served = Served::new(&[echo_server()], &format!("{limits}{}", terminate(&files, "")));
+    let mut client = served.tls(&authority, "web.example", &[&version::TLS13]);
+    for _ in 0..4 {
+        thread::sleep(Duration::from_millis(450));
+        client.write_all(b"x").and_then(|()| client.read_exact(&mut [0])).expect("it lives");
+    }
+    let ended = served.ended(Reason::IdleTimeout);
+    assert!(ended.duration >= Duration::from_millis(2600), "{:?}", ended.duration);
+    let end = client.read(&mut [0]);
+    assert!(end.is_err(), "cut, and not ended: {end:?}");
+    // A backend that never ends.
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let backend = listener.local_addr().expect("an address");
+    let mut served = Served::new(&[backend], &format!("{limits}{}", terminate(&files, "")));
+    let mut client = served.tls(&authority, "web.example", &[&version::TLS12]);
+    client.write_all(b"x").expect("written");
+    client.conn.send_close_notify();
+    client.flush().expect("flushed");
+    let ended = served.ended(Reason::HalfClosedTimeout);
+    assert!(ended.duration < Duration::from_millis(900), "{:?}", ended.duration);
+}
