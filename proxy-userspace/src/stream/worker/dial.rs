@@ -87,7 +87,7 @@ impl Worker {
                         flow.early.get_or_insert_default().attempt_until = Some(until);
                     }
                     flow.counted = Some(Counted::new(chosen.open));
-                    flow.backend = Some(socket);
+                    (flow.backend, flow.asked_in) = (Some(socket), self.rounds);
                     self.arm(key, flow);
                     return Fate::Lives;
                 }
@@ -164,6 +164,7 @@ impl Worker {
 
     /// While two were asked, their events were not kept apart.
     fn won(&mut self, key: u32, flow: &mut Flow) -> Fate {
+        flow.asked_in = self.rounds;
         if let Some(backend) = flow.backend.as_mut() {
             (backend.readable, backend.writable) = (true, true);
         }
