@@ -4,7 +4,7 @@
 //! backend that is slow to answer is not given up: the next one is asked beside it, and the first to answer has it (RFC
 //! 8305, "Happy Eyeballs", for whatever reason there is more than one address).
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::atomic::Ordering::Relaxed, time::Duration};
 
 use proxy_core::{balance::Asked, flow::Side, reason::Reason, session::Event};
 use rustix::{
@@ -90,6 +90,12 @@ impl Worker {
                     (flow.backend, flow.asked_in) = (Some(socket), self.rounds);
                     self.arm(key, flow);
                     return Fate::Lives;
+                }
+                // Ours, not the backend's.
+                Err(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
+                    tracing::warn!(%errno, "a backend cannot be dialled");
+                    self.shared.pressure.refused.fetch_add(1, Relaxed);
+                    return self.step(key, flow, Event::DialFailed(Reason::LimitConnections));
                 }
                 Err(errno) => {
                     failure = reason(errno);
