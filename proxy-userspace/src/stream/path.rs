@@ -168,7 +168,9 @@ impl StreamPath {
         let max = MAX_PORTS.min(self.for_sockets as usize / 2 / self.workers.len());
         let mut open: BTreeSet<SocketAddr> = self.listens.keys().copied().collect();
         for (listen, _) in asked.iter().filter(|(_, members)| members.is_empty()) {
-            open.retain(|address| !covers(listen, address));
+            for address in addresses(listen) {
+                open.remove(&address);
+            }
         }
         for (listen, members) in asked.iter().filter(|(_, members)| !members.is_empty()) {
             open.extend(addresses(listen));
@@ -290,10 +292,6 @@ impl Streams for StreamPath {
         });
         let _ = joined.await;
     }
-}
-
-fn covers(listen: &Address, address: &SocketAddr) -> bool {
-    listen.address == address.ip() && (listen.ports.first..=listen.ports.last).contains(&address.port())
 }
 
 /// Each port of a range.

@@ -39,7 +39,8 @@ impl Hello {
         self
     }
 
-    /// With a key share of X25519MLKEM768 ahead of the classical one, as browsers send it: more than one segment.
+    /// With a key share of X25519MLKEM768 ahead of the classical one, as browsers send it, and with Encrypted ClientHello: more than
+    /// one segment.
     pub fn post_quantum(mut self) -> Self {
         self.post_quantum = true;
         self
@@ -88,6 +89,10 @@ impl Hello {
         }
         put(43, vec8(&u16s(&[0x0304, 0x0303])));
         put(51, vec16(&self.key_shares()));
+        if self.post_quantum {
+            // Encrypted ClientHello, or a pretence of it (RFC 9849 §6.2): browsers always send one.
+            put(0xfe0d, [&[0, 0, 1, 0, 1, 7], vec16(&[9; 32]).as_slice(), &vec16(&[9; 208])].concat());
+        }
         if self.padding > 0 {
             put(21, vec![0; self.padding]);
         }
