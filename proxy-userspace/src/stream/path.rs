@@ -1,7 +1,7 @@
 //! The owner of the workers: starts them, brings changes to them, asks them, and stops them.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     io,
     net::SocketAddr,
     os::fd::OwnedFd,
@@ -46,6 +46,8 @@ pub struct StreamPath {
     pub commands: mpsc::Sender<StreamCommand>,
     pub reader: Reader,
     workers: Vec<Handle>,
+    /// Descriptors for listeners and for both ends of connections.
+    for_sockets: u64,
     /// Also those that are gone and not forgotten: one that comes back goes on counting where it was.
     routes: HashMap<u32, Arc<Route>>,
     listens: BTreeMap<SocketAddr, Vec<u32>>,
@@ -98,7 +100,8 @@ impl StreamPath {
         let descriptors = raise_descriptors();
         let usable = descriptors.saturating_sub(RESERVED);
         let pipes = (usable / PIPE_SHARE / 2 / workers as u64).min(MAX_PIPES);
-        reader.pressure.max.store((usable - pipes * 2 * workers as u64) / 2, Relaxed);
+        let for_sockets = usable - pipes * 2 * workers as u64;
+        reader.pressure.max.store(for_sockets / 2, Relaxed);
         let shared = Shared {
             open: Arc::new(AtomicU64::new(0)),
             pressure: Arc::clone(&reader.pressure),
@@ -122,7 +125,7 @@ impl StreamPath {
         let (commands, queue) = mpsc::channel(64);
         let links = workers.iter().map(|worker| worker.link.clone()).collect();
         tokio::spawn(answer(queue, links));
-        Ok(Self { commands, reader, workers, routes: HashMap::new(), listens: BTreeMap::new() })
+        Ok(Self { commands, reader, workers, for_sockets, routes: HashMap::new(), listens: BTreeMap::new() })
     }
 
     /// The addresses whose routes are the same as before while what tells them apart has changed.
@@ -159,6 +162,33 @@ impl StreamPath {
     }
 }
 
+impl StreamPath {
+    /// Whether there may be so many ports. Half of the descriptors stay for connections.
+    fn room_for<'a>(&self, asked: &[(Address, Vec<u32>)], name: impl Fn(&u32) -> &'a str) -> Result<(), StreamError> {
+        let max = MAX_PORTS.min(self.for_sockets as usize / 2 / self.workers.len());
+        let mut open: BTreeSet<SocketAddr> = self.listens.keys().copied().collect();
+        for (listen, _) in asked.iter().filter(|(_, members)| members.is_empty()) {
+            for address in addresses(listen) {
+                open.remove(&address);
+            }
+        }
+        for (listen, members) in asked.iter().filter(|(_, members)| !members.is_empty()) {
+            open.extend(addresses(listen));
+            if open.len() > max {
+                let route = members.first().map_or("", &name).to_owned();
+                return Err(StreamError::TooManyPorts { route, ports: addresses(listen).count(), max });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the listeners take is not there for connections.
+    fn share_descriptors(&self) {
+        let listeners = (self.listens.len() * self.workers.len()) as u64;
+        self.reader.pressure.max.store(self.for_sockets.saturating_sub(listeners) / 2, Relaxed);
+    }
+}
+
 impl Streams for StreamPath {
     type Prepared = Prepared;
 
@@ -173,6 +203,7 @@ impl Streams for StreamPath {
         let mut asked = change.ports;
         asked.extend(self.told_apart_anew(&routes, &asked));
         let known = |id: &u32| fresh.get(id).copied().or_else(|| self.routes.get(id));
+        self.room_for(&asked, |id| known(id).map_or("", |route| route.config.name.as_str()))?;
         let mut ports = Vec::new();
         for (listen, members) in asked {
             let members: Vec<&Arc<Route>> = members.iter().filter_map(known).collect();
@@ -185,10 +216,6 @@ impl Streams for StreamPath {
                     false => self.sockets(address, &shared, name)?,
                 };
                 ports.push((address, ids.clone(), sockets));
-            }
-            if self.listens.len() + ports.len() > MAX_PORTS {
-                let ports = addresses(&listen).count();
-                return Err(StreamError::TooManyPorts { route: name.to_owned(), ports, max: MAX_PORTS });
             }
         }
         for (address, _, sockets) in &ports {
@@ -232,6 +259,7 @@ impl Streams for StreamPath {
                 }
             }
         }
+        self.share_descriptors();
         for id in gone {
             let leaving = Leaving::new(self.workers.len());
             changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));

@@ -4,7 +4,7 @@
 //! backend that is slow to answer is not given up: the next one is asked beside it, and the first to answer has it (RFC
 //! 8305, "Happy Eyeballs", for whatever reason there is more than one address).
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::atomic::Ordering::Relaxed, time::Duration};
 
 use proxy_core::{balance::Asked, flow::Side, reason::Reason, session::Event};
 use rustix::{
@@ -87,9 +87,15 @@ impl Worker {
                         flow.early.get_or_insert_default().attempt_until = Some(until);
                     }
                     flow.counted = Some(Counted::new(chosen.open));
-                    flow.backend = Some(socket);
+                    (flow.backend, flow.asked_in) = (Some(socket), self.rounds);
                     self.arm(key, flow);
                     return Fate::Lives;
+                }
+                // Ours, not the backend's.
+                Err(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
+                    tracing::warn!(%errno, "a backend cannot be dialled");
+                    self.shared.pressure.refused.fetch_add(1, Relaxed);
+                    return self.step(key, flow, Event::DialFailed(Reason::LimitConnections));
                 }
                 Err(errno) => {
                     failure = reason(errno);
@@ -164,6 +170,7 @@ impl Worker {
 
     /// While two were asked, their events were not kept apart.
     fn won(&mut self, key: u32, flow: &mut Flow) -> Fate {
+        flow.asked_in = self.rounds;
         if let Some(backend) = flow.backend.as_mut() {
             (backend.readable, backend.writable) = (true, true);
         }
