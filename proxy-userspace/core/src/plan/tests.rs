@@ -68,7 +68,6 @@ fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
         ("protocol = \"udp\"", Refusal::OnlyTcp),
         (tls, Refusal::NotYet(Need::TlsTermination)),
         ("backend_tls = { ca = \"ca.pem\" }", Refusal::NotYet(Need::BackendTls)),
-        ("source_address = \"client\"", Refusal::ClientSource),
     ] {
         assert_eq!(relayed(&route(extra)).1, [refusal], "{extra}");
     }

@@ -4,7 +4,10 @@
 //! backend that is slow to answer is not given up: the next one is asked beside it, and the first to answer has it (RFC
 //! 8305, "Happy Eyeballs", for whatever reason there is more than one address).
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use proxy_core::{balance::Asked, flow::Side, reason::Reason, session::Event};
 use rustix::{
@@ -73,8 +76,14 @@ impl Worker {
             };
             early.tried.push(chosen.index);
             early.attempt_until = None;
+            let source = route.is_transparent().then(|| flow.client_address.ip());
+            if source.is_some_and(|source| !can_dial(source, chosen.address)) {
+                failure = Reason::ConnectUnreachable;
+                early.failure = failure;
+                continue;
+            }
             flow.backend_address = Some(chosen.address);
-            let dialled = socket::dial(chosen.address, route.probes_peers());
+            let dialled = socket::dial(chosen.address, source, route.probes_peers());
             let added = dialled.and_then(|socket| {
                 self.poll.add_flow(&socket, flow.source(key, Side::Backend))?;
                 Ok(socket)
@@ -93,7 +102,10 @@ impl Worker {
                 }
                 Err(errno) => {
                     failure = reason(errno);
-                    self.tell_failed_dial(flow.slot, chosen.address);
+                    // The kernel may not like the client's address: nothing against the backend.
+                    if source.is_none() {
+                        self.tell_failed_dial(flow.slot, chosen.address);
+                    }
                     flow.early.get_or_insert_default().failure = failure;
                 }
             }
@@ -201,6 +213,12 @@ impl Worker {
         let route = self.slots[slot].name.clone();
         let _ = self.shared.failed_dials.try_send(FailedDial { route, backend });
     }
+}
+
+/// A connection from there to there can be. A PROXY header may name any address; bound to the unspecified one, the
+/// connection would come from this machine.
+fn can_dial(source: IpAddr, to: SocketAddr) -> bool {
+    source.is_ipv4() == to.is_ipv4() && !source.is_unspecified()
 }
 
 /// What the socket's events have told.
