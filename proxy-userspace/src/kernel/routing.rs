@@ -143,13 +143,7 @@ impl Routing {
         Ok(found)
     }
 
-    fn dump(
-        &mut self,
-        what: &str,
-        kind: u16,
-        family: Family,
-        attributes: &[u8],
-    ) -> Result<Vec<Vec<u8>>, RoutingError> {
+    fn dump(&mut self, what: &str, kind: u16, family: Family, attributes: &[u8]) -> Result<Vec<Vec<u8>>, RoutingError> {
         let mut body = vec![0; FIXED];
         body[0] = family.number();
         body.extend(attributes);
@@ -296,9 +290,7 @@ impl Rule {
 
     /// It looks for the same mark, or uses the same table or place.
     fn is_in_the_way_of(&self, policy: Policy) -> bool {
-        self.mark & self.mask & policy.mark != 0
-            || self.table == policy.table
-            || self.priority == policy.priority
+        self.mark & self.mask & policy.mark != 0 || self.table == policy.table || self.priority == policy.priority
     }
 }
 

@@ -130,9 +130,7 @@ fn rules(mark: u32) -> Result<Vec<(&'static str, Vec<Expression>)>, NftError> {
             vec![
                 atom::meta(META_MARK, FIRST),
                 atom::bitwise(FIRST, &(!mark).to_ne_bytes(), &mark.to_ne_bytes()),
-                Expression::new(c"meta")
-                    .u32(sys::NFTNL_EXPR_META_KEY, META_MARK)
-                    .u32(sys::NFTNL_EXPR_META_SREG, FIRST),
+                Expression::new(c"meta").u32(sys::NFTNL_EXPR_META_KEY, META_MARK).u32(sys::NFTNL_EXPR_META_SREG, FIRST),
             ],
         ),
     ])

@@ -5,7 +5,7 @@
 //! 8305, "Happy Eyeballs", for whatever reason there is more than one address).
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
 
@@ -215,10 +215,11 @@ impl Worker {
     }
 }
 
-/// A connection from there to there can be. A PROXY header may name any address; bound to the unspecified one, the
-/// connection would come from this machine.
+/// A connection from there to there can be. A PROXY header may name any address, and for those that nobody can have the
+/// kernel would take one of this machine (`__inet_bind`, v6.18).
 fn can_dial(source: IpAddr, to: SocketAddr) -> bool {
-    source.is_ipv4() == to.is_ipv4() && !source.is_unspecified()
+    let nobody = source.is_unspecified() || source.is_multicast() || source == IpAddr::V4(Ipv4Addr::BROADCAST);
+    source.is_ipv4() == to.is_ipv4() && !nobody
 }
 
 /// What the socket's events have told.
