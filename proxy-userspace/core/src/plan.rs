@@ -97,6 +97,11 @@ impl RoutePlan {
         matches!(self.engine, Some(Engine::Splice | Engine::Copy))
     }
 
+    /// The daemon dials its backends from the client's address.
+    pub fn is_transparent(&self) -> bool {
+        self.is_relayed() && self.route.source_address == SourceAddress::Client
+    }
+
     /// What it needs of the network around this machine.
     pub fn condition(&self) -> Option<&'static str> {
         (self.engine.is_some() && self.route.source_address == SourceAddress::Client).then_some(

@@ -18,6 +18,8 @@ use super::{
 /// marks of wg-quick and Mullvad; 29544 is "sh" in ASCII; 954 goes before VRF's rule (1000) and Tailscale's (5210 on).
 pub const POLICY: Policy = Policy { mark: 0x1000_0000, priority: 954, table: 29_544, protocol: 115 };
 
+const USES_MARKS: &str = "net.ipv4.conf.all.src_valid_mark";
+
 /// How soon it is put back when somebody takes it away: systemd-networkd removes rules it does not know when it starts.
 const WATCHING: Duration = Duration::from_secs(5);
 
@@ -25,6 +27,9 @@ const WATCHING: Duration = Duration::from_secs(5);
 pub enum ReturnPathError {
     #[error("source_address = \"client\": {0} is somebody else's, where shunt's must be")]
     Taken(Foreign),
+    /// The question where a packet may have come from would take the rule of its mark too, and find this machine.
+    #[error("source_address = \"client\": {USES_MARKS} is 1: the kernel would drop what the backends answer")]
+    MarksInReversePath,
     #[error("source_address = \"client\": table inet {TRANSPARENT_TABLE} belongs to another running process")]
     OwnedByOther,
     #[error("source_address = \"client\": {0}")]
@@ -42,6 +47,9 @@ impl ReturnPathError {
                 "`ip rule; ip -6 rule; ip route show table {table}` show it: mark bit {mark:#x}, table {table} and rule \
                  priority {priority} must be shunt's alone"
             )),
+            Self::MarksInReversePath => {
+                Some(format!("sysctl -w {USES_MARKS}=0 (wg-quick sets it for a default route)"))
+            }
             Self::OwnedByOther => Some(format!("`nft list table inet {TRANSPARENT_TABLE}` names it: stop it first")),
             Self::Routing(RoutingError::Refused { errno: Errno::EPERM, .. }) => {
                 Some("run as root, or give the service AmbientCapabilities=CAP_NET_ADMIN".into())
@@ -57,7 +65,7 @@ impl ReturnPathError {
     /// 4 where a privilege or a kernel feature is missing, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Taken(_) | Self::OwnedByOther => 1,
+            Self::Taken(_) | Self::MarksInReversePath | Self::OwnedByOther => 1,
             Self::Routing(RoutingError::Refused { errno, .. }) => {
                 u8::from(matches!(errno, Errno::EPERM | Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT)) * 3 + 1
             }
@@ -93,7 +101,7 @@ impl ReturnPath {
     /// `lock`: the table is this process's alone.
     pub fn set_up(lock: bool) -> Result<SetUp, ReturnPathError> {
         let mut path = Self { table: TransparentTable::open()?, routing: Routing::open()?, lock };
-        let missing = path.missing()?;
+        let missing = missing(&mut path.routing)?;
         let before = path.table.state()?;
         if before.is_some_and(|table| table.owned_by_other) {
             return Err(ReturnPathError::OwnedByOther);
@@ -128,7 +136,7 @@ impl ReturnPath {
 
     /// Whether something had to be put back.
     fn restore(&mut self) -> Result<bool, ReturnPathError> {
-        let missing = self.missing()?;
+        let missing = missing(&mut self.routing)?;
         let damaged = !missing.is_empty();
         self.make(missing, &mut Vec::new())?;
         if self.table.is_whole(POLICY.mark)? {
@@ -136,18 +144,6 @@ impl ReturnPath {
         }
         self.table.put(POLICY.mark, self.lock)?;
         Ok(true)
-    }
-
-    fn missing(&mut self) -> Result<Vec<(Family, Piece)>, ReturnPathError> {
-        let mut missing = Vec::new();
-        for family in families() {
-            let found = self.routing.find(family, POLICY)?;
-            if let Some(foreign) = found.foreign {
-                return Err(ReturnPathError::Taken(foreign));
-            }
-            missing.extend(PIECES.into_iter().filter(|piece| !found.has(*piece)).map(|piece| (family, piece)));
-        }
-        Ok(missing)
     }
 
     fn make(&mut self, missing: Vec<(Family, Piece)>, made: &mut Vec<Made>) -> Result<(), ReturnPathError> {
@@ -182,6 +178,26 @@ impl Drop for SetUp {
     }
 }
 
+/// Rules and routes are there; or could be: nobody else has what they need.
+pub fn is_in_place() -> Result<bool, ReturnPathError> {
+    Ok(missing(&mut Routing::open()?)?.is_empty())
+}
+
+fn missing(routing: &mut Routing) -> Result<Vec<(Family, Piece)>, ReturnPathError> {
+    if is_set(USES_MARKS, "1") {
+        return Err(ReturnPathError::MarksInReversePath);
+    }
+    let mut missing = Vec::new();
+    for family in families() {
+        let found = routing.find(family, POLICY)?;
+        if let Some(foreign) = found.foreign {
+            return Err(ReturnPathError::Taken(foreign));
+        }
+        missing.extend(PIECES.into_iter().filter(|piece| !found.has(*piece)).map(|piece| (family, piece)));
+    }
+    Ok(missing)
+}
+
 /// Takes away what a daemon has left behind, each in words.
 pub fn remove() -> Result<Vec<String>, ReturnPathError> {
     let mut done = Vec::new();
@@ -209,11 +225,15 @@ pub fn remove() -> Result<Vec<String>, ReturnPathError> {
 /// In the order they are made in.
 const PIECES: [Piece; 2] = [Piece::Route, Piece::Rule];
 
-/// Those that connections can be of: without an IPv6 address on the loopback interface a route there is refused.
+/// Those that connections can be of: without IPv6 on the loopback interface a route there is refused.
 fn families() -> impl Iterator<Item = Family> {
-    let disabled = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
-    let v6 = fs::read_to_string(disabled).is_ok_and(|value| value.trim() == "0");
+    let v6 = is_set("net.ipv6.conf.lo.disable_ipv6", "0");
     [Family::V4, Family::V6].into_iter().filter(move |family| *family == Family::V4 || v6)
+}
+
+/// The setting has that value.
+fn is_set(sysctl: &str, wanted: &str) -> bool {
+    fs::read_to_string(format!("/proc/sys/{}", sysctl.replace('.', "/"))).is_ok_and(|value| value.trim() == wanted)
 }
 
 fn exists(family: Family) -> bool {
