@@ -288,7 +288,7 @@ impl Daemon {
                 "table inet shunt is in the kernel"
             ),
             false => {
-                tracing::info!(routes, apply_ms, "the daemon relays every route; the kernel's tables are not touched")
+                tracing::info!(routes, apply_ms, "the daemon relays every route; table inet shunt is not needed")
             }
         }
         let (commands_tx, commands) = mpsc::channel::<RouteCommand>(COMMANDS);

@@ -7,5 +7,5 @@ pub mod memory;
 pub mod netlink;
 pub mod nft;
 pub mod return_path;
-mod routing;
+pub mod routing;
 pub mod sysctl;

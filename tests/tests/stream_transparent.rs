@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use proxy_userspace::kernel::return_path::ReturnPath;
 use shunt_lab::{
     Host, Lab, Shunt,
     dialog::{End, echo, end_of, read_some, turned_away},
@@ -288,6 +289,25 @@ fn the_first_such_route_may_come_with_a_reload_and_one_that_is_refused_leaves_no
     echo(&mut kept, b"while it drains")?;
     drop(kept);
     assert_eq!(peers(&server, 1)?, [IpAddr::from(lab.client().ip)]);
+    Ok(())
+}
+
+#[test]
+fn a_way_back_that_is_not_kept_is_taken_back_and_one_from_before_stays() -> Result<()> {
+    let lab = Lab::new()?;
+    let set_up = || lab.gateway().run(|| ReturnPath::set_up(false));
+    let made = set_up()?;
+    ensure!(is_there(lab.gateway())?, "{:?}", way_back(lab.gateway())?);
+    drop(made);
+    ensure!(is_gone(lab.gateway())?, "{:?}", way_back(lab.gateway())?);
+    // Of what was there in part, only the rest is taken back.
+    drop(set_up()?.keep());
+    lab.gateway().sh("ip -6 rule del pref 954")?;
+    let before = way_back(lab.gateway())?;
+    let made = set_up()?;
+    ensure!(is_there(lab.gateway())?, "{:?}", way_back(lab.gateway())?);
+    drop(made);
+    assert_eq!(way_back(lab.gateway())?, before);
     Ok(())
 }
 

@@ -316,3 +316,51 @@ impl fmt::Display for Shown {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OURS: Policy = Policy { mark: 0x1000_0000, priority: 954, table: 29_544, protocol: 115 };
+
+    /// The rule as the kernel tells it.
+    fn told(policy: Policy) -> Rule {
+        let body = Piece::Rule.body(Family::V6, policy);
+        let (fixed, attributes) = taken_apart(&body).expect("long enough");
+        Rule::read(fixed, attributes)
+    }
+
+    #[test]
+    fn what_it_makes_it_recognises() {
+        assert!(told(OURS).is_of(OURS));
+        let body = Piece::Route.body(Family::V4, OURS);
+        let (fixed, attributes) = taken_apart(&body).expect("long enough");
+        assert!(is_our_route(fixed, attributes, OURS));
+        assert!(!is_our_route(fixed, attributes, Policy { protocol: 4, ..OURS }));
+    }
+
+    #[test]
+    fn a_rule_is_in_the_way_when_it_has_a_thing_in_common_and_is_not_ours() {
+        let apart = Policy { mark: 0xca6c, priority: 5210, table: 51_820, protocol: 4 };
+        assert!(!told(apart).is_in_the_way_of(OURS));
+        for near in [
+            Policy { mark: 0x3000_0000, ..apart },
+            Policy { priority: OURS.priority, ..apart },
+            Policy { table: OURS.table, ..apart },
+        ] {
+            assert!(told(near).is_in_the_way_of(OURS) && !told(near).is_of(OURS), "{near:?}");
+        }
+        // A foreign rule that looks at the whole mark for another value never sees ours.
+        let whole = Rule { mark: 0xca6c, mask: u32::MAX, ..told(apart) };
+        assert!(!whole.is_in_the_way_of(OURS));
+    }
+
+    #[test]
+    fn messages_cut_off_anywhere_are_read_without_a_panic() {
+        let body = Piece::Rule.body(Family::V4, OURS);
+        for length in 0..body.len() {
+            let rule = taken_apart(&body[..length]).map(|(fixed, attributes)| Rule::read(fixed, attributes));
+            assert!(!rule.is_some_and(|rule| rule.is_of(OURS)));
+        }
+    }
+}

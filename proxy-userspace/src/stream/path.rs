@@ -30,7 +30,11 @@ use super::{
     socket,
     worker::{Applied, Command, Leaving, PortChange, Row, Shared, Worker},
 };
-use crate::kernel::return_path::{ReturnPath, SetUp};
+use crate::kernel::{
+    nft::TRANSPARENT_TABLE,
+    return_path::{self, ReturnPath, SetUp},
+    routing::Policy,
+};
 
 /// Listen addresses and ports of all routes together, at most: each costs a descriptor and an epoll entry per worker.
 pub const MAX_PORTS: usize = 16_384;
@@ -221,8 +225,14 @@ impl Streams for StreamPath {
     }
 
     fn commit(&mut self, prepared: Prepared) {
-        let Prepared { routes, gone, ports, return_path } = prepared;
-        if let Some(path) = return_path.and_then(SetUp::keep) {
+        let Prepared { routes, gone, ports, return_path: made } = prepared;
+        if let Some(path) = made.and_then(SetUp::keep) {
+            let Policy { priority, table, .. } = return_path::POLICY;
+            tracing::info!(
+                priority,
+                table,
+                "table inet {TRANSPARENT_TABLE}, a routing rule and a route lead what backends answer to clients here"
+            );
             self.return_path = Some(AbortOnDrop(tokio::spawn(path.watch())));
         }
         let mut changes: Vec<Applied> = self.workers.iter().map(|_| Applied::default()).collect();
