@@ -258,3 +258,45 @@ fn a_backend_without_a_port_is_dialled_at_the_clients() -> Result<()> {
     ensure!(away == End::Reset);
     shunt.wait_ended("a", &[("finished_client_first", 1), ("connect_refused", 1)], SOON)
 }
+
+/// A host that is gone is found out by the kernel after three seconds (`mcast_solicit`), while the next one is asked already.
+#[test]
+fn hosts_that_are_gone_do_not_hide_one_that_lives() -> Result<()> {
+    let lab = Lab::builder().backends(1).build()?;
+    let _one = tagged(&lab, 1)?;
+    let gone = [Ipv4Addr::new(10, 88, 2, 50), Ipv4Addr::new(10, 88, 2, 51)];
+    for ip in gone {
+        lab.gateway().sh(&format!("ip route add {ip}/32 dev backend1 src 10.88.2.1"))?;
+    }
+    let shunt =
+        Shunt::start(&lab, &Relay::routes_to(&[gone[0], gone[1], BACKENDS[0]], "timeouts = { connect = \"12s\" }"))?;
+    on_each(&Relay::ENGINES, |relay| {
+        // One that begins with each.
+        let mut streams: Vec<TcpStream> =
+            (0..12).map(|_| Ok(lab.client().connect(relay.listen())?)).collect::<Result<_>>()?;
+        let began = Instant::now();
+        for (n, stream) in streams.iter_mut().enumerate() {
+            let name = read_some(stream, 3).with_context(|| format!("connection {n} after {:?}", began.elapsed()))?;
+            ensure!(name == b"b1\n", "connection {n} after {:?}: {name:?}", began.elapsed());
+        }
+        println!("{relay:?}: all served after {:?}", began.elapsed());
+        drop(streams);
+        shunt.wait_ended(relay.route(), &[("finished_client_first", 12)], SOON)
+    })?;
+    // And where nobody lives, that is told.
+    let none = gone.map(|ip| format!("\"{ip}:80\"")).join(", ");
+    let route = |r: &Relay| {
+        format!(
+            "[[route]]\nname = \"none-{e}\"\nlisten = [\"10.88.1.1:{}\"]\nengine = \"{e}\"\nbackends = [{none}]\ntimeouts = {{ connect = \"12s\" }}\n",
+            70 + *r as u16,
+            e = r.engine()
+        )
+    };
+    shunt.reload(&Relay::ENGINES.iter().map(route).collect::<String>())?;
+    on_each(&Relay::ENGINES, |relay| {
+        let mut stream = lab.client().connect(([10, 88, 1, 1], 70 + relay as u16))?;
+        let end = shunt_lab::dialog::end_of(&mut stream, Duration::from_secs(14))?;
+        ensure!(end == End::Reset, "{end:?}");
+        shunt.wait_ended(&format!("none-{}", relay.engine()), &[("connect_unreachable", 1)], SOON)
+    })
+}

@@ -58,6 +58,73 @@ fn without_descriptors_the_next_are_refused_and_the_old_ones_live() -> Result<()
 }
 
 #[test]
+fn what_many_ports_take_is_not_there_for_connections() -> Result<()> {
+    const CLIENTS: usize = 1600;
+    let lab = Lab::new()?;
+    let server = shunt_lab::scripted::TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    let route = "[[route]]\nname = \"many\"\nlisten = [\"10.88.1.1:7000-7499\"]\nengine = \"copy\"\nbackends = [\"10.88.2.2:80\"]\n";
+    let shunt = Shunt::builder().descriptors(4000).start(&lab, route)?;
+    let began = Instant::now();
+    let (mut held, mut refused) = (Vec::new(), 0);
+    for n in 0..CLIENTS {
+        let to = ([10, 88, 1, 1], 7000 + (n % 500) as u16);
+        match lab.client().connect(to) {
+            Ok(stream) => held.push(stream),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => refused += 1,
+            Err(error) => return Err(error).with_context(|| format!("connection {n}")),
+        }
+    }
+    let mut served = Vec::new();
+    for mut stream in held {
+        match echo(&mut stream, b"served") {
+            Ok(()) => served.push(stream),
+            Err(_) => refused += 1,
+        }
+    }
+    println!(
+        "{} served, {refused} refused after {:?}: {:?}",
+        served.len(),
+        began.elapsed(),
+        kernel::holdings(shunt.pid()?)?
+    );
+    ensure!(
+        served.len() > 200 && began.elapsed() < Duration::from_secs(5),
+        "{} after {:?}",
+        served.len(),
+        began.elapsed()
+    );
+    ensure!(server.open() == served.len(), "{} at the backend", server.open());
+    shunt.wait_route("many", "nothing is counted under another reason", SOON, |r| {
+        (r["connections_active"] == served.len() && r["terminations"]["connect_unreachable"].is_null()).then_some(())
+    })
+}
+
+#[test]
+fn more_ports_than_there_are_descriptors_for_are_refused_by_name() -> Result<()> {
+    let lab = Lab::new()?;
+    let _server = shunt_lab::scripted::TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    let route = |ports: &str| {
+        format!(
+            "[[route]]\nname = \"many\"\nlisten = [\"10.88.1.1:{ports}\"]\nengine = \"copy\"\nbackends = [\"10.88.2.2:80\"]\n"
+        )
+    };
+    let shunt = Shunt::builder().descriptors(2000).start(&lab, &route("7000-7099"))?;
+    // As many again, changed, moved: not more at any time.
+    for ports in ["7000-7149", "7100-7249", "7000-7199"] {
+        shunt.reload(&route(ports))?;
+    }
+    shunt.write_config(&route("7000-9999"))?;
+    let output = shunt.cli(&["reload"])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1) && said.contains("\"many\"") && said.contains("3000 ports"),
+        "said: {said}"
+    );
+    ensure!(said.contains("mend:"), "said: {said}");
+    echo(&mut lab.client().connect(([10, 88, 1, 1], 7199))?, b"as before")
+}
+
+#[test]
 fn those_who_send_much_leave_room_for_those_who_send_little() -> Result<()> {
     let lab = Lab::new()?;
     let _servers = servers(&lab, &Behaviour::Echo)?;

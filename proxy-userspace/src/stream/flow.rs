@@ -55,6 +55,8 @@ pub struct Flow {
     pub accepted: u64,
     /// … and when the first dial began.
     pub dialed: u64,
+    /// The worker's round in which a backend was last asked, or one of two has won.
+    pub asked_in: u64,
 }
 
 // An idle connection is this and its two sockets in the kernel.

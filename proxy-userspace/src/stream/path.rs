@@ -1,7 +1,7 @@
 //! The owner of the workers: starts them, brings changes to them, asks them, and stops them.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     io,
     net::SocketAddr,
     os::fd::OwnedFd,
@@ -30,7 +30,14 @@ use super::{
     socket,
     worker::{Applied, Command, Leaving, PortChange, Row, Shared, Worker},
 };
-use crate::tls::Watch;
+use crate::{
+    kernel::{
+        nft::TRANSPARENT_TABLE,
+        return_path::{self, ReturnPath, SetUp},
+        routing::Policy,
+    },
+    tls::Watch,
+};
 
 /// Listen addresses and ports of all routes together, at most: each costs a descriptor and an epoll entry per worker.
 pub const MAX_PORTS: usize = 16_384;
@@ -47,10 +54,15 @@ pub struct StreamPath {
     pub commands: mpsc::Sender<StreamCommand>,
     pub reader: Reader,
     workers: Vec<Handle>,
+    /// Descriptors for listeners and for both ends of connections.
+    for_sockets: u64,
     /// Also those that are gone and not forgotten: one that comes back goes on counting where it was.
     routes: HashMap<u32, Arc<Route>>,
     listens: BTreeMap<SocketAddr, Vec<u32>>,
     certificates: Watch,
+    lock_tables: bool,
+    /// From the first route with `source_address = "client"` on: what looks after its way back.
+    return_path: Option<AbortOnDrop>,
 }
 
 #[derive(Debug)]
@@ -81,6 +93,7 @@ pub struct Prepared {
     routes: Vec<Arc<Route>>,
     gone: Vec<u32>,
     ports: Vec<(SocketAddr, Vec<u32>, Sockets)>,
+    return_path: Option<SetUp>,
 }
 
 #[derive(Debug)]
@@ -100,7 +113,8 @@ impl StreamPath {
         let descriptors = raise_descriptors();
         let usable = descriptors.saturating_sub(RESERVED);
         let pipes = (usable / PIPE_SHARE / 2 / workers as u64).min(MAX_PIPES);
-        reader.pressure.max.store((usable - pipes * 2 * workers as u64) / 2, Relaxed);
+        let for_sockets = usable - pipes * 2 * workers as u64;
+        reader.pressure.max.store(for_sockets / 2, Relaxed);
         let shared = Shared {
             open: Arc::new(AtomicU64::new(0)),
             pressure: Arc::clone(&reader.pressure),
@@ -126,7 +140,17 @@ impl StreamPath {
         tokio::spawn(answer(queue, links));
         let certificates = Watch::start(reader.tls.clone());
         let certificates = certificates.map_err(|error| StreamError::Start { call: "clone", error })?;
-        Ok(Self { commands, reader, workers, routes: HashMap::new(), listens: BTreeMap::new(), certificates })
+        Ok(Self {
+            commands,
+            reader,
+            workers,
+            for_sockets,
+            routes: HashMap::new(),
+            listens: BTreeMap::new(),
+            lock_tables: options.lock_tables,
+            return_path: None,
+            certificates,
+        })
     }
 
     /// The addresses whose routes are the same as before while what tells them apart has changed.
@@ -163,6 +187,33 @@ impl StreamPath {
     }
 }
 
+impl StreamPath {
+    /// Whether there may be so many ports. Half of the descriptors stay for connections.
+    fn room_for<'a>(&self, asked: &[(Address, Vec<u32>)], name: impl Fn(&u32) -> &'a str) -> Result<(), StreamError> {
+        let max = MAX_PORTS.min(self.for_sockets as usize / 2 / self.workers.len());
+        let mut open: BTreeSet<SocketAddr> = self.listens.keys().copied().collect();
+        for (listen, _) in asked.iter().filter(|(_, members)| members.is_empty()) {
+            for address in addresses(listen) {
+                open.remove(&address);
+            }
+        }
+        for (listen, members) in asked.iter().filter(|(_, members)| !members.is_empty()) {
+            open.extend(addresses(listen));
+            if open.len() > max {
+                let route = members.first().map_or("", &name).to_owned();
+                return Err(StreamError::TooManyPorts { route, ports: addresses(listen).count(), max });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the listeners take is not there for connections.
+    fn share_descriptors(&self) {
+        let listeners = (self.listens.len() * self.workers.len()) as u64;
+        self.reader.pressure.max.store(self.for_sockets.saturating_sub(listeners) / 2, Relaxed);
+    }
+}
+
 impl Streams for StreamPath {
     type Prepared = Prepared;
 
@@ -178,6 +229,7 @@ impl Streams for StreamPath {
         let mut asked = change.ports;
         asked.extend(self.told_apart_anew(&routes, &asked));
         let known = |id: &u32| fresh.get(id).copied().or_else(|| self.routes.get(id));
+        self.room_for(&asked, |id| known(id).map_or("", |route| route.config.name.as_str()))?;
         let mut ports = Vec::new();
         for (listen, members) in asked {
             let members: Vec<&Arc<Route>> = members.iter().filter_map(known).collect();
@@ -191,10 +243,6 @@ impl Streams for StreamPath {
                 };
                 ports.push((address, ids.clone(), sockets));
             }
-            if self.listens.len() + ports.len() > MAX_PORTS {
-                let ports = addresses(&listen).count();
-                return Err(StreamError::TooManyPorts { route: name.to_owned(), ports, max: MAX_PORTS });
-            }
         }
         for (address, _, sockets) in &ports {
             let Sockets::Open(fds, listen) = sockets else { continue };
@@ -207,11 +255,22 @@ impl Streams for StreamPath {
                 })?;
             }
         }
-        Ok(Prepared { routes, gone: change.gone, ports })
+        let transparent = self.return_path.is_none() && routes.iter().any(|route| route.is_transparent());
+        let return_path = transparent.then(|| ReturnPath::set_up(self.lock_tables)).transpose()?;
+        Ok(Prepared { routes, gone: change.gone, ports, return_path })
     }
 
     fn commit(&mut self, prepared: Prepared) {
-        let Prepared { routes, gone, ports } = prepared;
+        let Prepared { routes, gone, ports, return_path: made } = prepared;
+        if let Some(path) = made.and_then(SetUp::keep) {
+            let Policy { priority, table, .. } = return_path::POLICY;
+            tracing::info!(
+                priority,
+                table,
+                "table inet {TRANSPARENT_TABLE}, a routing rule and a route lead what backends answer to clients here"
+            );
+            self.return_path = Some(AbortOnDrop(tokio::spawn(path.watch())));
+        }
         let mut changes: Vec<Applied> = self.workers.iter().map(|_| Applied::default()).collect();
         for route in &routes {
             self.reader.meters.put(Arc::clone(&route.meters));
@@ -238,6 +297,7 @@ impl Streams for StreamPath {
                 }
             }
         }
+        self.share_descriptors();
         for id in gone {
             let leaving = Leaving::new(self.workers.len());
             self.reader.tls.put(id, None);
@@ -274,6 +334,16 @@ impl Streams for StreamPath {
             }
         });
         let _ = joined.await;
+    }
+}
+
+/// A task that ends with its owner.
+#[derive(Debug)]
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -66,6 +66,8 @@ pub struct Worker {
     commands: mpsc::Receiver<Command>,
     /// Microseconds since [`Shared::began`], read once per round.
     micros: u64,
+    /// Times the kernel was asked for events.
+    rounds: u64,
     flows: Flows,
     next_number: u64,
     wheel: Wheel,
@@ -151,6 +153,7 @@ impl Worker {
             wake,
             commands,
             micros: shared.began.elapsed().as_micros() as u64,
+            rounds: 0,
             flows: Flows::default(),
             next_number: 0,
             wheel: Wheel::new(Tick(0)),
@@ -182,6 +185,7 @@ impl Worker {
     }
 
     fn round(&mut self, events: &mut Events) {
+        self.rounds += 1;
         let count = match self.poll.wait(events, self.patience()) {
             Ok(count) => count,
             Err(errno) => {
@@ -234,8 +238,10 @@ impl Worker {
                     if flow.source(key, side) != (Source::Flow { key, number, side }) {
                         return Fate::Lives;
                     }
-                    let two = side == Side::Backend && flow.early.as_ref().is_some_and(|early| early.rival.is_some());
-                    if let Some(socket) = flow.socket(side).filter(|_| !two) {
+                    // Of two backends that are asked at once an event does not say which it is of, and in the round in
+                    // which one of them was replaced or has won it may still be of the other. They are asked themselves.
+                    let two = flow.asked_in == worker.rounds || flow.early.as_ref().is_some_and(|e| e.rival.is_some());
+                    if let Some(socket) = flow.socket(side).filter(|_| side == Side::Client || !two) {
                         socket.note(events);
                     }
                     worker.on_socket(key, flow, side)

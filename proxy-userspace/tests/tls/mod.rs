@@ -167,8 +167,13 @@ impl Served {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let (ended_tx, ended) = mpsc::channel(1024);
-        let options =
-            Options { workers: 2, failed_dials: mpsc::channel(16).0, drained: mpsc::channel(16).0, ended: ended_tx };
+        let options = Options {
+            workers: 2,
+            failed_dials: mpsc::channel(16).0,
+            drained: mpsc::channel(16).0,
+            ended: ended_tx,
+            lock_tables: false,
+        };
         let mut path = runtime.block_on(async { StreamPath::start(options) }).expect("it starts");
         let list: Vec<String> = backends.iter().map(|b| format!("\"{b}\"")).collect();
         let text =

@@ -63,11 +63,7 @@ fn what_nft_cannot_do_the_daemon_relays_and_says_so() {
 
 #[test]
 fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
-    for (extra, refusal) in
-        [("protocol = \"udp\"", Refusal::OnlyTcp), ("source_address = \"client\"", Refusal::ClientSource)]
-    {
-        assert_eq!(relayed(&route(extra)).1, [refusal], "{extra}");
-    }
+    assert_eq!(relayed(&route("protocol = \"udp\"")).1, [Refusal::OnlyTcp]);
     let range = |last: u16| {
         format!("[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:2000-{last}\"]\nbackends = [\"10.0.1.1\"]\n")
     };
@@ -93,6 +89,26 @@ fn tls_is_ended_and_begun_only_where_the_daemon_has_the_bytes() {
         "route \"web\": no engine can serve it here: splice: tls.mode = \"terminate\" ends TLS in the daemon; this engine never \
          sees the bytes"
     );
+}
+
+#[test]
+fn a_route_whose_backends_see_the_client_needs_transparent_sockets_only_where_the_daemon_dials() {
+    let transparent = |extra: &str| route(&format!("source_address = \"client\"\n{extra}"));
+    let balanced = transparent("balance = \"least-connections\"");
+    assert_eq!(relayed(&balanced), (Some(Engine::Splice), Vec::new()));
+    let told = planned(&balanced, &Capabilities::all()).routes[0].condition();
+    assert!(told.is_some_and(|told| told.contains("must come back through this machine")), "{told:?}");
+    let without = Capabilities { nft_socket: false, ..Capabilities::all() };
+    assert_eq!(planned(&transparent(""), &without).routes[0].engine, Some(Engine::Nft));
+    let splice = |text: &str, capabilities: &Capabilities| -> Vec<Refusal> {
+        let refused = planned(text, capabilities).routes[0].refused.clone();
+        refused.into_iter().filter(|(engine, _)| *engine == Engine::Splice).map(|(_, refusal)| refusal).collect()
+    };
+    assert_eq!(splice(&balanced, &without), [Refusal::Lacks(Capability::NftSocket)]);
+    let unprivileged = Capabilities { net_admin: false, ..Capabilities::all() };
+    assert_eq!(splice(&balanced, &unprivileged), [Refusal::Lacks(Capability::NetAdmin)]);
+    let to_itself = balanced.replace("10.0.1.1:80", "127.0.0.1:80");
+    assert_eq!(splice(&to_itself, &Capabilities::all()), [Refusal::ClientSourceToLoopback]);
 }
 
 #[test]

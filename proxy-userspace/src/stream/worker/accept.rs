@@ -125,6 +125,7 @@ impl Worker {
             queued: false,
             accepted: self.micros,
             dialed: 0,
+            asked_in: 0,
         };
         self.begin(key, Box::new(flow), slot);
     }
