@@ -252,8 +252,11 @@ fn under_steady_load_the_rate_is_what_it_is() -> Result<()> {
             }
             thread::sleep((began + Duration::from_millis(made * 20)).saturating_duration_since(Instant::now()));
         }
-        println!("{relay:?}: {made} connections; rates shown: {rates:?}");
-        ensure!(rates.iter().all(|r| (30.0..70.0).contains(r)), "the rate was 50/s, shown: {rates:?}");
+        // A busy machine may not have made what was wanted.
+        let (was, shown) =
+            (made as f64 / began.elapsed().as_secs_f64(), rates.iter().sum::<f64>() / rates.len() as f64);
+        println!("{relay:?}: {was:.1} connections a second; shown: {rates:?}");
+        ensure!((0.6 * was..1.4 * was).contains(&shown), "the rate was {was:.1}/s, shown: {rates:?}");
         shunt.wait_ended(relay.route(), &[("finished_backend_first", made)], SOON)?;
         let route = shunt.route(relay.route())?;
         ensure!(route["bytes_in"] == 3 * made && route["bytes_out"] == 1000 * made, "{route}");
