@@ -36,6 +36,7 @@ use crate::{
         conntrack::{Hear, NetlinkConntrack},
         memory,
         nft::{KernelNft, Nft, NftError, NftMonitor},
+        return_path,
         sysctl::{self, Restored, Settings},
     },
     logging,
@@ -218,12 +219,17 @@ impl Daemon {
             .map_err(|e| Refusal::missing(&e, "`shunt doctor` shows what is missing"))
     }
 
-    fn streams(config: &Config, channels: &Channels) -> Result<(StreamPath, JoinHandle<()>), Refusal> {
+    fn streams(
+        config: &Config,
+        capabilities: &Capabilities,
+        channels: &Channels,
+    ) -> Result<(StreamPath, JoinHandle<()>), Refusal> {
         let (ended, told) = mpsc::channel(REPORTS);
         let options = stream::Options {
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             failed_dials: channels.failed_dials.0.clone(),
             drained: channels.relayed.0.clone(),
+            lock_tables: config.kernel.lock_table && capabilities.nft_owner_persist,
             ended,
         };
         let streams = StreamPath::start(options).map_err(refuse_streams)?;
@@ -252,7 +258,7 @@ impl Daemon {
             false => (None, None),
         };
         let port_id = nft.as_ref().map(KernelNft::port_id);
-        let (streams, relayed_log) = Self::streams(&config, &channels)?;
+        let (streams, relayed_log) = Self::streams(&config, &capabilities, &channels)?;
         let (stream_commands, relayed) = (streams.commands.clone(), streams.reader.clone());
         let inputs = tracker.as_ref().map(|tracker| tracker.inputs.clone());
         let mut announcer = Announcer::new(inputs, clock, capabilities.nft_ct_timeout);
@@ -282,7 +288,7 @@ impl Daemon {
                 "table inet shunt is in the kernel"
             ),
             false => {
-                tracing::info!(routes, apply_ms, "the daemon relays every route; the kernel's tables are not touched")
+                tracing::info!(routes, apply_ms, "the daemon relays every route; table inet shunt is not needed")
             }
         }
         let (commands_tx, commands) = mpsc::channel::<RouteCommand>(COMMANDS);
@@ -453,6 +459,7 @@ pub fn cleanup(socket: &Path) -> Result<Vec<String>, Refusal> {
         nft.apply(&changes).map_err(refuse_nft)?;
         done.push("deleted table inet shunt: what it forwarded ends".into());
     }
+    done.extend(return_path::remove().map_err(|e| refuse_streams(e.into()))?);
     let restored = sysctl::restore(&Settings::default(), &sysctl::record_beside(socket));
     for setting in restored.map_err(|e| Refusal::missing(&e, e.mend()))? {
         done.push(match setting {

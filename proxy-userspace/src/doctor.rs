@@ -125,6 +125,7 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
     checks.extend(socket.map(host::running_daemon));
     if let (Some(config), Some(plan)) = (config, &plan) {
         checks.extend(routes::checks(config, &probe.capabilities()));
+        checks.extend(routes::way_back(plan, &settings));
         checks.push(privileges::low_ports(plan));
     }
     Report { checks }

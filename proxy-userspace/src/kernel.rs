@@ -6,4 +6,6 @@ pub mod conntrack;
 pub mod memory;
 pub mod netlink;
 pub mod nft;
+pub mod return_path;
+pub mod routing;
 pub mod sysctl;

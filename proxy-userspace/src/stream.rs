@@ -27,6 +27,7 @@ pub use path::{MAX_PORTS, StreamPath};
 
 use crate::{
     control::{ConnectionFilter, Reply},
+    kernel::return_path::ReturnPathError,
     track::FailedDial,
 };
 
@@ -81,6 +82,8 @@ pub struct Options {
     pub failed_dials: mpsc::Sender<FailedDial>,
     /// Told the id of a route that is gone when its last connection has ended.
     pub drained: mpsc::Sender<u32>,
+    /// What it puts into nftables is for this process alone to change.
+    pub lock_tables: bool,
     /// Told of connections that have ended, in batches.
     pub ended: mpsc::Sender<Vec<Ended>>,
 }
@@ -100,6 +103,8 @@ pub enum StreamError {
     TooManyPorts { route: String, ports: usize, max: usize },
     #[error("cannot start the stream path: {call}: {error}")]
     Start { call: &'static str, error: io::Error },
+    #[error(transparent)]
+    ReturnPath(#[from] ReturnPathError),
 }
 
 impl StreamError {
@@ -118,6 +123,7 @@ impl StreamError {
                 Some("listen on fewer ports, or let the kernel forward the range (engine = \"nft\")".into())
             }
             Self::Start { .. } => None,
+            Self::ReturnPath(error) => error.mend(),
         }
     }
 
@@ -126,6 +132,7 @@ impl StreamError {
         match self {
             Self::Listen { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => 4,
             Self::Listen { .. } | Self::TooManyPorts { .. } | Self::Start { .. } => 1,
+            Self::ReturnPath(error) => error.exit_code(),
         }
     }
 }

@@ -17,6 +17,8 @@ pub struct Capabilities {
     pub nft_balance: bool,
     /// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (v6.9+).
     pub nft_owner_persist: bool,
+    /// `socket` (`nft_socket`), which finds the socket a packet is for.
+    pub nft_socket: bool,
     /// Conntrack over netlink (`nf_conntrack_netlink`).
     pub conntrack_netlink: bool,
     /// IPv6 is there (`/proc/sys/net/ipv6`).
@@ -33,6 +35,7 @@ impl Capabilities {
             nft_ct_timeout: true,
             nft_balance: true,
             nft_owner_persist: true,
+            nft_socket: true,
             conntrack_netlink: true,
             ipv6: true,
         }

@@ -11,7 +11,7 @@ pub use refusal::{Capability, MAX_STREAM_PORTS, Need, Refusal};
 
 use crate::{
     capability::Capabilities,
-    config::{Config, Engine, EngineChoice, Listen, Route, RouteName},
+    config::{Config, Engine, EngineChoice, Listen, Route, RouteName, SourceAddress},
 };
 
 /// One entry per route, in file order.
@@ -95,6 +95,18 @@ impl RoutePlan {
     /// The daemon listens, dials and relays.
     pub fn is_relayed(&self) -> bool {
         matches!(self.engine, Some(Engine::Splice | Engine::Copy))
+    }
+
+    /// The daemon dials its backends from the client's address.
+    pub fn is_transparent(&self) -> bool {
+        self.is_relayed() && self.route.source_address == SourceAddress::Client
+    }
+
+    /// What it needs of the network around this machine.
+    pub fn condition(&self) -> Option<&'static str> {
+        (self.engine.is_some() && self.route.source_address == SourceAddress::Client).then_some(
+            "source_address = \"client\": what the backends send to clients must come back through this machine",
+        )
     }
 
     /// Every address and port it listens on, as addresses of sockets.

@@ -49,6 +49,7 @@ fn optional(nft: &NftFacts) -> Vec<Check> {
         Check::of("connection limits", "limits.connections and limits.connections_per_client in the nft engine");
     let balance = Check::of("balancing", "routes with several backends in the nft engine");
     let timeouts = Check::of("idle timeouts", "timeouts.idle and timeouts.half_closed as the kernel's own, per route");
+    let socket = Check::of("transparent sockets", "source_address = \"client\" where the daemon dials (splice, copy)");
     let owner = Check::of("table ownership", "keeps others, and nft flush ruleset, from touching shunt's table");
     let flowtable = Check::of("flowtable", "a faster path for established flows; not used by this build");
     vec![
@@ -65,6 +66,7 @@ fn optional(nft: &NftFacts) -> Vec<Check> {
             "absent (CONFIG_NF_CONNTRACK_TIMEOUT)",
             "a kernel built with CONFIG_NF_CONNTRACK_TIMEOUT",
         ),
+        socket.either(nft.socket, "there", "absent (CONFIG_NFT_SOCKET)", "modprobe nft_socket"),
         owner.either(
             nft.owner_persist,
             "there",

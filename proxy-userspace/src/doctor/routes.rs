@@ -6,12 +6,42 @@ use nix::ifaddrs::getifaddrs;
 use proxy_core::{
     capability::Capabilities,
     config::{Config, Listen, Route},
+    plan::Plan,
 };
 
 use super::Check;
+use crate::kernel::{return_path, sysctl::Settings};
 
 pub(super) fn checks(config: &Config, capabilities: &Capabilities) -> Vec<Check> {
     vec![listen_addresses(config), features(config, capabilities)]
+}
+
+/// … and what the way back of those whose backends see the client's address needs of this machine.
+pub(super) fn way_back(plan: &Plan, settings: &Settings) -> Option<Check> {
+    let transparent: Vec<_> = plan.routes().iter().filter(|route| route.is_transparent()).collect();
+    let names: Vec<_> = transparent.iter().map(|route| route.route.name.to_string()).collect();
+    transparent.first()?;
+    let check = Check::of(
+        "the way back to the daemon",
+        "source_address = \"client\": what the backends send to clients must come back through this machine, and to the daemon",
+    );
+    let uses_marks = settings.per_interface("ipv4", "src_valid_mark");
+    let uses_marks = uses_marks.iter().find(|(setting, value)| value != "0" && setting.interface() != Some("default"));
+    Some(match (return_path::is_in_place(), uses_marks) {
+        (Err(error), _) => {
+            let mend = error.mend().unwrap_or_else(|| "`ip rule` shows the rules".into());
+            check.missing(error.to_string(), mend)
+        }
+        (Ok(_), Some((setting, value))) => check.warn(
+            format!("{setting} is {value}: what backends answer on that interface is dropped"),
+            format!("sysctl -w {setting}=0"),
+        ),
+        (Ok(there), None) => check.ok(format!(
+            "{}, for {}; whether the backends' answers come through this machine is theirs to say: `ip route get CLIENT` there",
+            if there { "in place" } else { "free to be made" },
+            some_of(&names),
+        )),
+    })
 }
 
 fn listen_addresses(config: &Config) -> Check {

@@ -87,6 +87,7 @@ impl Probe {
             nft_ct_timeout: has(|nft| nft.ct_timeout),
             nft_balance: has(|nft| nft.numgen && nft.hash),
             nft_owner_persist: has(|nft| nft.owner_persist),
+            nft_socket: has(|nft| nft.socket),
             conntrack_netlink: self.conntrack_netlink.unwrap_or(true),
             ipv6: self.ipv6,
         }

@@ -22,6 +22,9 @@ pub const HEADER: usize = 16;
 /// little more than the 64 KiB an attribute can hold.
 const RECEIVE_BUFFER: usize = 128 * 1024;
 
+/// `NETLINK_GET_STRICT_CHK` (`include/uapi/linux/netlink.h`)
+const GET_STRICT_CHECK: libc::c_int = 12;
+
 /// A system call that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{call}: {errno}")]
@@ -81,6 +84,13 @@ impl NetlinkSocket {
     pub fn join(&self, group: u32) -> Result<(), SyscallError> {
         let call = "setsockopt(NETLINK_ADD_MEMBERSHIP)";
         set_option(&self.socket, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group, call)
+    }
+
+    /// Has rtnetlink look at the attributes of a dump's request: only what was asked for is told (v4.20+).
+    pub fn strict_dumps(&self) -> Result<(), SyscallError> {
+        let on: libc::c_int = 1;
+        let call = "setsockopt(NETLINK_GET_STRICT_CHK)";
+        set_option(&self.socket, libc::SOL_NETLINK, GET_STRICT_CHECK, &on, call)
     }
 
     /// Asks for a receive queue of `bytes`, past `net.core.rmem_max` where the privileges allow it.

@@ -14,6 +14,7 @@ mod read;
 mod set;
 mod statement;
 mod timeout;
+mod transparent;
 mod uapi;
 mod userdata;
 
@@ -26,6 +27,7 @@ use proxy_core::{
 pub use error::{NftError, Refusal};
 pub use memory::{MemoryNft, Owner};
 pub use monitor::{MonitorNews, NftMonitor};
+pub use transparent::{TRANSPARENT_TABLE, TransparentTable};
 
 use self::{
     batch::{Batch, Culprit},

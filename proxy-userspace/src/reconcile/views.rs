@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use proxy_core::{
-    config::{Balance, Engine, Listen, ProxyVersion, RouteName, SourceAddress},
+    config::{Balance, Engine, Listen, ProxyVersion, RouteName},
     plan::RoutePlan,
     pool::Pool,
     view,
@@ -103,16 +103,16 @@ fn path(served: &Served) -> Vec<String> {
     if served.plan.is_relayed() {
         return [vec![dialled], relayed(served, to)].concat();
     }
-    let source = match served.plan.route.source_address {
-        SourceAddress::Gateway => "the backend sees this machine's address (masquerade)",
-        SourceAddress::Client => "the backend sees the client's address",
+    let source = match served.plan.condition() {
+        None => "the backend sees this machine's address (masquerade)".to_owned(),
+        Some(condition) => format!("the backend sees the client's address; {condition}"),
     };
     let to = to.unwrap_or_else(|| "refused with a reset: no backend is up".into());
     vec![
         dialled,
         format!("first packet: nftables table inet shunt marks the connection {:#010x}", view.mark),
         format!("destination becomes {to}"),
-        source.into(),
+        source,
         "every further packet: conntrack translates it in the kernel; the daemon is not involved".into(),
     ]
 }
@@ -130,7 +130,10 @@ fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
         path.push("it reads the ClientHello and passes it on as it came; TLS stays between client and backend".into());
     }
     match to {
-        Some(to) => path.push(format!("it dials {to}; the backend sees this machine's address")),
+        Some(to) => path.push(match served.plan.condition() {
+            None => format!("it dials {to}; the backend sees this machine's address"),
+            Some(condition) => format!("it dials {to} from the client's address; {condition}"),
+        }),
         None => path.push("closed with a reset: no backend is up".into()),
     }
     if let Some(version) = route.proxy_protocol.send {

@@ -30,6 +30,11 @@ use super::{
     socket,
     worker::{Applied, Command, Leaving, PortChange, Row, Shared, Worker},
 };
+use crate::kernel::{
+    nft::TRANSPARENT_TABLE,
+    return_path::{self, ReturnPath, SetUp},
+    routing::Policy,
+};
 
 /// Listen addresses and ports of all routes together, at most: each costs a descriptor and an epoll entry per worker.
 pub const MAX_PORTS: usize = 16_384;
@@ -51,6 +56,9 @@ pub struct StreamPath {
     /// Also those that are gone and not forgotten: one that comes back goes on counting where it was.
     routes: HashMap<u32, Arc<Route>>,
     listens: BTreeMap<SocketAddr, Vec<u32>>,
+    lock_tables: bool,
+    /// From the first route with `source_address = "client"` on: what looks after its way back.
+    return_path: Option<AbortOnDrop>,
 }
 
 #[derive(Debug)]
@@ -81,6 +89,7 @@ pub struct Prepared {
     routes: Vec<Arc<Route>>,
     gone: Vec<u32>,
     ports: Vec<(SocketAddr, Vec<u32>, Sockets)>,
+    return_path: Option<SetUp>,
 }
 
 #[derive(Debug)]
@@ -125,7 +134,16 @@ impl StreamPath {
         let (commands, queue) = mpsc::channel(64);
         let links = workers.iter().map(|worker| worker.link.clone()).collect();
         tokio::spawn(answer(queue, links));
-        Ok(Self { commands, reader, workers, for_sockets, routes: HashMap::new(), listens: BTreeMap::new() })
+        Ok(Self {
+            commands,
+            reader,
+            workers,
+            for_sockets,
+            routes: HashMap::new(),
+            listens: BTreeMap::new(),
+            lock_tables: options.lock_tables,
+            return_path: None,
+        })
     }
 
     /// The addresses whose routes are the same as before while what tells them apart has changed.
@@ -229,11 +247,22 @@ impl Streams for StreamPath {
                 })?;
             }
         }
-        Ok(Prepared { routes, gone: change.gone, ports })
+        let transparent = self.return_path.is_none() && routes.iter().any(|route| route.is_transparent());
+        let return_path = transparent.then(|| ReturnPath::set_up(self.lock_tables)).transpose()?;
+        Ok(Prepared { routes, gone: change.gone, ports, return_path })
     }
 
     fn commit(&mut self, prepared: Prepared) {
-        let Prepared { routes, gone, ports } = prepared;
+        let Prepared { routes, gone, ports, return_path: made } = prepared;
+        if let Some(path) = made.and_then(SetUp::keep) {
+            let Policy { priority, table, .. } = return_path::POLICY;
+            tracing::info!(
+                priority,
+                table,
+                "table inet {TRANSPARENT_TABLE}, a routing rule and a route lead what backends answer to clients here"
+            );
+            self.return_path = Some(AbortOnDrop(tokio::spawn(path.watch())));
+        }
         let mut changes: Vec<Applied> = self.workers.iter().map(|_| Applied::default()).collect();
         for route in &routes {
             self.reader.meters.put(Arc::clone(&route.meters));
@@ -291,6 +320,16 @@ impl Streams for StreamPath {
             }
         });
         let _ = joined.await;
+    }
+}
+
+/// A task that ends with its owner.
+#[derive(Debug)]
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

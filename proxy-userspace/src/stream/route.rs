@@ -11,7 +11,7 @@ use std::{
 use proxy_core::{
     balance::{Asked, Chooser},
     classify::Port,
-    config::{self, Engine, Keepalive},
+    config::{self, Engine, Keepalive, SourceAddress},
     session::Limits,
 };
 
@@ -80,6 +80,11 @@ impl Route {
             open: Arc::clone(self.open.get(index)?),
             is_last: tried.len() + 1 >= self.chooser.endpoints().iter().filter(|e| e.up).count(),
         })
+    }
+
+    /// Backends see the client's address.
+    pub fn is_transparent(&self) -> bool {
+        self.config.source_address == SourceAddress::Client
     }
 
     /// Vanished peers are only noticed by probes where no idle limit ends the connection.

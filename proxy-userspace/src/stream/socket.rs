@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::socket::{setsockopt, sockopt as options};
 use rustix::{
     event::epoll::EventFlags,
     io::Errno,
@@ -115,18 +116,31 @@ pub fn start_listening(fd: &OwnedFd) -> io::Result<()> {
     Ok(listen(fd, BACKLOG)?)
 }
 
-/// Begins to connect. The socket becomes writable when the backend has answered.
-pub fn dial(to: SocketAddr, keepalive: bool) -> Result<Socket, Errno> {
+/// Begins to connect, from `source` where one is given, be it an address of this machine or not. The socket becomes writable
+/// when the backend has answered.
+pub fn dial(to: SocketAddr, source: Option<IpAddr>, keepalive: bool) -> Result<Socket, Errno> {
     let fd = socket_with(family(to.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
     sockopt::set_tcp_nodelay(&fd, true)?;
     sockopt::set_socket_oobinline(&fd, true)?;
     if keepalive {
         sockopt::set_socket_keepalive(&fd, true)?;
     }
+    if let Some(source) = source {
+        bind_to_foreign(&fd, source)?;
+    }
     match connect(&fd, &to) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(Socket::new(fd)),
         Err(errno) => Err(errno),
     }
+}
+
+/// The port is chosen when it is known where to, so that as many connections are possible as to each backend.
+fn bind_to_foreign(fd: &OwnedFd, source: IpAddr) -> Result<(), Errno> {
+    let errno = |errno: nix::errno::Errno| Errno::from_raw_os_error(errno as i32);
+    // Both are bits of the socket, whatever its family (`ipv6_setsockopt` passes SOL_IP on, v6.18).
+    setsockopt(fd, options::IpTransparent, &true).map_err(errno)?;
+    setsockopt(fd, options::IpBindAddressNoPort, &true).map_err(errno)?;
+    bind(fd, &SocketAddr::new(source, 0))
 }
 
 /// What the client dialled.

@@ -24,8 +24,8 @@ pub enum Refusal {
     ClientMatchOnRange,
     /// Some backends have a port, others keep the dialled one.
     MixedPorts,
-    /// `source_address = "client"` where the daemon dials.
-    ClientSource,
+    /// `source_address = "client"`, and a backend on this machine: its answers to the client would leave the machine.
+    ClientSourceToLoopback,
     /// A relayed connection is a TCP connection.
     OnlyTcp,
     /// More than [`MAX_STREAM_PORTS`]: each is a socket.
@@ -58,6 +58,7 @@ pub enum Capability {
     NftConnlimit,
     NftCtTimeout,
     NftBalance,
+    NftSocket,
     Conntrack,
     Ipv6,
 }
@@ -76,9 +77,8 @@ impl fmt::Display for Refusal {
                 f.write_str("match.client is served on single ports, and a route on this port listens on a range")
             }
             Self::MixedPorts => f.write_str("some backends have a port and others keep the dialled one"),
-            Self::ClientSource => f.write_str(
-                "source_address = \"client\" needs transparent sockets, which are not in this version; \
-                 proxy_protocol.send tells a backend who the client is",
+            Self::ClientSourceToLoopback => f.write_str(
+                "source_address = \"client\" needs backends on other machines, and one has a loopback address",
             ),
             Self::OnlyTcp => f.write_str("relays TCP only"),
             Self::TooManyPorts(ports) => {
@@ -117,6 +117,10 @@ impl fmt::Display for Capability {
             Self::NftCtTimeout => "this kernel has no `ct timeout` (CONFIG_NF_CONNTRACK_TIMEOUT), which timeouts need",
             Self::NftBalance => {
                 "this kernel has no numgen or jhash (CONFIG_NFT_NUMGEN, CONFIG_NFT_HASH), which balance needs"
+            }
+            Self::NftSocket => {
+                "this kernel has no `socket` in nf_tables (CONFIG_NFT_SOCKET), which source_address = \"client\" needs where \
+                 the daemon dials; proxy_protocol.send tells a backend who the client is"
             }
             Self::Conntrack => "this kernel has no conntrack over netlink (CONFIG_NF_CT_NETLINK)",
             Self::Ipv6 => "IPv6 is switched off on this machine",
@@ -161,7 +165,13 @@ fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     refuse(route.protocol == Protocol::Udp, Refusal::OnlyTcp);
     refuse(terminates, Refusal::NotYet(Need::TlsTermination));
     refuse(route.backend_tls.is_some(), Refusal::NotYet(Need::BackendTls));
-    refuse(route.source_address == SourceAddress::Client, Refusal::ClientSource);
+    let transparent = route.source_address == SourceAddress::Client;
+    let on_loopback = |target: &Target| matches!(target, Target::Address { ip, .. } if ip.is_loopback());
+    let from_elsewhere = route.listen.iter().any(|l| !l.address.is_loopback());
+    let to_loopback = route.backends.iter().any(|b| on_loopback(&b.target));
+    refuse(transparent && from_elsewhere && to_loopback, Refusal::ClientSourceToLoopback);
+    refuse(transparent && !capabilities.net_admin, Refusal::Lacks(Capability::NetAdmin));
+    refuse(transparent && !capabilities.nft_socket, Refusal::Lacks(Capability::NftSocket));
     refuse(ports > MAX_STREAM_PORTS, Refusal::TooManyPorts(ports));
     refuse(ipv6 && !capabilities.ipv6, Refusal::Lacks(Capability::Ipv6));
     refusals

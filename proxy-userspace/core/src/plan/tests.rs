@@ -68,7 +68,6 @@ fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
         ("protocol = \"udp\"", Refusal::OnlyTcp),
         (tls, Refusal::NotYet(Need::TlsTermination)),
         ("backend_tls = { ca = \"ca.pem\" }", Refusal::NotYet(Need::BackendTls)),
-        ("source_address = \"client\"", Refusal::ClientSource),
     ] {
         assert_eq!(relayed(&route(extra)).1, [refusal], "{extra}");
     }
@@ -77,6 +76,26 @@ fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
     };
     assert_eq!(relayed(&range(3023)).1, []);
     assert_eq!(relayed(&range(3024)).1, [Refusal::TooManyPorts(1025)]);
+}
+
+#[test]
+fn a_route_whose_backends_see_the_client_needs_transparent_sockets_only_where_the_daemon_dials() {
+    let transparent = |extra: &str| route(&format!("source_address = \"client\"\n{extra}"));
+    let balanced = transparent("balance = \"least-connections\"");
+    assert_eq!(relayed(&balanced), (Some(Engine::Splice), Vec::new()));
+    let told = planned(&balanced, &Capabilities::all()).routes[0].condition();
+    assert!(told.is_some_and(|told| told.contains("must come back through this machine")), "{told:?}");
+    let without = Capabilities { nft_socket: false, ..Capabilities::all() };
+    assert_eq!(planned(&transparent(""), &without).routes[0].engine, Some(Engine::Nft));
+    let splice = |text: &str, capabilities: &Capabilities| -> Vec<Refusal> {
+        let refused = planned(text, capabilities).routes[0].refused.clone();
+        refused.into_iter().filter(|(engine, _)| *engine == Engine::Splice).map(|(_, refusal)| refusal).collect()
+    };
+    assert_eq!(splice(&balanced, &without), [Refusal::Lacks(Capability::NftSocket)]);
+    let unprivileged = Capabilities { net_admin: false, ..Capabilities::all() };
+    assert_eq!(splice(&balanced, &unprivileged), [Refusal::Lacks(Capability::NetAdmin)]);
+    let to_itself = balanced.replace("10.0.1.1:80", "127.0.0.1:80");
+    assert_eq!(splice(&to_itself, &Capabilities::all()), [Refusal::ClientSourceToLoopback]);
 }
 
 #[test]

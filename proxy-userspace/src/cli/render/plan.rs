@@ -28,6 +28,9 @@ pub(in crate::cli) fn plan(plan: &Plan) -> String {
         ]);
     }
     let mut text = if plan.routes().is_empty() { "no routes\n".to_owned() } else { table.render() };
+    for (route, condition) in plan.routes().iter().filter_map(|r| Some((r, r.condition()?))) {
+        text += &format!("\n{}: {condition}\n", route.route.name);
+    }
     for route in plan.routes().iter().filter(|r| r.engine.is_none()) {
         text += &format!("\n{}: what rules each engine out\n", route.route.name);
         for (engine, refusal) in &route.refused {
@@ -53,6 +56,7 @@ pub(in crate::cli) fn plan_json(plan: &Plan) -> Value {
             "balance": views::balance(r.route.balance),
             "engine": r.engine,
             "because": r.because(),
+            "condition": r.condition(),
             "refused": refused,
         })
     };

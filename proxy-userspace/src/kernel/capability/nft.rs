@@ -20,6 +20,8 @@ pub struct NftFacts {
     pub numgen: bool,
     pub hash: bool,
     pub connlimit: bool,
+    /// `socket`, which finds the socket a packet is for.
+    pub socket: bool,
     /// `ct timeout` objects.
     pub ct_timeout: bool,
     /// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST`
@@ -75,7 +77,8 @@ pub(super) fn ask() -> io::Result<NftFacts> {
         rule("masq", &attribute(MASQ_REG_PROTO_MIN, &0xffff_u32.to_be_bytes())),
     ];
     let first_expression = messages.len();
-    const EXPRESSIONS: [&str; 9] = ["nat", "fib", "reject", "ct", "dynset", "limit", "numgen", "hash", "connlimit"];
+    const EXPRESSIONS: [&str; 10] =
+        ["nat", "fib", "reject", "ct", "dynset", "limit", "numgen", "hash", "connlimit", "socket"];
     messages.extend(EXPRESSIONS.map(|name| rule(name, &[])));
 
     let results = batch(&messages)?;
@@ -100,6 +103,7 @@ pub(super) fn ask() -> io::Result<NftFacts> {
         numgen: expression("numgen"),
         hash: expression("hash"),
         connlimit: expression("connlimit"),
+        socket: expression("socket"),
         ct_timeout: known(4),
         owner_persist: result(2) == 0,
         flowtable: known(5),

@@ -18,7 +18,8 @@ pub const TRANSPORT_HEADER: u32 = 2;
 /// `NFT_CMP_EQ`, `NFT_CMP_NEQ`
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
-/// `NFT_META_IIF`, `NFT_META_NFPROTO`, `NFT_META_L4PROTO`
+/// `NFT_META_MARK`, `NFT_META_IIF`, `NFT_META_NFPROTO`, `NFT_META_L4PROTO`
+pub const META_MARK: u32 = 3;
 pub const META_INPUT_INTERFACE: u32 = 4;
 pub const META_FAMILY: u32 = 15;
 pub const META_PROTOCOL: u32 = 16;

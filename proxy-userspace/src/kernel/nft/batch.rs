@@ -14,13 +14,13 @@ use crate::kernel::netlink::{Attributes, Mark, Writer};
 
 /// `NLM_F_REQUEST`
 pub const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
-const CREATE: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_CREATE) as u16;
-const APPEND: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_CREATE | libc::NLM_F_APPEND) as u16;
+pub const CREATE: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_CREATE) as u16;
+pub const APPEND: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_CREATE | libc::NLM_F_APPEND) as u16;
 
 /// `struct nfgenmsg`: family, version, resource id.
 pub const INET: [u8; 4] = [libc::NFPROTO_INET as u8, 0, 0, 0];
 /// The same of the two messages around a batch: the resource is the subsystem.
-const BATCH: [u8; 4] = [libc::AF_UNSPEC as u8, 0, 0, SUBSYSTEM as u8];
+pub const BATCH: [u8; 4] = [libc::AF_UNSPEC as u8, 0, 0, SUBSYSTEM as u8];
 
 /// The most a list of elements can have: the length of an attribute is 16 bits, its header included.
 const MAX_LIST: usize = u16::MAX as usize;

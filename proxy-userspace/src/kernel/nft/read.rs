@@ -79,7 +79,7 @@ pub fn snapshot(socket: &mut NetlinkSocket) -> Result<Snapshot, NftError> {
 }
 
 fn read_all(socket: &mut NetlinkSocket) -> Result<Snapshot, NftError> {
-    let Some(table) = read_table(socket)? else { return Ok(Snapshot::default()) };
+    let Some(table) = read_table(socket, TABLE)? else { return Ok(Snapshot::default()) };
     let mut snapshot = Snapshot { table: Some(table), ..Snapshot::default() };
     read_timeouts(socket, &mut snapshot)?;
     read_sets(socket, &mut snapshot)?;
@@ -87,9 +87,10 @@ fn read_all(socket: &mut NetlinkSocket) -> Result<Snapshot, NftError> {
     Ok(snapshot)
 }
 
-fn read_table(socket: &mut NetlinkSocket) -> Result<Option<TableState>, NftError> {
+/// `None`: there is no such table.
+pub fn read_table(socket: &mut NetlinkSocket, name: &str) -> Result<Option<TableState>, NftError> {
     let own = socket.port_id();
-    let names = [(table::NAME, TABLE)];
+    let names = [(table::NAME, name)];
     let query = Query { what: "the table", message: msg::GET_TABLE, flags: REQUEST, attributes: &names };
     let mut state = None;
     let end = request(socket, &query, |message| {
@@ -219,22 +220,26 @@ fn read_chains(socket: &mut NetlinkSocket, snapshot: &mut Snapshot) -> Result<()
                 chains.extend(parse_chain(attributes));
             }
         })?;
-    let names = [(rule::TABLE, TABLE)];
-    let rules: Vec<(String, Fingerprint)> =
-        dump(socket, &Query::dump("the rules", msg::GET_RULE, &names), |rules: &mut Vec<_>, message| {
-            let attributes = Attributes::of_message(message.whole, INET.len());
-            if let Some(chain) = attributes.find(rule::CHAIN).and_then(|chain| chain.text())
-                && is_ours(attributes, rule::TABLE)
-            {
-                rules.push((chain.to_owned(), fingerprint_of(message.whole)));
-            }
-        })?;
-    for (chain, fingerprint) in rules {
+    for (chain, fingerprint) in rules(socket, TABLE)? {
         if let Some(state) = snapshot.chains.get_mut(&chain) {
             state.rules.push(fingerprint);
         }
     }
     Ok(())
+}
+
+/// The rules of a table, each with its chain; within a chain in order.
+pub fn rules(socket: &mut NetlinkSocket, table: &str) -> Result<Vec<(String, Fingerprint)>, NftError> {
+    let names = [(rule::TABLE, table)];
+    dump(socket, &Query::dump("the rules", msg::GET_RULE, &names), |rules: &mut Vec<_>, message| {
+        let attributes = Attributes::of_message(message.whole, INET.len());
+        let text = |kind| attributes.find(kind).and_then(|name| name.text());
+        if let Some(chain) = text(rule::CHAIN)
+            && text(rule::TABLE) == Some(table)
+        {
+            rules.push((chain.to_owned(), fingerprint_of(message.whole)));
+        }
+    })
 }
 
 fn parse_chain(attributes: Attributes<'_>) -> Option<(String, ChainState)> {

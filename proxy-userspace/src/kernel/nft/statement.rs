@@ -44,7 +44,8 @@ pub fn fingerprint_of(message: &[u8]) -> Fingerprint {
     }
 }
 
-fn join(expressions: impl Iterator<Item = String>) -> Fingerprint {
+/// One fingerprint of a rule's printed expressions.
+pub fn join(expressions: impl Iterator<Item = String>) -> Fingerprint {
     let expressions: Vec<String> = expressions.map(|text| normalized(&text)).collect();
     Fingerprint(expressions.join("; "))
 }

@@ -4,7 +4,11 @@
 //! backend that is slow to answer is not given up: the next one is asked beside it, and the first to answer has it (RFC
 //! 8305, "Happy Eyeballs", for whatever reason there is more than one address).
 
-use std::{net::SocketAddr, sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::atomic::Ordering::Relaxed,
+    time::Duration,
+};
 
 use proxy_core::{balance::Asked, flow::Side, reason::Reason, session::Event};
 use rustix::{
@@ -73,8 +77,14 @@ impl Worker {
             };
             early.tried.push(chosen.index);
             early.attempt_until = None;
+            let source = route.is_transparent().then(|| flow.client_address.ip());
+            if source.is_some_and(|source| !can_dial(source, chosen.address)) {
+                failure = Reason::ConnectUnreachable;
+                early.failure = failure;
+                continue;
+            }
             flow.backend_address = Some(chosen.address);
-            let dialled = socket::dial(chosen.address, route.probes_peers());
+            let dialled = socket::dial(chosen.address, source, route.probes_peers());
             let added = dialled.and_then(|socket| {
                 self.poll.add_flow(&socket, flow.source(key, Side::Backend))?;
                 Ok(socket)
@@ -99,7 +109,10 @@ impl Worker {
                 }
                 Err(errno) => {
                     failure = reason(errno);
-                    self.tell_failed_dial(flow.slot, chosen.address);
+                    // The kernel may not like the client's address: nothing against the backend.
+                    if source.is_none() {
+                        self.tell_failed_dial(flow.slot, chosen.address);
+                    }
                     flow.early.get_or_insert_default().failure = failure;
                 }
             }
@@ -208,6 +221,13 @@ impl Worker {
         let route = self.slots[slot].name.clone();
         let _ = self.shared.failed_dials.try_send(FailedDial { route, backend });
     }
+}
+
+/// A connection from there to there can be. A PROXY header may name any address, and for those that nobody can have the
+/// kernel would take one of this machine (`__inet_bind`, v6.18).
+fn can_dial(source: IpAddr, to: SocketAddr) -> bool {
+    let nobody = source.is_unspecified() || source.is_multicast() || source == IpAddr::V4(Ipv4Addr::BROADCAST);
+    source.is_ipv4() == to.is_ipv4() && !nobody
 }
 
 /// What the socket's events have told.
