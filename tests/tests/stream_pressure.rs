@@ -161,17 +161,20 @@ fn those_who_send_much_leave_room_for_those_who_send_little() -> Result<()> {
             // Enough of them to meet every worker.
             let mut quiet: Vec<TcpStream> =
                 (0..16).map(|n| Ok(lab.client().connect(Relay::ENGINES[n % 2].listen())?)).collect::<Result<_>>()?;
-            let mut slowest = Duration::ZERO;
+            let mut trips = Vec::new();
             let begin = Instant::now();
             while begin.elapsed() < Duration::from_secs(2) {
                 for stream in &mut quiet {
                     let start = Instant::now();
                     echo(stream, b"ping")?;
-                    slowest = slowest.max(start.elapsed());
+                    trips.push(start.elapsed());
                 }
             }
-            println!("the slowest round trip beside four that send all they can: {slowest:?}");
-            ensure!(slowest < Duration::from_millis(500), "{slowest:?}");
+            trips.sort();
+            // The slowest say more of how busy the machine is.
+            let most = trips[trips.len() * 95 / 100];
+            println!("{} round trips beside four that send all they can, 95 % of them within {most:?}", trips.len());
+            ensure!(most < Duration::from_millis(300), "{most:?}");
             Ok(())
         };
         let outcome = pings();
