@@ -358,7 +358,8 @@ mod tests {
     #[test]
     fn messages_cut_off_anywhere_are_read_without_a_panic() {
         let body = Piece::Rule.body(Family::V4, OURS);
-        for length in 0..body.len() {
+        // The last three bytes are padding.
+        for length in 0..body.len() - 3 {
             let rule = taken_apart(&body[..length]).map(|(fixed, attributes)| Rule::read(fixed, attributes));
             assert!(!rule.is_some_and(|rule| rule.is_of(OURS)));
         }
