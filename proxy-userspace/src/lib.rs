@@ -12,4 +12,5 @@ pub mod logging;
 pub mod reconcile;
 pub mod resolve;
 pub mod stream;
+pub mod tls;
 pub mod track;

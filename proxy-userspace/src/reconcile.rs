@@ -484,6 +484,11 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         Ok(true)
     }
 
+    /// Files of certificates may have changed though the configuration has not.
+    pub fn look_at_certificates(&mut self) {
+        self.streams.iter_mut().for_each(Streams::look_at_certificates);
+    }
+
     /// The stream path, to be stopped; from here on nothing changes.
     pub fn take_streams(&mut self) -> Option<S> {
         self.streams.take()

@@ -17,7 +17,12 @@ mod route;
 mod socket;
 mod worker;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use proxy_core::{config::Listen, plan::RoutePlan, ruleset::Endpoint, view};
 use tokio::sync::mpsc;
@@ -28,6 +33,7 @@ pub use path::{MAX_PORTS, StreamPath};
 use crate::{
     control::{ConnectionFilter, Reply},
     kernel::return_path::ReturnPathError,
+    tls::TlsError,
     track::FailedDial,
 };
 
@@ -42,6 +48,9 @@ pub trait Streams {
     /// Serves the change. Connections of routes that stay are not touched; they keep the backend they have and take the
     /// timeouts of the new settings.
     fn commit(&mut self, prepared: Self::Prepared);
+
+    /// Looks at the certificates of every route now.
+    fn look_at_certificates(&mut self);
 
     /// The owner of the routes has forgotten a route that was gone: so are its counters.
     fn forget(&mut self, id: u32);
@@ -71,6 +80,8 @@ pub struct RouteSpec {
     pub plan: Arc<RoutePlan>,
     /// Every address of every backend.
     pub endpoints: Vec<Endpoint>,
+    /// Names of backends, by the addresses they have; needed where `backend_tls` checks them.
+    pub names: Vec<(IpAddr, String)>,
 }
 
 /// How the stream path is set up.
@@ -99,6 +110,8 @@ pub enum StreamCommand {
 pub enum StreamError {
     #[error("cannot listen on {address} (route \"{route}\"): {error}")]
     Listen { address: SocketAddr, route: String, error: io::Error },
+    #[error("route \"{route}\": {error}")]
+    Tls { route: String, error: TlsError },
     #[error("route \"{route}\" listens on {ports} ports; the stream path serves at most {max} in all")]
     TooManyPorts { route: String, ports: usize, max: usize },
     #[error("cannot start the stream path: {call}: {error}")]
@@ -122,6 +135,7 @@ impl StreamError {
             Self::TooManyPorts { .. } => {
                 Some("listen on fewer ports, or let the kernel forward the range (engine = \"nft\")".into())
             }
+            Self::Tls { error, .. } => Some(error.mend()),
             Self::Start { .. } => None,
             Self::ReturnPath(error) => error.mend(),
         }
@@ -131,7 +145,7 @@ impl StreamError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Listen { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => 4,
-            Self::Listen { .. } | Self::TooManyPorts { .. } | Self::Start { .. } => 1,
+            Self::Listen { .. } | Self::Tls { .. } | Self::TooManyPorts { .. } | Self::Start { .. } => 1,
             Self::ReturnPath(error) => error.exit_code(),
         }
     }

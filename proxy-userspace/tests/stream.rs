@@ -56,7 +56,12 @@ fn change(engine: Engine, listen: SocketAddr, backends: &[SocketAddr], extra: &s
     let mut route = (*planned.routes()[0]).clone();
     route.engine = Some(engine);
     let endpoint = |b: &SocketAddr| Endpoint { address: b.ip(), port: Some(b.port()), weight: 1, up: true };
-    let spec = RouteSpec { id: 7, plan: Arc::new(route), endpoints: backends.iter().map(endpoint).collect() };
+    let spec = RouteSpec {
+        id: 7,
+        plan: Arc::new(route),
+        endpoints: backends.iter().map(endpoint).collect(),
+        names: Vec::new(),
+    };
     Change { ports: vec![(config.routes[0].listen[0], vec![7])], routes: vec![spec], gone: Vec::new() }
 }
 

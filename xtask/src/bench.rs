@@ -8,6 +8,7 @@ mod report;
 mod results;
 mod scale;
 mod services;
+mod tls;
 
 use std::{
     fs,
@@ -53,6 +54,9 @@ pub struct Options {
     /// Only shunt with 10 to 50,000 routes
     #[arg(long)]
     scale_only: bool,
+    /// Only TLS ended in shunt, HAProxy and nginx
+    #[arg(long)]
+    tls_only: bool,
     /// Where results.json and results.svg go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -64,7 +68,8 @@ pub struct Options {
 /// Builds, measures, prints, writes.
 pub fn run(options: &Options) -> Result<()> {
     let paths = chosen(&options.paths, &PathKind::ALL);
-    let needs_shunt = paths.iter().any(|path| path.is_shunt()) || options.scale || options.scale_only;
+    let needs_shunt =
+        paths.iter().any(|path| path.is_shunt()) || options.scale || options.scale_only || options.tls_only;
     if !options.no_build {
         setup::ensure_done()?;
         if needs_shunt {
@@ -79,6 +84,12 @@ pub fn run(options: &Options) -> Result<()> {
     let rounds = if options.quick { 1 } else { options.rounds };
     let lab = Lab::builder().client_addresses(CLIENT_ADDRESSES).build()?;
     let services = Services::start(&lab)?;
+    if options.tls_only {
+        let binary = cargo::daemon_release();
+        let rows = tls::measure(&lab, &binary, duration, rounds)?;
+        println!("{}", tls::table(&rows));
+        return write_tls(&rows, &cargo::workspace().join(&options.out));
+    }
 
     let background = background_percent()?;
     let samples = if options.scale_only {
@@ -161,6 +172,14 @@ fn in_turn(paths: &[PathKind], round: usize) -> Vec<PathKind> {
     let by = round % paths.len().max(1);
     paths.rotate_left(by);
     paths
+}
+
+fn write_tls(rows: &[tls::Row], dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let json = dir.join("tls.json");
+    fs::write(&json, serde_json::to_vec_pretty(rows)?).with_context(|| format!("write {}", json.display()))?;
+    root::give_back(dir)?;
+    root::give_back(&json)
 }
 
 fn write(report: &Report, dir: &Path) -> Result<()> {

@@ -104,6 +104,15 @@ impl Pool {
         self.backends.iter().flat_map(of).collect()
     }
 
+    /// The addresses of backends that are given by name, and the name.
+    pub fn names(&self) -> Vec<(IpAddr, String)> {
+        let of = |b: &Backend| {
+            let named = |host: &str| b.hosts.iter().map(|h| (h.ip, host.to_owned())).collect::<Vec<_>>();
+            b.target.host().map(named).unwrap_or_default()
+        };
+        self.backends.iter().flat_map(of).collect()
+    }
+
     /// A name's addresses are known now. True when that changes the endpoints.
     pub fn resolved(&mut self, name: &str, addresses: &[IpAddr]) -> bool {
         let mut sorted = addresses.to_vec();

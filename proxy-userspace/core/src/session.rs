@@ -36,6 +36,8 @@ pub const SILENT_CLIENT: Duration = Duration::from_millis(1500);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     pub initial_data: Duration,
+    /// Each handshake: the client's, and the backend's.
+    pub tls_handshake: Duration,
     /// All attempts to reach a backend together.
     pub connect: Duration,
     /// No byte in either direction.
@@ -56,6 +58,7 @@ impl Limits {
         };
         Self {
             initial_data: timeouts.initial_data,
+            tls_handshake: timeouts.tls_handshake,
             connect: timeouts.connect,
             idle,
             idle_warning,
@@ -72,11 +75,19 @@ pub enum State {
     Classifying {
         until: Tick,
     },
+    /// TLS with the client begins.
+    Handshaking {
+        until: Tick,
+    },
     /// No backend has answered yet.
     Dialing {
         until: Tick,
         /// The client's FIN has come; it goes on when there is a backend.
         client_finished: bool,
+    },
+    /// TLS with the backend begins.
+    Securing {
+        until: Tick,
     },
     Established {
         /// The warning before a long idle limit has been given for this silence.
@@ -94,7 +105,9 @@ impl State {
     pub const fn label(self) -> &'static str {
         match self {
             Self::Classifying { .. } => "classifying",
+            Self::Handshaking { .. } => "handshaking",
             Self::Dialing { .. } => "dialing",
+            Self::Securing { .. } => "securing",
             Self::Established { .. } => "established",
             Self::HalfClosed { .. } => "half_closed",
             Self::Closed(_) => "closing",
@@ -105,10 +118,14 @@ impl State {
 /// What has happened to a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
-    /// The route is known: a backend can be dialled.
-    Classified,
-    /// A backend has answered.
-    Connected,
+    /// The route is known: a backend can be dialled, after TLS with the client where it ends here.
+    Classified { tls: bool },
+    /// A backend has answered; with `tls` it expects a handshake.
+    Connected { tls: bool },
+    /// The handshake that was under way is complete.
+    Secured,
+    /// … or has come to nothing.
+    HandshakeFailed,
     /// No backend of the route is left to try.
     DialFailed(Reason),
     /// Bytes have been passed on, in whichever direction.
@@ -128,6 +145,8 @@ pub enum Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     Nothing,
+    /// Begin TLS: with the client, or with the backend where there is one.
+    Handshake,
     /// Choose a backend and connect to it.
     Dial,
     /// Pass bytes on, both ways.
@@ -192,14 +211,32 @@ impl Session {
             (_, Event::Reset(Side::Client)) => self.end(Reason::ResetByClient, How::Reset),
             (_, Event::Reset(Side::Backend)) => self.end(Reason::ResetByBackend, How::Reset),
             (_, Event::Tick) => self.tick(limits, now),
-            (State::Classifying { .. }, Event::Classified) => {
+            (State::Classifying { .. }, Event::Classified { tls: true }) => {
+                self.state = State::Handshaking { until: now.after(limits.tls_handshake) };
+                self.active = now;
+                Action::Handshake
+            }
+            (State::Classifying { .. }, Event::Classified { tls: false })
+            | (State::Handshaking { .. }, Event::Secured) => {
                 self.state = State::Dialing { until: now.after(limits.connect), client_finished: false };
                 self.active = now;
                 Action::Dial
             }
+            // The alert that tells the client why is on its way: no reset may overtake it.
+            (State::Handshaking { .. }, Event::HandshakeFailed | Event::Finished { .. }) => {
+                self.end(Reason::TlsHandshakeFailed, How::Finished)
+            }
+            (State::Securing { .. }, Event::HandshakeFailed | Event::Finished { side: Side::Backend, .. }) => {
+                self.end(Reason::TlsHandshakeFailed, How::Reset)
+            }
             // What came does not tell where to go, and nothing more will come.
             (State::Classifying { .. }, Event::Finished { .. }) => self.end(Reason::FinishedClientFirst, How::Finished),
-            (State::Dialing { .. }, Event::Connected) => {
+            (State::Dialing { .. }, Event::Connected { tls: true }) => {
+                self.state = State::Securing { until: now.after(limits.tls_handshake) };
+                self.active = now;
+                Action::Handshake
+            }
+            (State::Dialing { .. }, Event::Connected { tls: false }) | (State::Securing { .. }, Event::Secured) => {
                 self.state = State::Established { warned: false };
                 self.active = now;
                 Action::Relay
@@ -225,11 +262,42 @@ impl Session {
             },
             // A side finishes once; nothing else can be said in these states.
             (State::HalfClosed { .. }, Event::Finished { .. })
-            | (State::Classifying { .. }, Event::Connected | Event::DialFailed(_) | Event::Moved)
-            | (State::Dialing { .. }, Event::Classified | Event::Moved | Event::Finished { side: Side::Backend, .. })
+            | (
+                State::Classifying { .. },
+                Event::Connected { .. }
+                | Event::Secured
+                | Event::HandshakeFailed
+                | Event::DialFailed(_)
+                | Event::Moved,
+            )
+            | (
+                State::Handshaking { .. },
+                Event::Classified { .. } | Event::Connected { .. } | Event::DialFailed(_) | Event::Moved,
+            )
+            | (
+                State::Dialing { .. },
+                Event::Classified { .. }
+                | Event::Secured
+                | Event::HandshakeFailed
+                | Event::Moved
+                | Event::Finished { side: Side::Backend, .. },
+            )
+            // The client's FIN is still in its socket, and goes on from there.
+            | (
+                State::Securing { .. },
+                Event::Classified { .. }
+                | Event::Connected { .. }
+                | Event::DialFailed(_)
+                | Event::Moved
+                | Event::Finished { side: Side::Client, .. },
+            )
             | (
                 State::Established { .. } | State::HalfClosed { .. },
-                Event::Classified | Event::Connected | Event::DialFailed(_),
+                Event::Classified { .. }
+                | Event::Connected { .. }
+                | Event::Secured
+                | Event::HandshakeFailed
+                | Event::DialFailed(_),
             ) => Action::Nothing,
         }
     }
@@ -252,6 +320,7 @@ impl Session {
         let quiet = |limit: Option<Duration>, reason| limit.map(|limit| (self.active.after(limit), reason));
         let of_state = match self.state {
             State::Classifying { until } => Some((until, Reason::InitialDataTimeout)),
+            State::Handshaking { until } | State::Securing { until } => Some((until, Reason::TlsHandshakeTimeout)),
             State::Dialing { until, client_finished: true } if until < self.active.after(limits.connect) => {
                 Some((until, Reason::FinishedClientFirst))
             }

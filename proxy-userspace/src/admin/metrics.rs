@@ -69,6 +69,8 @@ impl Collector for Snapshots {
         connect(&mut encoder, &measured)?;
         ages(&mut encoder, &measured)?;
         backends(&mut encoder, &measured)?;
+        tls(&mut encoder, &measured)?;
+        self.certificates(&mut encoder)?;
         self.daemon(&mut encoder)?;
         self.conntrack(&mut encoder)
     }
@@ -91,6 +93,10 @@ struct Measured {
     connect: Option<([u64; CONNECT_BUCKETS.len() + 1], f64)>,
     /// Name, up, connections open.
     backends: Vec<(String, bool, u64)>,
+    /// TLS handshakes by result.
+    handshakes: Vec<(&'static str, u64)>,
+    /// Streams of clients and of backends that ended without `close_notify`.
+    truncated: [u64; 2],
 }
 
 /// A route by one engine.
@@ -122,7 +128,15 @@ impl Measured {
 
 fn unrouted(totals: RouteTotals) -> Measured {
     let engines = totals.engines.into_iter().map(|(engine, totals)| (engine.as_str(), totals)).collect();
-    Measured { name: NO_ROUTE.to_owned(), engines, ages: None, connect: None, backends: Vec::new() }
+    Measured {
+        name: NO_ROUTE.to_owned(),
+        engines,
+        ages: None,
+        connect: None,
+        backends: Vec::new(),
+        handshakes: Vec::new(),
+        truncated: [0; 2],
+    }
 }
 
 fn forwarded(stats: &view::RouteStats) -> EngineTotals {
@@ -146,8 +160,9 @@ impl Snapshots {
         let mut engines: Vec<_> =
             flows.routes.get(&route.name).map(|stats| (Engine::Nft.as_str(), forwarded(stats))).into_iter().collect();
         let mut ages = flows.ages.get(&route.name).copied();
-        let mut connect = None;
+        let (mut connect, mut handshakes, mut truncated) = (None, Vec::new(), [0; 2]);
         if let Some(totals) = relayed {
+            (handshakes, truncated) = (totals.handshakes, totals.truncated);
             ages = with(ages, totals.ages);
             connect =
                 Some((totals.connect, totals.connect_seconds)).filter(|(counts, _)| counts.iter().any(|n| *n > 0));
@@ -157,7 +172,7 @@ impl Snapshots {
             // Zeros for a route that has had no connection yet.
             engines.push((route.engine.as_str(), EngineTotals::default()));
         }
-        Measured { name: route.name.clone(), engines, ages, connect, backends }
+        Measured { name: route.name.clone(), engines, ages, connect, backends, handshakes, truncated }
     }
 
     fn daemon(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
@@ -183,6 +198,29 @@ impl Snapshots {
         let mut info = encoder.encode_descriptor("shunt_build", "The running build.", None, MetricType::Info)?;
         let labels: Labels<1> = [("version", env!("CARGO_PKG_VERSION"))];
         info.encode_info(&labels)
+    }
+
+    fn certificates(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let tls = &self.0.relayed.tls;
+        let expiries = tls.expiries();
+        if expiries.is_empty() {
+            return Ok(());
+        }
+        let help = "When a certificate expires, in seconds since the Unix epoch; by its file.";
+        let (name, unit) = ("shunt_tls_certificate_expiry", Some(&Unit::Seconds));
+        let mut metric = encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+        for (file, expires) in &expiries {
+            let labels: Labels<1> = [("name", file)];
+            gauge(metric.encode_family(&labels)?, u64::try_from(*expires).unwrap_or_default())?;
+        }
+        let help = "Changes of certificate files while the daemon runs, by route; failed: the old ones stay.";
+        let mut metric = encoder.encode_descriptor("shunt_tls_certificate_reloads", help, None, MetricType::Counter)?;
+        let (ok, failed) = tls.reloads();
+        for (result, count) in [("ok", ok), ("failed", failed)] {
+            let labels: Labels<1> = [("result", result)];
+            counter(metric.encode_family(&labels)?, count)?;
+        }
+        Ok(())
     }
 
     fn conntrack(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
@@ -300,6 +338,30 @@ fn backends(encoder: &mut DescriptorEncoder, measured: &[Measured]) -> fmt::Resu
     for one in measured {
         for (name, _, open) in &one.backends {
             gauge(metric.encode_family(&one.backend(name))?, *open)?;
+        }
+    }
+    Ok(())
+}
+
+fn tls(encoder: &mut DescriptorEncoder, measured: &[Measured]) -> fmt::Result {
+    let shaken = |one: &&Measured| !one.handshakes.is_empty();
+    if measured.iter().filter(shaken).count() == 0 {
+        return Ok(());
+    }
+    let help = "TLS handshakes that ended, with clients and (backend_) with backends.";
+    let mut metric = encoder.encode_descriptor("shunt_tls_handshakes", help, None, MetricType::Counter)?;
+    for one in measured.iter().filter(shaken) {
+        for (result, count) in &one.handshakes {
+            let labels: Labels<2> = [("route", &one.name), ("result", result)];
+            counter(metric.encode_family(&labels)?, *count)?;
+        }
+    }
+    let help = "Streams that ended without close_notify, so that nobody knows whether something is missing.";
+    let mut metric = encoder.encode_descriptor("shunt_tls_truncated", help, None, MetricType::Counter)?;
+    for one in measured.iter().filter(shaken) {
+        for (side, count) in ["client", "backend"].into_iter().zip(one.truncated) {
+            let labels: Labels<2> = [("route", &one.name), ("side", side)];
+            counter(metric.encode_family(&labels)?, count)?;
         }
     }
     Ok(())

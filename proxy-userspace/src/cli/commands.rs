@@ -20,6 +20,7 @@ use crate::{
     doctor,
     kernel::capability,
     reconcile::task,
+    tls::RouteTls,
 };
 
 pub(super) fn run(cli: Cli) -> Result<Exit, Failure> {
@@ -73,6 +74,13 @@ fn refused(refusal: Refusal) -> Failure {
 
 fn check(file: &Path) -> Result<Exit, Failure> {
     let config = load(file)?;
+    let loaded = config.routes.iter().map(|route| (&route.name, RouteTls::load(route)));
+    let bad: Vec<_> = loaded.filter_map(|(name, tls)| Some((name, tls.err()?))).collect();
+    if let Some((_, first)) = bad.first() {
+        let mend = first.mend();
+        let told: Vec<String> = bad.iter().map(|(route, error)| format!("route \"{route}\": {error}")).collect();
+        return Err(Failure::new(told.join("\n"), mend));
+    }
     print(&format!("{}: fine, {}\n", file.display(), render::routes_counted(config.routes.len())))
 }
 

@@ -10,10 +10,54 @@ use proxy_core::{
 };
 
 use super::Check;
-use crate::kernel::{return_path, sysctl::Settings};
+use crate::{
+    kernel::{return_path, sysctl::Settings},
+    tls::{EXPIRES_SOON, RouteTls, now},
+};
 
 pub(super) fn checks(config: &Config, capabilities: &Capabilities) -> Vec<Check> {
-    vec![listen_addresses(config), features(config, capabilities)]
+    let mut checks = vec![listen_addresses(config), features(config, capabilities)];
+    checks.extend(certificates(config));
+    checks
+}
+
+/// `None`: no route has any.
+fn certificates(config: &Config) -> Option<Check> {
+    let loaded: Vec<_> = config.routes.iter().map(|route| (route, RouteTls::load(route))).collect();
+    let loaded: Vec<_> = loaded.into_iter().filter(|(_, tls)| !matches!(tls, Ok(None))).collect();
+    if loaded.is_empty() {
+        return None;
+    }
+    let check =
+        Check::of("certificates", "a daemon does not start with files it cannot serve, nor do clients trust old ones");
+    let (mut bad, mut soon, mut first) = (Vec::new(), Vec::new(), None);
+    for (route, tls) in &loaded {
+        match tls {
+            Ok(tls) => {
+                for certificate in tls.iter().flat_map(RouteTls::certificates) {
+                    let days = (certificate.expires - now()).div_euclid(86_400);
+                    first = Some(first.map_or(days, |first: i64| first.min(days)));
+                    if certificate.expires - now() <= EXPIRES_SOON {
+                        soon.push(match days {
+                            ..0 => format!("{} has expired", certificate.file.display()),
+                            days => format!("{} expires in {days} days", certificate.file.display()),
+                        });
+                    }
+                }
+            }
+            Err(error) => bad.push((format!("route \"{}\": {error}", route.name), error.mend())),
+        }
+    }
+    if let Some((_, mend)) = bad.first() {
+        let mend = mend.clone();
+        let told: Vec<String> = bad.into_iter().map(|(what, _)| what).collect();
+        return Some(check.missing(some_of(&told), mend));
+    }
+    Some(match (soon.is_empty(), first) {
+        (false, _) => check.warn(some_of(&soon), "renew them: the daemon takes new files by itself"),
+        (true, Some(days)) => check.ok(format!("good; the first one expires in {days} days")),
+        (true, None) => check.ok("good"),
+    })
 }
 
 /// … and what the way back of those whose backends see the client's address needs of this machine.

@@ -51,7 +51,12 @@ pub(super) fn ports(changes: &[(SocketAddr, Vec<u32>)]) -> Vec<(Listen, Vec<u32>
 }
 
 pub(super) fn spec(served: &Served) -> RouteSpec {
-    RouteSpec { id: served.id, plan: Arc::clone(&served.plan), endpoints: served.pool.endpoints() }
+    RouteSpec {
+        id: served.id,
+        plan: Arc::clone(&served.plan),
+        endpoints: served.pool.endpoints(),
+        names: served.pool.names(),
+    }
 }
 
 /// Nothing to ask for.

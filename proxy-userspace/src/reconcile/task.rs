@@ -216,6 +216,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
             }
         };
         let outcome = serve(&mut self.reconciler, &mut self.track, prepared).await.map_err(|e| failure(&e))?;
+        self.reconciler.look_at_certificates();
         if let Err(error) = self.log.apply(&log) {
             tracing::warn!(%error, "the log stays as it was");
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use proxy_core::{
-    config::{Balance, Engine, Listen, ProxyVersion, RouteName},
+    config::{Balance, Engine, Listen, ProxyVersion, RouteName, TlsMode},
     plan::RoutePlan,
     pool::Pool,
     view,
@@ -126,7 +126,10 @@ fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
             "from the networks of proxy_protocol.accept_from: it reads the PROXY header and takes its client".into(),
         );
     }
-    if route.tls.is_some() || !route.matches.sni.is_empty() || !route.matches.alpn.is_empty() {
+    let terminates = route.tls.as_ref().is_some_and(|tls| tls.mode == TlsMode::Terminate);
+    if terminates {
+        path.push("it reads the ClientHello, and TLS with the client ends in it".into());
+    } else if route.tls.is_some() || !route.matches.sni.is_empty() || !route.matches.alpn.is_empty() {
         path.push("it reads the ClientHello and passes it on as it came; TLS stays between client and backend".into());
     }
     match to {
@@ -142,6 +145,15 @@ fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
             ProxyVersion::V2 => "v2",
         };
         path.push(format!("it writes a PROXY header ({version}) that names the client"));
+    }
+    if route.backend_tls.is_some() {
+        path.push("it begins TLS with the backend, whose certificate it checks".into());
+    }
+    if terminates || route.backend_tls.is_some() {
+        path.push(
+            "bytes: the daemon reads, deciphers or enciphers, and writes them; they are counted as plaintext".into(),
+        );
+        return path;
     }
     path.push(match served.view.engine {
         Engine::Splice => {

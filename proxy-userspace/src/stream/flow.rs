@@ -19,7 +19,7 @@ use proxy_core::{
 use super::{
     admission::Admitted,
     poll::{NUMBER_MASK, Source},
-    relay::{Means, Way},
+    relay::{Means, Way, secured::Secured},
     route::Listen,
     socket::Socket,
 };
@@ -39,6 +39,8 @@ pub struct Flow {
     /// Backend to client.
     pub down: Way,
     pub means: Means,
+    /// TLS that begins or ends here.
+    pub tls: Option<Box<Secured>>,
     pub client_address: SocketAddr,
     /// What the client dialled.
     pub listen: SocketAddr,

@@ -17,6 +17,8 @@ use proxy_core::{
     reason::Reason,
 };
 
+use crate::tls;
+
 /// Upper bounds in seconds of `shunt_connect_seconds`.
 pub const CONNECT_BUCKETS: [f64; 10] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
 
@@ -43,6 +45,64 @@ impl Counter {
     }
 }
 
+/// How a TLS handshake ended, for `shunt_tls_handshakes_total`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shaken {
+    Full,
+    /// With a session of before: without certificates.
+    Resumed,
+    Timeout,
+    /// The other side went away.
+    Closed,
+    /// The other side sent an alert, for instance because it does not trust the certificate.
+    Alert,
+    /// A client certificate is asked for, and none came.
+    NoCertificate,
+    BadCertificate,
+    /// No version, cipher or protocol in common.
+    Incompatible,
+    /// What came was not TLS as it should be.
+    Failed,
+}
+
+impl Shaken {
+    pub const ALL: [Shaken; 9] = [
+        Self::Full,
+        Self::Resumed,
+        Self::Timeout,
+        Self::Closed,
+        Self::Alert,
+        Self::NoCertificate,
+        Self::BadCertificate,
+        Self::Incompatible,
+        Self::Failed,
+    ];
+
+    /// The value of the `result` label: with a client, and with a backend.
+    pub const fn labels(self) -> [&'static str; 2] {
+        match self {
+            Self::Full => ["full", "backend_full"],
+            Self::Resumed => ["resumed", "backend_resumed"],
+            Self::Timeout => ["timeout", "backend_timeout"],
+            Self::Closed => ["closed", "backend_closed"],
+            Self::Alert => ["alert", "backend_alert"],
+            Self::NoCertificate => ["no_certificate", "backend_no_certificate"],
+            Self::BadCertificate => ["bad_certificate", "backend_bad_certificate"],
+            Self::Incompatible => ["incompatible", "backend_incompatible"],
+            Self::Failed => ["failed", "backend_failed"],
+        }
+    }
+}
+
+/// TLS of one route: the client's side, and the backend's.
+#[derive(Debug, Default)]
+pub struct TlsMeter {
+    /// Indexed by `Shaken as usize`.
+    pub handshakes: [Counter; Shaken::ALL.len()],
+    /// Streams that ended without `close_notify`.
+    pub truncated: Counter,
+}
+
 /// What one worker has counted of one route.
 #[derive(Debug, Default)]
 pub struct RouteMeter {
@@ -53,6 +113,8 @@ pub struct RouteMeter {
     pub connect_micros: Counter,
     pub ages: [Counter; AGE_BUCKETS.len() + 1],
     pub age_micros: Counter,
+    /// With the client, and with the backend.
+    pub tls: [TlsMeter; 2],
 }
 
 /// … by one engine. A connection is begun in the engine it starts with, active in the one it has and ended in the one it
@@ -103,6 +165,10 @@ pub struct RouteTotals {
     pub connect_seconds: f64,
     pub ages: AgeHistogram,
     pub backends: Vec<(SocketAddr, u64)>,
+    /// By the `result` label; zeros left out.
+    pub handshakes: Vec<(&'static str, u64)>,
+    /// Streams that ended without `close_notify`: of clients, and of backends.
+    pub truncated: [u64; 2],
 }
 
 impl RouteMeter {
@@ -151,7 +217,18 @@ impl Meters {
                 sum_seconds: sum(&|w| w.age_micros.get()) as f64 / 1e6,
             },
             backends: backends.unwrap_or_default(),
+            handshakes: self.handshakes(),
+            truncated: std::array::from_fn(|side| sum(&|w| w.tls[side].truncated.get())),
         }
+    }
+
+    fn handshakes(&self) -> Vec<(&'static str, u64)> {
+        let count = |side: usize, shaken: Shaken| {
+            let of = |w: &Arc<RouteMeter>| w.tls[side].handshakes[shaken as usize].get();
+            (shaken.labels()[side], self.workers.iter().map(of).fold(0, u64::wrapping_add))
+        };
+        let both = [0, 1].into_iter().flat_map(|side| Shaken::ALL.map(|shaken| count(side, shaken)));
+        both.filter(|(_, n)| *n > 0).collect()
     }
 }
 
@@ -198,6 +275,7 @@ pub struct Pressure {
 pub struct Reader {
     pub meters: Registry,
     pub pressure: Arc<Pressure>,
+    pub tls: tls::Registry,
 }
 
 impl Reader {
@@ -210,6 +288,11 @@ impl Reader {
         );
         let unlogged = self.pressure.unlogged.load(Relaxed);
         let slow = format!("{unlogged} lines of the access log were lost: its reader is too slow");
-        (refused > 0).then_some(full).into_iter().chain((unlogged > 0).then_some(slow)).collect()
+        (refused > 0)
+            .then_some(full)
+            .into_iter()
+            .chain((unlogged > 0).then_some(slow))
+            .chain(self.tls.warnings())
+            .collect()
     }
 }

@@ -30,10 +30,13 @@ use super::{
     socket,
     worker::{Applied, Command, Leaving, PortChange, Row, Shared, Worker},
 };
-use crate::kernel::{
-    nft::TRANSPARENT_TABLE,
-    return_path::{self, ReturnPath, SetUp},
-    routing::Policy,
+use crate::{
+    kernel::{
+        nft::TRANSPARENT_TABLE,
+        return_path::{self, ReturnPath, SetUp},
+        routing::Policy,
+    },
+    tls::Watch,
 };
 
 /// Listen addresses and ports of all routes together, at most: each costs a descriptor and an epoll entry per worker.
@@ -56,6 +59,7 @@ pub struct StreamPath {
     /// Also those that are gone and not forgotten: one that comes back goes on counting where it was.
     routes: HashMap<u32, Arc<Route>>,
     listens: BTreeMap<SocketAddr, Vec<u32>>,
+    certificates: Watch,
     lock_tables: bool,
     /// From the first route with `source_address = "client"` on: what looks after its way back.
     return_path: Option<AbortOnDrop>,
@@ -134,6 +138,8 @@ impl StreamPath {
         let (commands, queue) = mpsc::channel(64);
         let links = workers.iter().map(|worker| worker.link.clone()).collect();
         tokio::spawn(answer(queue, links));
+        let certificates = Watch::start(reader.tls.clone());
+        let certificates = certificates.map_err(|error| StreamError::Start { call: "clone", error })?;
         Ok(Self {
             commands,
             reader,
@@ -143,6 +149,7 @@ impl StreamPath {
             listens: BTreeMap::new(),
             lock_tables: options.lock_tables,
             return_path: None,
+            certificates,
         })
     }
 
@@ -213,10 +220,11 @@ impl Streams for StreamPath {
     fn prepare(&mut self, change: Change) -> Result<Prepared, StreamError> {
         let count = self.workers.len();
         let route = |spec: super::RouteSpec| {
-            let before = self.routes.get(&spec.id).map(Arc::clone);
-            Arc::new(Route::new(spec, before.as_deref(), count))
+            let (before, name) = (self.routes.get(&spec.id).map(Arc::clone), spec.plan.route.name.to_string());
+            let made = Route::new(spec, before.as_deref(), count);
+            made.map(Arc::new).map_err(|error| StreamError::Tls { route: name, error })
         };
-        let routes: Vec<Arc<Route>> = change.routes.into_iter().map(route).collect();
+        let routes: Vec<Arc<Route>> = change.routes.into_iter().map(route).collect::<Result<_, _>>()?;
         let fresh: HashMap<u32, &Arc<Route>> = routes.iter().map(|route| (route.id, route)).collect();
         let mut asked = change.ports;
         asked.extend(self.told_apart_anew(&routes, &asked));
@@ -266,6 +274,7 @@ impl Streams for StreamPath {
         let mut changes: Vec<Applied> = self.workers.iter().map(|_| Applied::default()).collect();
         for route in &routes {
             self.reader.meters.put(Arc::clone(&route.meters));
+            self.reader.tls.put(route.id, route.tls.clone());
             changes.iter_mut().for_each(|change| change.routes.push(Arc::clone(route)));
         }
         for (address, members, sockets) in ports {
@@ -291,12 +300,17 @@ impl Streams for StreamPath {
         self.share_descriptors();
         for id in gone {
             let leaving = Leaving::new(self.workers.len());
+            self.reader.tls.put(id, None);
             changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));
         }
         self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
         for (worker, change) in self.workers.iter().zip(changes) {
             worker.link.send(Command::Apply(change));
         }
+    }
+
+    fn look_at_certificates(&mut self) {
+        self.certificates.look();
     }
 
     fn forget(&mut self, id: u32) {

@@ -3,7 +3,9 @@
 pub mod buffers;
 mod copy;
 pub mod pipes;
+pub mod secured;
 mod splice;
+pub mod tls;
 
 use rustix::{
     io::Errno,
@@ -29,6 +31,8 @@ pub struct Way {
     pub ended: bool,
     /// … and passed on.
     pub passed_on: bool,
+    /// It came without the `close_notify` of TLS: something may be missing.
+    pub truncated: bool,
 }
 
 /// What has been read and not yet been written, because the reader is slow. An idle connection holds nothing.
@@ -55,6 +59,8 @@ pub struct Moved {
     pub finished: bool,
     /// There may be more to do without a new event.
     pub again: bool,
+    /// Something has been written, also when it is no new payload.
+    pub moved: bool,
 }
 
 /// The socket that is gone: reset, or vanished.
@@ -96,6 +102,6 @@ impl Way {
                 Err(_) => return Err(Broken::To),
             }
         }
-        Ok(Moved { bytes: self.bytes - before, finished, again })
+        Ok(Moved { bytes: self.bytes - before, finished, again, moved: self.bytes > before })
     }
 }

@@ -1,6 +1,7 @@
 //! What a worker knows of a route, and of a listen address. Immutable: a change makes a new one.
 
 use std::{
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, RwLock,
@@ -15,11 +16,14 @@ use proxy_core::{
     session::Limits,
 };
 
+use rustls::pki_types::ServerName;
+
 use super::{
     RouteSpec,
     admission::Admission,
     meter::{Meters, RouteMeter},
 };
+use crate::tls::{RouteTls, TlsError};
 
 #[derive(Debug)]
 pub struct Route {
@@ -27,6 +31,10 @@ pub struct Route {
     pub config: Arc<config::Route>,
     pub engine: Engine,
     pub limits: Limits,
+    /// `None`: it neither ends nor begins TLS.
+    pub tls: Option<Arc<RouteTls>>,
+    /// What backends are called whose address is known by a name.
+    server_names: HashMap<IpAddr, ServerName<'static>>,
     /// It has a name with addresses of both families.
     pub both_families: bool,
     chooser: Chooser,
@@ -49,15 +57,23 @@ pub struct Chosen {
 }
 
 impl Route {
-    /// `before`: the same route as it was.
-    pub fn new(spec: RouteSpec, before: Option<&Route>, workers: usize) -> Self {
+    /// `before`: the same route as it was. Reads the files of its TLS when that is new.
+    pub fn new(spec: RouteSpec, before: Option<&Route>, workers: usize) -> Result<Self, TlsError> {
         let config = Arc::clone(&spec.plan.route);
+        let tls = match before.and_then(|before| before.tls.as_ref()).filter(|tls| tls.is_of(&config)) {
+            Some(tls) => Some(Arc::clone(tls)),
+            None => RouteTls::load(&config)?.map(Arc::new),
+        };
+        let named = |(ip, name): &(IpAddr, String)| Some((*ip, ServerName::try_from(name.clone()).ok()?));
+        let server_names = spec.names.iter().filter_map(named).collect();
         let meters = before.map_or_else(|| Arc::new(meters(spec.id, &config, workers)), |b| Arc::clone(&b.meters));
         let open = open_by_backend(&meters, &spec);
         let named = config.backends.iter().any(|backend| backend.target.host().is_some());
         let families = [false, true].map(|v4| spec.endpoints.iter().any(|e| e.up && e.address.is_ipv4() == v4));
-        Self {
+        Ok(Self {
             id: spec.id,
+            tls,
+            server_names,
             engine: spec.plan.engine.unwrap_or(Engine::Copy),
             limits: Limits::of(&config),
             both_families: named && families == [true; 2],
@@ -66,6 +82,14 @@ impl Route {
             admission: before.map(|b| Arc::clone(&b.admission)).unwrap_or_default(),
             meters,
             config,
+        })
+    }
+
+    /// What the certificate of this backend must be for.
+    pub fn server_name(&self, backend: IpAddr) -> Option<ServerName<'static>> {
+        match self.config.backend_tls.as_ref()?.server_name.as_ref() {
+            Some(name) => ServerName::try_from(name.clone()).ok(),
+            None => Some(self.server_names.get(&backend).cloned().unwrap_or_else(|| ServerName::from(backend))),
         }
     }
 

@@ -5,6 +5,7 @@ mod carry;
 mod command;
 mod dial;
 mod first;
+mod handshake;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -73,6 +74,8 @@ pub struct Worker {
     woken: Vec<u32>,
     /// Flows that had more to do when their turn was over.
     queue: VecDeque<u32>,
+    /// Flows whose handshake can go on.
+    handshakes: VecDeque<u32>,
     stores: Stores,
     slots: Vec<Slot>,
     /// Slots of routes that are gone.
@@ -107,6 +110,7 @@ const NO_ROUTE: usize = 0;
 
 const NO_LIMITS: Limits = Limits {
     initial_data: Duration::ZERO,
+    tls_handshake: Duration::ZERO,
     connect: Duration::ZERO,
     idle: None,
     idle_warning: None,
@@ -155,6 +159,7 @@ impl Worker {
             wheel: Wheel::new(Tick(0)),
             woken: Vec::new(),
             queue: VecDeque::new(),
+            handshakes: VecDeque::new(),
             stores: Stores { buffers: Buffers::default(), pipes: Pipes::new(pipes) },
             slots: vec![no_route],
             free_slots: Vec::new(),
@@ -202,6 +207,7 @@ impl Worker {
                 worker.relay(key, flow)
             });
         }
+        self.shake_hands();
         self.wheel_turns();
         self.resume();
         self.tell(false);
@@ -213,7 +219,7 @@ impl Worker {
 
     /// How long nothing has to be done if no event comes.
     fn patience(&self) -> Option<Duration> {
-        if !self.queue.is_empty() {
+        if !self.queue.is_empty() || !self.handshakes.is_empty() {
             return Some(Duration::ZERO);
         }
         let timer = self.wheel.next().map(|tick| tick.0 * 1000);
@@ -247,6 +253,8 @@ impl Worker {
     fn on_socket(&mut self, key: u32, flow: &mut Flow, side: Side) -> Fate {
         match (flow.session.state(), side) {
             (State::Classifying { .. }, _) => self.read_first(key, flow),
+            (State::Handshaking { .. }, _) | (State::Securing { .. }, Side::Backend) => self.handshake_later(key, flow),
+            (State::Securing { .. }, Side::Client) => self.client_while_securing(key, flow),
             (State::Dialing { .. }, Side::Client) => self.client_while_dialing(key, flow),
             (State::Dialing { .. }, Side::Backend) => self.dialed(key, flow),
             (State::Established { .. } | State::HalfClosed { .. }, _) => self.relay(key, flow),
@@ -297,6 +305,7 @@ impl Worker {
                 self.arm(key, flow);
                 Fate::Lives
             }
+            Action::Handshake => self.begin_handshake(key, flow),
             Action::Dial => self.dial(key, flow),
             Action::Relay => {
                 self.arm(key, flow);

@@ -63,11 +63,11 @@ impl Story {
             Event::Reset(Side::Client) => self.end(Reason::ResetByClient, How::Reset),
             Event::Reset(Side::Backend) => self.end(Reason::ResetByBackend, How::Reset),
             Event::Tick => self.tick(limits, now),
-            Event::Classified if self.classified.is_none() => {
+            Event::Classified { .. } if self.classified.is_none() => {
                 (self.classified, self.active) = (Some(now), now);
                 Action::Dial
             }
-            Event::Connected if self.classified.is_some() && self.connected.is_none() => {
+            Event::Connected { .. } if self.classified.is_some() && self.connected.is_none() => {
                 (self.connected, self.active) = (Some(now), now);
                 Action::Relay
             }
@@ -79,7 +79,12 @@ impl Story {
                 Action::Nothing
             }
             Event::Finished { side, silent } => self.finished(side, silent, now),
-            Event::Classified | Event::Connected | Event::DialFailed(_) | Event::Moved => Action::Nothing,
+            Event::Classified { .. }
+            | Event::Connected { .. }
+            | Event::Secured
+            | Event::HandshakeFailed
+            | Event::DialFailed(_)
+            | Event::Moved => Action::Nothing,
         }
     }
 
@@ -131,8 +136,8 @@ impl Story {
 fn event(byte: u8) -> Event {
     let side = if byte & 0x80 == 0 { Side::Client } else { Side::Backend };
     match byte & 7 {
-        0 => Event::Classified,
-        1 => Event::Connected,
+        0 => Event::Classified { tls: false },
+        1 => Event::Connected { tls: false },
         2 => Event::DialFailed(Reason::ConnectRefused),
         3 => Event::Moved,
         4 => Event::Finished { side, silent: byte & 8 != 0 },
@@ -147,6 +152,7 @@ fn limits(bytes: [u8; 6]) -> Limits {
     let sometimes = |byte: u8| (byte & 0x80 == 0).then(|| seconds(byte));
     Limits {
         initial_data: seconds(bytes[0]),
+        tls_handshake: seconds(bytes[1]),
         connect: seconds(bytes[1]),
         idle: sometimes(bytes[2]).map(|idle| idle * 6),
         idle_warning: sometimes(bytes[2]).filter(|_| bytes[3] & 0x40 == 0),

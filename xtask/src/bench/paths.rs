@@ -170,7 +170,8 @@ pub fn resident_bytes(pids: &[u32]) -> Result<u64> {
     pids.iter().map(|pid| kernel::resident_bytes(*pid)).sum()
 }
 
-fn with_children(pid: u32) -> Result<Vec<u32>> {
+/// A process and those it has started.
+pub fn with_children(pid: u32) -> Result<Vec<u32>> {
     let path = PathBuf::from(format!("/proc/{pid}/task/{pid}/children"));
     let children = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     Ok(std::iter::once(pid).chain(children.split_whitespace().filter_map(|child| child.parse().ok())).collect())

@@ -31,8 +31,8 @@ pub enum Refusal {
     /// More than [`MAX_STREAM_PORTS`]: each is a socket.
     TooManyPorts(usize),
     Lacks(Capability),
-    /// What the engine must do for the route is not in this version of shunt.
-    NotYet(Need),
+    /// The engine never sees the bytes it moves, and they must be deciphered or enciphered.
+    NeedsBytes(Need),
     /// This version of shunt has no such engine.
     NotInThisBuild,
 }
@@ -84,7 +84,7 @@ impl fmt::Display for Refusal {
             Self::TooManyPorts(ports) => {
                 write!(f, "listens on {ports} ports, each of which is a socket; at most {MAX_STREAM_PORTS} are served")
             }
-            Self::NotYet(need) => write!(f, "{need}, which is not in this version of shunt"),
+            Self::NeedsBytes(need) => write!(f, "{need}; this engine never sees the bytes"),
             Self::Lacks(capability) => write!(f, "{capability}"),
             Self::NotInThisBuild => f.write_str("not in this version of shunt"),
         }
@@ -139,6 +139,9 @@ pub(super) fn refusals(route: &Route, port: &Port, capabilities: &Capabilities) 
     let relays = stream(route, capabilities);
     for engine in [Engine::Splice, Engine::Copy] {
         refused.extend(relays.iter().map(|refusal| (engine, refusal.clone())));
+        if engine == Engine::Splice {
+            refused.extend(encrypts(route).into_iter().map(|need| (engine, Refusal::NeedsBytes(need))));
+        }
     }
     refused
 }
@@ -160,11 +163,8 @@ fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
         }
     };
     let ports: usize = route.listen.iter().map(|l| usize::from(l.ports.last - l.ports.first) + 1).sum();
-    let terminates = route.tls.as_ref().is_some_and(|tls| tls.mode == TlsMode::Terminate);
     let ipv6 = route.listen.iter().any(|l| l.address.is_ipv6());
     refuse(route.protocol == Protocol::Udp, Refusal::OnlyTcp);
-    refuse(terminates, Refusal::NotYet(Need::TlsTermination));
-    refuse(route.backend_tls.is_some(), Refusal::NotYet(Need::BackendTls));
     let transparent = route.source_address == SourceAddress::Client;
     let on_loopback = |target: &Target| matches!(target, Target::Address { ip, .. } if ip.is_loopback());
     let from_elsewhere = route.listen.iter().any(|l| !l.address.is_loopback());
@@ -175,6 +175,13 @@ fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     refuse(ports > MAX_STREAM_PORTS, Refusal::TooManyPorts(ports));
     refuse(ipv6 && !capabilities.ipv6, Refusal::Lacks(Capability::Ipv6));
     refusals
+}
+
+/// Ciphers that the route needs.
+fn encrypts(route: &Route) -> Vec<Need> {
+    let terminates = route.tls.as_ref().is_some_and(|tls| tls.mode == TlsMode::Terminate);
+    let ends = terminates.then_some(Need::TlsTermination);
+    ends.into_iter().chain(route.backend_tls.as_ref().map(|_| Need::BackendTls)).collect()
 }
 
 fn nft(route: &Route, port: &Port, capabilities: &Capabilities) -> Vec<Refusal> {

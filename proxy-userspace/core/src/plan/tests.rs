@@ -63,19 +63,32 @@ fn what_nft_cannot_do_the_daemon_relays_and_says_so() {
 
 #[test]
 fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
-    let tls = "tls = { mode = \"terminate\", certificates = [{ cert = \"c.pem\", key = \"k.pem\" }] }";
-    for (extra, refusal) in [
-        ("protocol = \"udp\"", Refusal::OnlyTcp),
-        (tls, Refusal::NotYet(Need::TlsTermination)),
-        ("backend_tls = { ca = \"ca.pem\" }", Refusal::NotYet(Need::BackendTls)),
-    ] {
-        assert_eq!(relayed(&route(extra)).1, [refusal], "{extra}");
-    }
+    assert_eq!(relayed(&route("protocol = \"udp\"")).1, [Refusal::OnlyTcp]);
     let range = |last: u16| {
         format!("[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:2000-{last}\"]\nbackends = [\"10.0.1.1\"]\n")
     };
     assert_eq!(relayed(&range(3023)).1, []);
     assert_eq!(relayed(&range(3024)).1, [Refusal::TooManyPorts(1025)]);
+}
+
+#[test]
+fn tls_is_ended_and_begun_only_where_the_daemon_has_the_bytes() {
+    let ends = "tls = { mode = \"terminate\", certificates = [{ cert = \"c.pem\", key = \"k.pem\" }] }";
+    let begins = "backend_tls = { ca = \"ca.pem\" }";
+    for (extra, needs) in [
+        (ends.to_owned(), vec![Need::TlsTermination]),
+        (begins.to_owned(), vec![Need::BackendTls]),
+        (format!("{ends}\n{begins}"), vec![Need::TlsTermination, Need::BackendTls]),
+    ] {
+        let refused: Vec<_> = needs.into_iter().map(Refusal::NeedsBytes).collect();
+        assert_eq!(relayed(&route(&extra)), (Some(Engine::Copy), refused), "{extra}");
+    }
+    let forced = planned(&route(&format!("engine = \"splice\"\n{ends}")), &Capabilities::all());
+    assert_eq!(
+        forced.unserved()[0].to_string(),
+        "route \"web\": no engine can serve it here: splice: tls.mode = \"terminate\" ends TLS in the daemon; this engine never \
+         sees the bytes"
+    );
 }
 
 #[test]

@@ -7,6 +7,7 @@ const SECOND: Duration = Duration::from_secs(1);
 fn limits() -> Limits {
     Limits {
         initial_data: 5 * SECOND,
+        tls_handshake: 3 * SECOND,
         connect: 10 * SECOND,
         idle: Some(60 * SECOND),
         idle_warning: None,
@@ -29,8 +30,8 @@ fn finished(side: Side) -> Event {
 
 fn established(limits: &Limits) -> Session {
     let mut session = Session::accepted(limits.initial_data, at(0));
-    assert_eq!(session.step(Event::Classified, limits, at(0)), Action::Dial);
-    assert_eq!(session.step(Event::Connected, limits, at(0)), Action::Relay);
+    assert_eq!(session.step(Event::Classified { tls: false }, limits, at(0)), Action::Dial);
+    assert_eq!(session.step(Event::Connected { tls: false }, limits, at(0)), Action::Relay);
     session
 }
 
@@ -39,7 +40,7 @@ fn the_connect_limit_covers_every_attempt_and_starts_when_the_route_is_known() {
     let limits = limits();
     let mut session = Session::accepted(limits.initial_data, at(0));
     assert_eq!(session.deadline(&limits), Some(at(5)));
-    session.step(Event::Classified, &limits, at(4));
+    session.step(Event::Classified { tls: false }, &limits, at(4));
     assert_eq!(session.deadline(&limits), Some(at(14)));
     assert_eq!(session.step(Event::Tick, &limits, at(13)), Action::Nothing);
     assert_eq!(session.step(Event::Tick, &limits, at(14)), ended(Reason::ConnectTimeout, How::Reset));
@@ -56,10 +57,10 @@ fn a_stalled_first_message_ends_at_its_own_limit() {
 fn a_client_fin_while_dialing_reaches_the_backend() {
     let limits = limits();
     let mut session = Session::accepted(limits.initial_data, at(0));
-    session.step(Event::Classified, &limits, at(0));
+    session.step(Event::Classified { tls: false }, &limits, at(0));
     assert_eq!(session.step(finished(Side::Client), &limits, at(1)), Action::Nothing);
     assert_eq!(session.deadline(&limits), Some(at(10)));
-    assert_eq!(session.step(Event::Connected, &limits, at(2)), Action::Relay);
+    assert_eq!(session.step(Event::Connected { tls: false }, &limits, at(2)), Action::Relay);
     assert_eq!(session.step(finished(Side::Client), &limits, at(2)), Action::Nothing);
     assert_eq!(session.state(), State::HalfClosed { first: Side::Client });
 }
@@ -68,7 +69,7 @@ fn a_client_fin_while_dialing_reaches_the_backend() {
 fn a_client_that_left_without_a_word_is_not_dialled_for_long() {
     let limits = limits();
     let mut session = Session::accepted(limits.initial_data, at(0));
-    session.step(Event::Classified, &limits, at(0));
+    session.step(Event::Classified { tls: false }, &limits, at(0));
     session.step(Event::Finished { side: Side::Client, silent: true }, &limits, at(1));
     assert_eq!(session.deadline(&limits), Some(Tick(2500)));
     let end = session.step(Event::Tick, &limits, at(3));
@@ -93,6 +94,37 @@ fn half_closed_has_its_own_limit_counted_while_idle() {
     session.moved(at(15));
     assert_eq!(session.deadline(&limits), Some(at(35)));
     assert_eq!(session.step(Event::Tick, &limits, at(35)), ended(Reason::HalfClosedTimeout, How::Reset));
+}
+
+#[test]
+fn each_handshake_has_its_own_limit_and_comes_before_what_needs_it() {
+    let limits = limits();
+    let mut session = Session::accepted(limits.initial_data, at(0));
+    assert_eq!(session.step(Event::Classified { tls: true }, &limits, at(4)), Action::Handshake);
+    assert_eq!(session.deadline(&limits), Some(at(7)));
+    let mut late = session;
+    assert_eq!(late.step(Event::Tick, &limits, at(7)), ended(Reason::TlsHandshakeTimeout, How::Reset));
+    assert_eq!(session.step(Event::Secured, &limits, at(6)), Action::Dial);
+    assert_eq!(session.step(Event::Connected { tls: true }, &limits, at(8)), Action::Handshake);
+    assert_eq!(session.deadline(&limits), Some(at(11)));
+    assert_eq!(session.step(finished(Side::Client), &limits, at(9)), Action::Nothing);
+    let mut late = session;
+    assert_eq!(late.step(Event::Tick, &limits, at(11)), ended(Reason::TlsHandshakeTimeout, How::Reset));
+    assert_eq!(session.step(Event::Secured, &limits, at(10)), Action::Relay);
+}
+
+#[test]
+fn a_failed_handshake_ends_the_connection_and_lets_the_client_read_why() {
+    let limits = limits();
+    for event in [Event::HandshakeFailed, finished(Side::Client)] {
+        let mut session = Session::accepted(limits.initial_data, at(0));
+        session.step(Event::Classified { tls: true }, &limits, at(0));
+        assert_eq!(session.step(event, &limits, at(1)), ended(Reason::TlsHandshakeFailed, How::Finished));
+    }
+    let mut session = Session::accepted(limits.initial_data, at(0));
+    session.step(Event::Classified { tls: false }, &limits, at(0));
+    session.step(Event::Connected { tls: true }, &limits, at(0));
+    assert_eq!(session.step(Event::HandshakeFailed, &limits, at(1)), ended(Reason::TlsHandshakeFailed, How::Reset));
 }
 
 #[test]
@@ -135,8 +167,10 @@ fn lifetime_ends_a_busy_connection() {
 fn any_event() -> impl Strategy<Value = Event> {
     let side = prop_oneof![Just(Side::Client), Just(Side::Backend)];
     prop_oneof![
-        Just(Event::Classified),
-        Just(Event::Connected),
+        any::<bool>().prop_map(|tls| Event::Classified { tls }),
+        any::<bool>().prop_map(|tls| Event::Connected { tls }),
+        Just(Event::Secured),
+        Just(Event::HandshakeFailed),
         Just(Event::DialFailed(Reason::ConnectRefused)),
         Just(Event::Moved),
         (side.clone(), any::<bool>()).prop_map(|(side, silent)| Event::Finished { side, silent }),

@@ -105,7 +105,7 @@ impl TransparentTable {
 /// More than a batch of this table ever has.
 const MESSAGES: u32 = 16;
 
-/// `NFT_SOCKET_TRANSPARENT`, `NFT_SOCKET_WILDCARD` (v5.11+)
+/// `NFT_SOCKET_TRANSPARENT`, `NFT_SOCKET_WILDCARD`
 const SOCKET_TRANSPARENT: u32 = 0;
 const SOCKET_WILDCARD: u32 = 2;
 

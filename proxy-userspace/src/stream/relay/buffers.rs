@@ -13,6 +13,8 @@ const KEPT: usize = 16;
 #[derive(Debug)]
 pub struct Buffers {
     scratch: Box<[u8]>,
+    /// For those whose bytes become others on the way; empty until the first of them.
+    second: Box<[u8]>,
     spare: Vec<Box<[u8]>>,
 }
 
@@ -27,13 +29,21 @@ pub struct Held {
 
 impl Default for Buffers {
     fn default() -> Self {
-        Self { scratch: vec![0; SIZE].into(), spare: Vec::new() }
+        Self { scratch: vec![0; SIZE].into(), second: Box::default(), spare: Vec::new() }
     }
 }
 
 impl Buffers {
     pub fn scratch(&mut self) -> &mut [u8] {
         &mut self.scratch
+    }
+
+    /// The scratch buffer, and one that is read into before it. What is to be kept must be in the first.
+    pub fn both(&mut self) -> (&mut [u8], &mut [u8]) {
+        if self.second.is_empty() {
+            self.second = vec![0; SIZE].into();
+        }
+        (&mut self.scratch, &mut self.second)
     }
 
     /// Keeps `left` of what was read into the scratch buffer.
@@ -61,6 +71,11 @@ impl Held {
         let length = header.len() as u32;
         header.extend_from_slice(payload);
         Self { left: 0..header.len() as u32, bytes: header.into(), header: length }
+    }
+
+    /// All of it has been counted already.
+    pub fn counted(self) -> Self {
+        Self { header: self.left.len() as u32, ..self }
     }
 
     pub fn left(&self) -> &[u8] {

@@ -70,7 +70,7 @@ impl Way {
 
 /// How much the kernel took. Less than all means that it takes no more now, and says when it does (`sk_stream_wait_memory`
 /// marks the socket also when a part was taken, v4.6+): a second call would only hear EAGAIN.
-fn send_all(to: &mut Socket, bytes: &[u8], flags: SendFlags) -> Result<usize, Broken> {
+pub(super) fn send_all(to: &mut Socket, bytes: &[u8], flags: SendFlags) -> Result<usize, Broken> {
     loop {
         let sent = match send(&to.fd, bytes, flags) {
             Ok(sent) => sent,

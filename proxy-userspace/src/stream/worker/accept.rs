@@ -115,6 +115,7 @@ impl Worker {
             up: Way::default(),
             down: Way::default(),
             means: Means::Copy,
+            tls: None,
             client_address: peer,
             listen: dialled,
             backend_address: None,

@@ -13,6 +13,7 @@ use super::{Fate, NO_ROUTE, UNTOLD, Worker, engine_of, meter_slot, wall};
 use crate::stream::{
     Ended,
     flow::Flow,
+    meter::Shaken,
     relay::{Broken, Means, Waiting, Way},
     socket::Socket,
 };
@@ -27,11 +28,17 @@ impl Worker {
             return self.step(key, flow, Event::Cut(Reason::InternalError));
         };
         let before = (flow.up.bytes, flow.down.bytes);
-        let up = flow.up.pump(flow.means, &mut flow.client, backend, &mut self.stores);
-        // Also when the backend takes no more: its last words may be there.
-        let down = match up {
-            Err(Broken::From) => Ok(Default::default()),
-            Ok(_) | Err(Broken::To) => flow.down.pump(flow.means, backend, &mut flow.client, &mut self.stores),
+        let (up, down) = match flow.tls.as_deref_mut() {
+            Some(_) => self.pump_secured(flow),
+            None => {
+                let up = flow.up.pump(flow.means, &mut flow.client, backend, &mut self.stores);
+                // Also when the backend takes no more: its last words may be there.
+                let down = match up {
+                    Err(Broken::From) => Ok(Default::default()),
+                    Ok(_) | Err(Broken::To) => flow.down.pump(flow.means, backend, &mut flow.client, &mut self.stores),
+                };
+                (up, down)
+            }
         };
         self.count(flow, before);
         let (up, down) = match (up, down) {
@@ -83,6 +90,9 @@ impl Worker {
     pub(super) fn end(&mut self, flow: &mut Flow, reason: Reason, how: How) -> Fate {
         if let (Reason::ConnectTimeout, Some(backend)) = (reason, flow.backend_address) {
             self.tell_failed_dial(flow.slot, backend);
+        }
+        if reason == Reason::TlsHandshakeTimeout {
+            self.handshake_ended(flow, Shaken::Timeout);
         }
         let age = Duration::from_micros(self.micros.saturating_sub(flow.accepted));
         let slot = &mut self.slots[flow.slot];

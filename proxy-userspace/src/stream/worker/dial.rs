@@ -193,13 +193,18 @@ impl Worker {
     fn connected(&mut self, key: u32, flow: &mut Flow) -> Fate {
         let took = Duration::from_micros(self.micros.saturating_sub(flow.dialed));
         self.slots[flow.slot].meter.connected(took);
+        let route = self.slots[flow.slot].route.as_ref();
+        let tls = route.and_then(|route| route.tls.as_ref()).is_some_and(|tls| tls.encrypts_again());
         if let Some(early) = flow.early.take() {
             let header = self.outgoing_header(flow, &early);
-            if !header.is_empty() || !early.received.is_empty() {
+            if tls {
+                let secured = flow.tls.get_or_insert_default();
+                (secured.header, secured.early) = (header, early.received);
+            } else if !header.is_empty() || !early.received.is_empty() {
                 flow.up.waiting = Waiting::Bytes(Held::first(header, &early.received));
             }
         }
-        self.step(key, flow, Event::Connected)
+        self.step(key, flow, Event::Connected { tls })
     }
 
     /// A client that resets is not dialled for any more; one that has only finished may still want an answer.

@@ -18,7 +18,7 @@ use rustix::{
     net::{RecvFlags, SendFlags, recv, send},
 };
 
-use super::{Fate, NO_ROUTE, Worker};
+use super::{Fate, NO_ROUTE, Worker, handshake::about_tls};
 use crate::stream::flow::{Early, Flow};
 
 /// The most bytes that are held of a connection whose route is not known.
@@ -85,7 +85,8 @@ impl Worker {
         match route.admission.enter(&route.config, flow.client_address.ip(), self.clock()) {
             Ok(admitted) => {
                 flow.admitted = Some(admitted);
-                self.step(key, flow, Event::Classified)
+                let tls = route.tls.as_ref().is_some_and(|tls| tls.terminates());
+                self.step(key, flow, Event::Classified { tls })
             }
             Err(reason) => self.refuse(flow, reason, None),
         }
@@ -135,10 +136,16 @@ impl Worker {
                 // The first proxy's name for the connection is the one that all of them know.
                 let named = received.is_some_and(|tlvs| tlvs.get(kind::UNIQUE_ID).is_some());
                 let hello = early.hello.as_ref();
+                let leg = flow.tls.as_ref().and_then(|tls| tls.client.as_ref());
+                let ssl = leg.map(about_tls);
                 let outgoing = Outgoing {
-                    alpn: hello.and_then(only_protocol),
+                    alpn: match leg {
+                        Some(leg) => leg.alpn(),
+                        None => hello.and_then(only_protocol),
+                    },
                     authority: hello.and_then(|hello| hello.sni.as_deref()),
                     unique_id: Some(own_id.as_bytes()).filter(|_| !named),
+                    ssl: ssl.as_deref(),
                     received,
                     ..Outgoing::new(source, destination)
                 };
