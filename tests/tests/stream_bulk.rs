@@ -176,7 +176,8 @@ fn many_slow_readers_hold_a_bounded_share_of_memory() -> Result<()> {
             let each = now.memory.saturating_sub(before.memory) / READERS as u64;
             println!("{relay:?}: {READERS} readers that do not read: {} KiB each, {now:?}", each >> 10);
             ensure!(each < 160 << 10, "{relay:?}: {each} bytes each");
-            let spliced = now.pipes >= READERS;
+            // Some have all they lack in the sockets.
+            let spliced = now.pipes > 10;
             ensure!(spliced == (relay == Relay::Splice), "{relay:?}: bytes wait in pipes: {now:?}");
             Ok(())
         })?;
@@ -193,7 +194,7 @@ fn without_pipes_for_all_some_are_copied_and_every_byte_arrives() -> Result<()> 
     stall(&lab, &shunt, Relay::Splice, 60, || {
         let now = kernel::holdings(shunt.pid()?)?;
         println!("{now:?}");
-        ensure!(now.pipes > 20 && now.pipes <= 2 * 24 + 2, "pipes: {now:?}");
+        ensure!(now.pipes > 10 && now.pipes <= 2 * 24 + 2, "pipes: {now:?}");
         Ok(())
     })
 }
