@@ -74,7 +74,7 @@ pub struct Early {
     pub reader: HelloReader,
     pub hello: Option<Hello>,
     /// Endpoints of the route that have been dialled.
-    pub tried: Vec<usize>,
+    pub tried: Vec<SocketAddr>,
     /// Why the last of them was not reached.
     pub failure: Reason,
     /// When the next backend is asked beside the present one; `None`: there is no other.

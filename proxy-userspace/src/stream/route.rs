@@ -13,6 +13,7 @@ use proxy_core::{
     balance::{Asked, Chooser},
     classify::Port,
     config::{self, Engine, Keepalive, SourceAddress},
+    ruleset::Endpoint,
     session::Limits,
 };
 
@@ -48,8 +49,6 @@ pub struct Route {
 /// A chosen backend.
 #[derive(Debug)]
 pub struct Chosen {
-    /// Among the route's endpoints.
-    pub index: usize,
     pub address: SocketAddr,
     pub open: Arc<AtomicU64>,
     /// Nobody else could be asked instead.
@@ -94,15 +93,21 @@ impl Route {
     }
 
     /// A backend for a connection that dialled `port`, none of `tried`.
-    pub fn choose(&self, asked: Asked, port: u16, tried: &[usize]) -> Option<Chosen> {
+    pub fn choose(&self, asked: Asked, port: u16, tried: &[SocketAddr]) -> Option<Chosen> {
         let active = |index: usize| self.open.get(index).map_or(0, |open| open.load(Relaxed));
-        let index = self.chooser.pick(asked, &active, tried)?;
-        let endpoint = self.chooser.endpoints().get(index)?;
+        let endpoints = self.chooser.endpoints();
+        let address = |e: &Endpoint| SocketAddr::new(e.address, e.port.unwrap_or(port));
+        // By address: the endpoints may have changed since the first was tried.
+        let tried: Vec<usize> = match tried {
+            [] => Vec::new(),
+            tried => (0..endpoints.len()).filter(|index| tried.contains(&address(&endpoints[*index]))).collect(),
+        };
+        let index = self.chooser.pick(asked, &active, &tried)?;
+        let endpoint = endpoints.get(index)?;
         Some(Chosen {
-            index,
-            address: SocketAddr::new(endpoint.address, endpoint.port.unwrap_or(port)),
+            address: address(endpoint),
             open: Arc::clone(self.open.get(index)?),
-            is_last: tried.len() + 1 >= self.chooser.endpoints().iter().filter(|e| e.up).count(),
+            is_last: tried.len() + 1 >= endpoints.iter().filter(|e| e.up).count(),
         })
     }
 

@@ -44,6 +44,8 @@ pub struct Leg {
     pub closed: bool,
     /// So have we.
     pub close_sent: bool,
+    /// What came is not TLS as it should be. Asked again, rustls would go on reading behind its own alert.
+    refused: Option<Error>,
     /// Records until they become large.
     small: u8,
     sealed: Tick,
@@ -158,6 +160,7 @@ impl Leg {
             control: Vec::new(),
             closed: false,
             close_sent: false,
+            refused: None,
             small: FIRST_RECORDS,
             sealed: Tick(0),
         }
@@ -201,6 +204,7 @@ impl Leg {
 
     /// `input`: what was pending, and more.
     fn read(&mut self, input: &mut [u8], mut out: Option<&mut Out<'_>>) -> Result<(), Error> {
+        self.is_sound()?;
         let mut used = 0;
         self.more = false;
         let result = loop {
@@ -229,11 +233,20 @@ impl Leg {
             match next {
                 Ok(true) => {}
                 Ok(false) => break Ok(()),
-                Err(error) => break Err(error),
+                Err(error) => break Err(self.refuse(error)),
             }
         };
         self.keep(input.get(used..).unwrap_or_default());
         result
+    }
+
+    fn is_sound(&self) -> Result<(), Error> {
+        self.refused.clone().map_or(Ok(()), Err)
+    }
+
+    fn refuse(&mut self, error: Error) -> Error {
+        self.refused = Some(error.clone());
+        error
     }
 
     /// Records of `plain`, at the front of `out`.
@@ -263,7 +276,7 @@ impl Leg {
         record
     }
 
-    /// After an error: the alert, if there is one. Asked a second time rustls would go on reading.
+    /// After an error, once: the alert, if there is one.
     pub fn say_why(&mut self) {
         let Self { peer, control, closed, pending, .. } = self;
         let _ = with!(peer, connection => take(connection.next(pending).state, control, closed, &mut |_| Ok(())));
@@ -271,7 +284,7 @@ impl Leg {
 
     /// What rustls still wants to say after a handshake: tickets.
     pub fn say_the_rest(&mut self) {
-        loop {
+        while self.refused.is_none() {
             let Self { peer, control, closed, stash, pending, .. } = self;
             let (discard, next) = with!(peer, connection => {
                 let status = connection.next(pending);
@@ -282,14 +295,18 @@ impl Leg {
                 (status.discard, take(status.state, control, closed, put))
             });
             self.used(discard);
-            if !matches!(next, Ok(true)) {
-                return;
+            match next {
+                Ok(true) => {}
+                Ok(false) => return,
+                // Told to who reads next.
+                Err(error) => drop(self.refuse(error)),
             }
         }
     }
 
     /// One record at the front of `room`, and before it what rustls wants to say. `None`: `close_notify`.
     fn write(&mut self, plain: Option<&[u8]>, room: &mut [u8]) -> Result<usize, Error> {
+        self.is_sound()?;
         let general = |error: &dyn fmt::Display| Error::General(error.to_string());
         let mut length = 0;
         loop {
@@ -324,7 +341,7 @@ impl Leg {
                 (status.discard, next)
             });
             self.used(discard);
-            let (written, done) = next?;
+            let (written, done) = next.map_err(|error| self.refuse(error))?;
             length += written;
             if done {
                 return Ok(length);

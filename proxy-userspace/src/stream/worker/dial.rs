@@ -75,7 +75,7 @@ impl Worker {
                     None => self.step(key, flow, Event::DialFailed(failure)),
                 };
             };
-            early.tried.push(chosen.index);
+            early.tried.push(chosen.address);
             early.attempt_until = None;
             let source = route.is_transparent().then(|| flow.client_address.ip());
             if source.is_some_and(|source| !can_dial(source, chosen.address)) {
