@@ -338,7 +338,9 @@ fn a_new_tracker_adopts_the_flows_of_the_one_before() {
     let before = ids(&first);
     assert_eq!(before.len(), 2);
     first.stop();
-    drop(ending);
+    // Both have finished before anybody listens again.
+    ending.shutdown(std::net::Shutdown::Write).expect("a FIN");
+    assert_eq!(ending.read(&mut [0]).expect("the other FIN"), 0);
     let second = Running::start(&lab);
     let state = second.state_until(|state| state.routes.get("web").is_some_and(|route| route.connections_active == 1));
     // What had ended before it looked may have been counted by the one before.
