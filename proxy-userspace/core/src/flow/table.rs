@@ -247,6 +247,9 @@ impl FlowTable {
     fn on_update(&mut self, entry: &Entry, now: Now) {
         let id = FlowId::of(entry);
         let now = now.back_to(entry.event_ns);
+        if self.flows.get(&id).is_some_and(|record| record.over_before) {
+            self.end_is_told(id, entry);
+        }
         if !self.flows.contains_key(&id) && !self.is_full() {
             self.insert(entry, now);
         }
@@ -259,6 +262,19 @@ impl FlowTable {
             self.remove(id, Some(entry), now);
         } else {
             self.end_unknown(entry, now);
+        }
+    }
+
+    /// The first dump was faster than the event: nobody has counted this connection yet.
+    fn end_is_told(&mut self, id: FlowId, entry: &Entry) {
+        let over = verdict::standing(entry, self.layout.end(entry.mark), State::Established);
+        let Some(record) = self.flows.get_mut(&id).filter(|_| matches!(over, Standing::Over(_))) else { return };
+        record.over_before = false;
+        record.state = State::Established;
+        if let Some(tally) = self.tallies.get_mut(&record.route) {
+            // It is among the records already.
+            tally.records = tally.records.saturating_sub(1);
+            tally.began(record.backend);
         }
     }
 
@@ -303,6 +319,7 @@ impl FlowTable {
         let mut record = Record::new(entry, route, now);
         record.generation = self.generation;
         record.state = State::Closing { reason, ended: now.mono, reported: true };
+        record.over_before = true;
         self.current += 1;
         tally.records += 1;
         self.flows.insert(record.id, Box::new(record));

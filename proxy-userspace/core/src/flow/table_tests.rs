@@ -298,6 +298,24 @@ fn a_connection_over_before_a_dump_found_it_counts_once() {
 }
 
 #[test]
+fn an_end_that_the_first_dump_saw_before_its_event_counts_once_and_older_ends_do_not() {
+    let mut table = FlowTable::new(layout(), 1000);
+    table.set_routes(&RouteTable::from([(ROUTE, Arc::new(info()))]), at(0));
+    let over = |id| ended_with(established(id, 4), End::FinishedClientFirst);
+    dump(&mut table, DumpKind::Full, &[over(1), over(2)], 1);
+    assert_eq!(reason_counts(&table), (0, 0, 0));
+    // The first FIN is told before the second; the dump was faster than both.
+    table.apply(&Event::Update(ended_with(established(1, 3), End::ClientFinished)), at(1));
+    table.apply(&Event::Update(over(1)), at(1));
+    table.apply(&Event::Update(over(1)), at(1));
+    for id in [1, 2] {
+        table.apply(&Event::Destroy(over(id)), at(61));
+    }
+    assert_eq!(reason_counts(&table), (0, 1, 1));
+    assert!(table.is_empty());
+}
+
+#[test]
 fn a_dump_of_the_next_connection_under_an_id_does_not_end_the_one_before_twice() {
     let mut table = table();
     table.apply(&Event::New(syn(1)), at(1));
