@@ -294,7 +294,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
             }
         }
         let sockets = self.sockets.changes(self.plan.replaced(replan), &replan.routes, &self.ids);
-        change.ports = relay::ports(&sockets);
+        change.ports = sockets.clone();
         let needs_table = served.iter().any(|made| made.plan.engine == Some(Engine::Nft));
         outcome.changes = self.apply(&updates, change, needs_table)?;
         self.sockets.take_over(sockets);

@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use proxy_core::{config::Listen, plan::RoutePlan, ruleset::Endpoint, view};
+use proxy_core::{plan::RoutePlan, ruleset::Endpoint, view};
 use tokio::sync::mpsc;
 
 pub use ended::{Ended, StreamId};
@@ -68,8 +68,8 @@ pub struct Change {
     /// By id: no listen address leads there any more. What it has open is ended when its `timeouts.drain` has passed;
     /// [`Options::drained`] is told when nothing is left.
     pub gone: Vec<u32>,
-    /// The routes that share a listen address, in file order, after the change; empty: nobody listens there any more.
-    pub ports: Vec<(Listen, Vec<u32>)>,
+    /// The routes that share an address and port, in file order, after the change; empty: nobody listens there any more.
+    pub ports: Vec<(SocketAddr, Vec<u32>)>,
 }
 
 /// A route as the stream path serves it.

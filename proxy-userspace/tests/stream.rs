@@ -34,9 +34,14 @@ struct Served {
 
 /// A stream path with one route to `backends`.
 fn serve(engine: Engine, backends: &[SocketAddr], extra: &str) -> Served {
+    serve_and_tell(engine, backends, extra, 1024)
+}
+
+/// `told`: batches of ended connections that may wait.
+fn serve_and_tell(engine: Engine, backends: &[SocketAddr], extra: &str, told: usize) -> Served {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-    let (ended_tx, ended) = mpsc::channel(1024);
+    let (ended_tx, ended) = mpsc::channel(told);
     let (drained_tx, drained) = mpsc::channel(16);
     let (failed_dials, _) = mpsc::channel(16);
     let options = Options { workers: 2, failed_dials, drained: drained_tx, lock_tables: false, ended: ended_tx };
@@ -62,7 +67,7 @@ fn change(engine: Engine, listen: SocketAddr, backends: &[SocketAddr], extra: &s
         endpoints: backends.iter().map(endpoint).collect(),
         names: Vec::new(),
     };
-    Change { ports: vec![(config.routes[0].listen[0], vec![7])], routes: vec![spec], gone: Vec::new() }
+    Change { ports: vec![(listen, vec![7])], routes: vec![spec], gone: Vec::new() }
 }
 
 impl Served {
@@ -89,7 +94,11 @@ impl Served {
 }
 
 fn echo_server() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    echo_server_at("127.0.0.1:0")
+}
+
+fn echo_server_at(address: &str) -> SocketAddr {
+    let listener = TcpListener::bind(address).expect("a port");
     let address = listener.local_addr().expect("an address");
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
@@ -178,6 +187,52 @@ fn a_backend_that_is_slow_to_answer_has_another_asked_beside_it_and_may_still_wi
     assert_eq!(&word, b"late");
 }
 
+#[test]
+fn a_name_with_addresses_of_both_families_has_the_other_asked_soon() {
+    let slow = socket_with_a_full_queue();
+    let backends = [slow.0.local_addr().expect("an address"), echo_server_at("[::1]:0")];
+    let mut served = serve(Engine::Copy, &backends, "");
+    let named = change(Engine::Copy, served.listen, &backends, "");
+    let text = format!("[[route]]\nname = \"web\"\nlisten = [\"{}\"]\nbackends = [\"localhost:1\"]\n", served.listen);
+    let config = config::parse(&text, Path::new("/t.toml")).unwrap_or_else(|problems| panic!("{problems}"));
+    let plan = plan(&config, &Capabilities::all()).routes()[0].clone();
+    let endpoints = named.routes[0].endpoints.clone();
+    let spec = RouteSpec { id: 7, plan, endpoints, names: Vec::new() };
+    let prepared = served.path.prepare(Change { routes: vec![spec], ..Change::default() }).expect("nothing can fail");
+    served.path.commit(prepared);
+    thread::sleep(Duration::from_millis(50));
+    let began = Instant::now();
+    // At least one of the workers has two of them, and begins one with each backend.
+    let mut streams: Vec<TcpStream> = (0..8).map(|_| served.connect()).collect();
+    for stream in &mut streams {
+        stream.write_all(b"x").expect("written");
+        stream.read_exact(&mut [0]).expect("an answer");
+    }
+    let took = began.elapsed();
+    assert!(took > Duration::from_millis(240) && took < Duration::from_millis(900), "{took:?}");
+}
+
+#[test]
+fn a_hearer_that_was_behind_hears_of_every_end_without_a_new_one() {
+    const CONNECTIONS: usize = 6;
+    let mut served = serve_and_tell(Engine::Copy, &[echo_server()], "", 1);
+    for _ in 0..CONNECTIONS {
+        drop(served.connect());
+        // Longer than ends are kept to be told together.
+        thread::sleep(Duration::from_millis(120));
+    }
+    let ended = &mut served.ended;
+    let told = async {
+        let mut told = 0;
+        while told < CONNECTIONS {
+            told += ended.recv().await.map_or(CONNECTIONS, |batch| batch.len());
+        }
+        told
+    };
+    let told = served.runtime.block_on(async { tokio::time::timeout(SOON, told).await });
+    assert_eq!(told.expect("all are told in time"), CONNECTIONS);
+}
+
 /// The second connection to it is not answered.
 fn socket_with_a_full_queue() -> (TcpListener, Vec<TcpStream>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -236,11 +291,7 @@ fn a_route_that_is_gone_drains_and_a_stopping_path_waits_for_it() {
     let mut stream = served.connect();
     stream.write_all(b"x").expect("written");
     stream.read_exact(&mut [0]).expect("an answer");
-    let listen = config::Listen {
-        address: served.listen.ip(),
-        ports: config::PortRange { first: served.listen.port(), last: served.listen.port() },
-    };
-    let gone = Change { gone: vec![7], ports: vec![(listen, Vec::new())], ..Change::default() };
+    let gone = Change { gone: vec![7], ports: vec![(served.listen, Vec::new())], ..Change::default() };
     let prepared = served.path.prepare(gone).expect("nothing can fail");
     served.path.commit(prepared);
     let deadline = Instant::now() + SOON;

@@ -98,8 +98,21 @@ fn keepalive_multiplies_the_idle_limit_or_lifts_it() -> Result<()> {
         };
         let (mut standard, mut extended, mut immortal) = (open(0)?, open(1)?, open(2)?);
         let since = Instant::now();
+        // Where nothing else ends it, the kernel asks both ends now and then whether they are there.
+        let port = immortal.local_addr()?.port();
+        let probed = |filter: String| -> Result<bool> {
+            Ok(lab.gateway().sh(&format!("ss -Htno state established '{filter}'"))?.contains("timer:(keepalive"))
+        };
+        let backend = shunt.connection_of(&immortal)?.context("listed")?["backend"].as_str().map(str::to_owned);
+        ensure!(backend.as_deref() == Some("10.88.2.2:80"), "{backend:?}");
+        ensure!(probed(format!("( dport = :{port} )"))?, "the client of an immortal connection is not probed");
+        ensure!(probed("( dst 10.88.2.2:80 )".into())?, "the backend of an immortal connection is not probed");
+        let other = extended.local_addr()?.port();
+        ensure!(!probed(format!("( dport = :{other} )"))?, "a connection with an idle limit needs no probes");
         ends_after(&mut standard, since, Duration::from_secs(1))?;
         ends_after(&mut extended, since, Duration::from_secs(6))?;
+        let warned = format!("client={}", extended.local_addr()?);
+        ensure!(shunt.log().lines().any(|line| line.contains("idle for long") && line.contains(&warned)), "no warning");
         pause(Duration::from_secs(1))?;
         echo(&mut immortal, b"evening")?;
         shunt.wait_ended(&format!("standard-{}", relay.engine()), &[("idle_timeout", 1)], SOON)?;

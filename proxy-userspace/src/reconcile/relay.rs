@@ -6,15 +6,13 @@ use std::{
     sync::Arc,
 };
 
-use proxy_core::{
-    config::{Listen, PortRange},
-    plan::RoutePlan,
-};
+use proxy_core::plan::RoutePlan;
 
 use super::{Ids, Served};
 use crate::stream::{Change, RouteSpec};
 
-/// The routes behind each address the daemon listens on, in file order.
+/// The routes behind each address and port the daemon listens on, in file order. One port each: ranges that overlap in part
+/// are then nothing special.
 #[derive(Debug, Default)]
 pub(super) struct Sockets(HashMap<SocketAddr, Vec<u32>>);
 
@@ -42,12 +40,6 @@ impl Sockets {
             }
         }
     }
-}
-
-/// One port each: ranges that overlap in part are then nothing special.
-pub(super) fn ports(changes: &[(SocketAddr, Vec<u32>)]) -> Vec<(Listen, Vec<u32>)> {
-    let listen = |at: SocketAddr| Listen { address: at.ip(), ports: PortRange { first: at.port(), last: at.port() } };
-    changes.iter().map(|(socket, routes)| (listen(*socket), routes.clone())).collect()
 }
 
 pub(super) fn spec(served: &Served) -> RouteSpec {

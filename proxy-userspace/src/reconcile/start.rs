@@ -166,7 +166,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
             outcome.effects.push(Effect::Drain { id, name, deadline });
         }
         let sockets = self.sockets.changes(&[], self.plan.routes(), &self.ids);
-        change.ports = relay::ports(&sockets);
+        change.ports = sockets.clone();
         let prepared = match &mut self.streams {
             Some(streams) if !relay::is_empty(&change) => Some(streams.prepare(change)?),
             Some(_) | None => None,

@@ -51,9 +51,8 @@ impl Both {
 
     /// Who is behind a port of 10.0.0.1, by name.
     fn behind(&self, port: u16) -> Vec<String> {
-        let listen = |l: &&proxy_core::config::Listen| l.ports.first == port && l.ports.last == port;
         let ports = &self.streams.as_ref().expect("not stopping").ports;
-        let ids = ports.keys().find(listen).map(|listen| ports[listen].clone()).unwrap_or_default();
+        let ids = ports.get(&([10, 0, 0, 1], port).into()).cloned().unwrap_or_default();
         let name = |id: u32| self.served.values().find(|s| s.id == id).map(|s| s.plan.route.name.to_string());
         ids.into_iter().map(|id| name(id).unwrap_or_else(|| format!("nobody with id {id}"))).collect()
     }

@@ -1,8 +1,6 @@
 //! The stream path without a kernel, for tests of `reconcile`.
 
-use std::collections::BTreeMap;
-
-use proxy_core::config::Listen;
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use super::{Change, RouteSpec, StreamError, Streams};
 
@@ -11,7 +9,7 @@ use super::{Change, RouteSpec, StreamError, Streams};
 pub struct MemoryStreams {
     pub routes: BTreeMap<u32, RouteSpec>,
     pub gone: Vec<u32>,
-    pub ports: BTreeMap<Listen, Vec<u32>>,
+    pub ports: BTreeMap<SocketAddr, Vec<u32>>,
     /// The next change is refused with it.
     pub fail_next: Option<StreamError>,
 }

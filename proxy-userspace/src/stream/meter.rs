@@ -189,6 +189,11 @@ fn bucket<'a>(counters: &'a [Counter], bounds: &[f64], value: Duration) -> &'a C
 }
 
 impl Meters {
+    pub fn new(id: u32, name: &str, workers: usize) -> Self {
+        let workers = (0..workers).map(|_| Arc::new(RouteMeter::default())).collect();
+        Self { id, name: name.into(), workers, backends: RwLock::default() }
+    }
+
     /// Counted so far. Exact for each number; the numbers are not of one instant.
     pub fn totals(&self) -> RouteTotals {
         let sum = |of: &dyn Fn(&RouteMeter) -> u64| self.workers.iter().map(|w| of(w)).fold(0, u64::wrapping_add);

@@ -6,17 +6,14 @@ use std::{
     net::SocketAddr,
     os::fd::OwnedFd,
     sync::{
-        Arc, RwLock,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     thread::JoinHandle,
     time::Instant,
 };
 
-use proxy_core::{
-    config::{Listen as Address, PortRange},
-    view,
-};
+use proxy_core::view;
 use rustix::{
     event::{EventfdFlags, eventfd},
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -123,12 +120,7 @@ impl StreamPath {
             drained: options.drained,
             ended: options.ended,
         };
-        let unrouted = Arc::new(Meters {
-            id: 0,
-            name: "-".into(),
-            workers: (0..workers).map(|_| Arc::new(RouteMeter::default())).collect(),
-            backends: RwLock::default(),
-        });
+        let unrouted = Arc::new(Meters::new(0, "-", workers));
         reader.meters.put(Arc::clone(&unrouted));
         let handles = (0..workers).map(|index| {
             let meter = Arc::clone(&unrouted.workers[index]);
@@ -154,7 +146,7 @@ impl StreamPath {
     }
 
     /// The addresses whose routes are the same as before while what tells them apart has changed.
-    fn told_apart_anew(&self, routes: &[Arc<Route>], asked: &[(Address, Vec<u32>)]) -> Vec<(Address, Vec<u32>)> {
+    fn told_apart_anew(&self, routes: &[Arc<Route>], asked: &[(SocketAddr, Vec<u32>)]) -> Vec<(SocketAddr, Vec<u32>)> {
         let differs = |route: &&Arc<Route>| {
             self.routes.get(&route.id).is_some_and(|before| !Arc::ptr_eq(&before.config, &route.config))
         };
@@ -162,13 +154,11 @@ impl StreamPath {
         if changed.is_empty() {
             return Vec::new();
         }
-        let named: HashSet<SocketAddr> = asked.iter().flat_map(|(listen, _)| addresses(listen)).collect();
+        let named: HashSet<SocketAddr> = asked.iter().map(|(address, _)| *address).collect();
         let affected = |(address, members): &(&SocketAddr, &Vec<u32>)| {
             !named.contains(address) && members.iter().any(|id| changed.contains(id))
         };
-        let one =
-            |at: &SocketAddr| Address { address: at.ip(), ports: PortRange { first: at.port(), last: at.port() } };
-        self.listens.iter().filter(affected).map(|(at, members)| (one(at), members.clone())).collect()
+        self.listens.iter().filter(affected).map(|(address, members)| (*address, members.clone())).collect()
     }
 
     fn sockets(&self, address: SocketAddr, listen: &Arc<Listen>, route: &str) -> Result<Sockets, StreamError> {
@@ -185,26 +175,26 @@ impl StreamPath {
         };
         Ok(Sockets::Open(bound().map_err(refused)?, Arc::clone(listen)))
     }
-}
 
-impl StreamPath {
     /// Whether there may be so many ports. Half of the descriptors stay for connections.
-    fn room_for<'a>(&self, asked: &[(Address, Vec<u32>)], name: impl Fn(&u32) -> &'a str) -> Result<(), StreamError> {
+    fn room_for<'a>(
+        &self,
+        asked: &[(SocketAddr, Vec<u32>)],
+        name: impl Fn(&u32) -> &'a str,
+    ) -> Result<(), StreamError> {
         let max = MAX_PORTS.min(self.for_sockets as usize / 2 / self.workers.len());
         let mut open: BTreeSet<SocketAddr> = self.listens.keys().copied().collect();
-        for (listen, _) in asked.iter().filter(|(_, members)| members.is_empty()) {
-            for address in addresses(listen) {
-                open.remove(&address);
-            }
+        for (address, members) in asked {
+            match members.is_empty() {
+                true => open.remove(address),
+                false => open.insert(*address),
+            };
         }
-        for (listen, members) in asked.iter().filter(|(_, members)| !members.is_empty()) {
-            open.extend(addresses(listen));
-            if open.len() > max {
-                let route = members.first().map_or("", &name).to_owned();
-                return Err(StreamError::TooManyPorts { route, ports: addresses(listen).count(), max });
-            }
-        }
-        Ok(())
+        let Some((_, members)) = asked.iter().rfind(|(_, members)| open.len() > max && !members.is_empty()) else {
+            return Ok(());
+        };
+        let ports = asked.iter().filter(|(_, others)| others.first() == members.first()).count();
+        Err(StreamError::TooManyPorts { route: members.first().map_or("", name).to_owned(), ports, max })
     }
 
     /// What the listeners take is not there for connections.
@@ -230,19 +220,21 @@ impl Streams for StreamPath {
         asked.extend(self.told_apart_anew(&routes, &asked));
         let known = |id: &u32| fresh.get(id).copied().or_else(|| self.routes.get(id));
         self.room_for(&asked, |id| known(id).map_or("", |route| route.config.name.as_str()))?;
-        let mut ports = Vec::new();
-        for (listen, members) in asked {
-            let members: Vec<&Arc<Route>> = members.iter().filter_map(known).collect();
-            let ids: Vec<u32> = members.iter().map(|route| route.id).collect();
-            let name = members.first().map_or("", |route| route.config.name.as_str());
-            let shared = Arc::new(Listen::new(&members));
-            for address in addresses(&listen) {
-                let sockets = match ids.is_empty() {
-                    true => Sockets::Close,
-                    false => self.sockets(address, &shared, name)?,
-                };
-                ports.push((address, ids.clone(), sockets));
+        let mut ports: Vec<(SocketAddr, Vec<u32>, Sockets)> = Vec::with_capacity(asked.len());
+        // The ports of a range have the same routes: what tells those apart is made once.
+        let mut shared: Option<(Vec<u32>, Arc<Listen>)> = None;
+        for (address, ids) in asked {
+            let members: Vec<&Arc<Route>> = ids.iter().filter_map(known).collect();
+            if members.is_empty() {
+                ports.push((address, ids, Sockets::Close));
+                continue;
             }
+            let (_, listen) = match shared.take().filter(|(of, _)| *of == ids) {
+                Some(same) => shared.insert(same),
+                None => shared.insert((ids.clone(), Arc::new(Listen::new(&members)))),
+            };
+            let sockets = self.sockets(address, listen, members[0].config.name.as_str())?;
+            ports.push((address, ids, sockets));
         }
         for (address, _, sockets) in &ports {
             let Sockets::Open(fds, listen) = sockets else { continue };
@@ -345,12 +337,6 @@ impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-/// Each port of a range.
-fn addresses(listen: &Address) -> impl Iterator<Item = SocketAddr> + use<> {
-    let ip = listen.address;
-    (listen.ports.first..=listen.ports.last).map(move |port| SocketAddr::new(ip, port))
 }
 
 fn spawn(index: u8, shared: Shared, unrouted: Arc<RouteMeter>, pipes: usize) -> Result<Handle, StreamError> {

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc, RwLock,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
@@ -19,11 +19,7 @@ use proxy_core::{
 
 use rustls::pki_types::ServerName;
 
-use super::{
-    RouteSpec,
-    admission::Admission,
-    meter::{Meters, RouteMeter},
-};
+use super::{RouteSpec, admission::Admission, meter::Meters};
 use crate::tls::{RouteTls, TlsError};
 
 #[derive(Debug)]
@@ -65,7 +61,8 @@ impl Route {
         };
         let named = |(ip, name): &(IpAddr, String)| Some((*ip, ServerName::try_from(name.clone()).ok()?));
         let server_names = spec.names.iter().filter_map(named).collect();
-        let meters = before.map_or_else(|| Arc::new(meters(spec.id, &config, workers)), |b| Arc::clone(&b.meters));
+        let meters = before
+            .map_or_else(|| Arc::new(Meters::new(spec.id, config.name.as_str(), workers)), |b| Arc::clone(&b.meters));
         let open = open_by_backend(&meters, &spec);
         let named = config.backends.iter().any(|backend| backend.target.host().is_some());
         let families = [false, true].map(|v4| spec.endpoints.iter().any(|e| e.up && e.address.is_ipv4() == v4));
@@ -119,15 +116,6 @@ impl Route {
     /// Vanished peers are only noticed by probes where no idle limit ends the connection.
     pub fn probes_peers(&self) -> bool {
         self.config.keepalive == Keepalive::Immortal || self.limits.idle.is_none()
-    }
-}
-
-fn meters(id: u32, route: &config::Route, workers: usize) -> Meters {
-    Meters {
-        id,
-        name: route.name.as_str().into(),
-        workers: (0..workers).map(|_| Arc::new(RouteMeter::default())).collect(),
-        backends: RwLock::default(),
     }
 }
 

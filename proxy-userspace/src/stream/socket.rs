@@ -58,6 +58,11 @@ impl Socket {
         self.finished && !self.hung_up && !self.urgent
     }
 
+    /// The kernel asks now and then whether the peer is there (`net.ipv4.tcp_keepalive_time` and its companions).
+    pub fn probe_peer(&self) {
+        let _ = sockopt::set_socket_keepalive(&self.fd, true);
+    }
+
     /// Closing it will send a reset, and throws away what is not sent.
     pub fn reset_on_close(&self) {
         let _ = sockopt::set_socket_linger(&self.fd, Some(Duration::ZERO));

@@ -373,7 +373,8 @@ impl Worker {
             return;
         }
         if let Err(tokio::sync::mpsc::error::TrySendError::Full(told)) = self.shared.ended.try_send(told) {
-            self.told = told;
+            // Tried again also when nothing else happens.
+            (self.told, self.tell_at) = (told, Some(self.micros + TOLD_AFTER.as_micros() as u64));
         }
     }
 }

@@ -188,8 +188,7 @@ impl Served {
             endpoints: backends.iter().map(endpoint).collect(),
             names: Vec::new(),
         };
-        let change =
-            Change { ports: vec![(config.routes[0].listen[0], vec![7])], routes: vec![spec], gone: Vec::new() };
+        let change = Change { ports: vec![(listen, vec![7])], routes: vec![spec], gone: Vec::new() };
         let prepared = path.prepare(change).map_err(|error| error.to_string())?;
         path.commit(prepared);
         Ok(Self { runtime, path, ended, listen })

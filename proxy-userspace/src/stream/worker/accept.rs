@@ -79,9 +79,8 @@ impl Worker {
         }
         self.accept_at = None;
         for (index, listener) in self.listeners.iter().enumerate() {
-            let Some(listener) = listener else { continue };
-            if let Err(errno) = self.poll.add_level(&listener.fd, Source::Listener(index as u32)) {
-                tracing::error!(%errno, address = %listener.address, "epoll_ctl(EPOLL_CTL_ADD)");
+            if let Some(listener) = listener {
+                self.hear(index, listener);
             }
         }
     }
@@ -164,11 +163,17 @@ impl Worker {
             self.listeners.push(None);
             self.listeners.len() - 1
         });
-        if let Err(errno) = self.poll.add_level(&listener.fd, Source::Listener(index as u32)) {
-            tracing::error!(%errno, %address, "epoll_ctl(EPOLL_CTL_ADD)");
-            return;
+        // In a pause it waits with the others.
+        if self.accept_at.is_none() {
+            self.hear(index, &listener);
         }
         self.listeners[index] = Some(listener);
+    }
+
+    fn hear(&self, index: usize, listener: &Listener) {
+        if let Err(errno) = self.poll.add_level(&listener.fd, Source::Listener(index as u32)) {
+            tracing::error!(%errno, address = %listener.address, "epoll_ctl(EPOLL_CTL_ADD)");
+        }
     }
 
     /// What waits to be accepted is accepted; then nobody listens there any more.

@@ -130,8 +130,8 @@ impl Worker {
         for (id, leaving) in change.gone {
             match self.by_id.get(&id) {
                 Some(&slot) => self.leave(slot, Some(leaving)),
-                // It never had a connection here.
-                None => drop(leaving.done()),
+                // Nothing is left of it here.
+                None => self.say_gone(id, &leaving),
             }
         }
     }
@@ -208,9 +208,13 @@ impl Worker {
         slot.leaving = None;
         self.by_id.remove(&route.id);
         self.free_slots.push(index);
+        self.say_gone(route.id, &leaving);
+    }
+
+    fn say_gone(&self, id: u32, leaving: &Leaving) {
         if leaving.done() {
             // Its owner takes it from its own queue: a full one would only delay the news.
-            let _ = self.shared.drained.blocking_send(route.id);
+            let _ = self.shared.drained.blocking_send(id);
         }
     }
 

@@ -85,6 +85,9 @@ impl Worker {
         match route.admission.enter(&route.config, flow.client_address.ip(), self.clock()) {
             Ok(admitted) => {
                 flow.admitted = Some(admitted);
+                if route.probes_peers() {
+                    flow.client.probe_peer();
+                }
                 let tls = route.tls.as_ref().is_some_and(|tls| tls.terminates());
                 self.step(key, flow, Event::Classified { tls })
             }

@@ -73,20 +73,19 @@ impl Worker {
     }
 
     pub(super) fn begin_handshake(&mut self, key: u32, flow: &mut Flow) -> Fate {
-        let leg = match flow.session.state() {
-            State::Handshaking { .. } => self.leg_with_client(flow),
-            _ => self.leg_with_backend(flow),
-        };
-        let secured = flow.tls.get_or_insert_default();
-        match (leg, flow.session.state()) {
-            (Some(Ok(leg)), State::Handshaking { .. }) => secured.client = Some(leg),
-            (Some(Ok(leg)), _) => secured.backend = Some(leg),
-            (Some(Err(error)), _) => {
+        // A backend has been dialled: it is the one to shake hands with.
+        let with_backend = flow.backend.is_some();
+        let leg = if with_backend { self.leg_with_backend(flow) } else { self.leg_with_client(flow) };
+        let leg = match leg {
+            Some(Ok(leg)) => leg,
+            Some(Err(error)) => {
                 tracing::error!(route = %self.slots[flow.slot].name, %error, "TLS cannot begin");
                 return self.step(key, flow, Event::Cut(Reason::InternalError));
             }
-            (None, _) => return self.step(key, flow, Event::Cut(Reason::InternalError)),
-        }
+            None => return self.step(key, flow, Event::Cut(Reason::InternalError)),
+        };
+        let secured = flow.tls.get_or_insert_default();
+        *if with_backend { &mut secured.backend } else { &mut secured.client } = Some(leg);
         self.arm(key, flow);
         self.handshake_later(key, flow)
     }
@@ -111,7 +110,12 @@ impl Worker {
         let (side, socket, leg) = match flow.session.state() {
             State::Handshaking { .. } => (Side::Client, Some(&mut flow.client), tls.client.as_mut()),
             State::Securing { .. } => (Side::Backend, flow.backend.as_mut(), tls.backend.as_mut()),
-            _ => return Fate::Lives,
+            // It was done in an earlier turn.
+            State::Classifying { .. }
+            | State::Dialing { .. }
+            | State::Established { .. }
+            | State::HalfClosed { .. }
+            | State::Closed(_) => return Fate::Lives,
         };
         let (Some(socket), Some(leg)) = (socket, leg) else { return Fate::Lives };
         match go_on(socket, leg, &mut self.stores.buffers) {
