@@ -1,4 +1,5 @@
-//! `cargo xtask ebpf build | check`: from `proxy-ebpf/` to the committed `shunt.bpf.o`, byte for byte the same everywhere.
+//! `cargo xtask ebpf build | check`: from `proxy-ebpf/` to the committed `objects/*.bpf.o`, byte for byte the same
+//! everywhere.
 
 mod toolchain;
 
@@ -19,15 +20,18 @@ use toolchain::{Nightly, Pinned};
 pub const EXIT_UNAVAILABLE: u8 = 77;
 
 const TARGET: &str = "bpfel-unknown-none";
-const OBJECT: &str = "proxy-ebpf/shunt.bpf.o";
+/// One object for each folder in here.
+const PROGRAMS: &str = "proxy-ebpf/src/bin";
+const OBJECTS: &str = "proxy-ebpf/objects";
 /// As bpf-linker itself generates code: for the oldest instruction set, memcpy expanded in order for the verifier's sake.
 const LLC_ARGUMENTS: [&str; 4] = ["-O3", "-mcpu=generic", "-filetype=obj", "--bpf-expand-memcpy-in-order"];
-const CHECKSUM: &str = "proxy-ebpf/shunt.bpf.o.sha256";
+/// What `sha256sum` prints of them; `sha256sum --check` in the folder reads it.
+const CHECKSUMS: &str = "proxy-ebpf/objects/SHA256SUMS";
 
-/// Compiles the eBPF programs and replaces the committed object and its checksum.
+/// Compiles the eBPF programs and replaces the committed objects and their checksums.
 ///
-/// Where the pinned toolchain cannot be had but rustup's nightly with `rust-src` can, the object is compiled with that and
-/// left in `proxy-ebpf/target`: its bytes cannot be compared, so it does not replace the committed one.
+/// Where the pinned toolchain cannot be had but rustup's nightly with `rust-src` can, the objects are compiled with that and
+/// left in `proxy-ebpf/target`: their bytes cannot be compared, so they do not replace the committed ones.
 ///
 /// # Errors
 /// [`Unavailable`] where there is no toolchain at all (see [`EXIT_UNAVAILABLE`]); else what the compiler said.
@@ -37,37 +41,63 @@ pub fn build() -> Result<()> {
         Ok(pinned) => pinned,
         Err(error) => return build_with_nightly(&root, error),
     };
-    let built = compile(&root, &pinned)?;
-    let digest = sha256(&built)?;
-    fs::copy(&built, root.join(OBJECT)).context("copy the object")?;
-    fs::write(root.join(CHECKSUM), checksum_line(&digest)).context("write the checksum")?;
-    println!("{OBJECT}: {digest}");
+    for (name, built) in compile(&root, &pinned)? {
+        let committed = root.join(OBJECTS).join(&name);
+        fs::copy(&built, &committed).with_context(|| format!("replace {}", committed.display()))?;
+    }
+    let sums = checksums(&root)?;
+    fs::write(root.join(CHECKSUMS), &sums).with_context(|| format!("write {CHECKSUMS}"))?;
+    print!("{sums}");
     Ok(())
 }
 
-/// Compiles the eBPF programs and compares the result with the committed object.
+/// Compiles the eBPF programs and compares the results with the committed objects.
 ///
 /// # Errors
 /// [`Unavailable`] where the pinned toolchain cannot be had (see [`EXIT_UNAVAILABLE`]); else which bytes differ from which.
 pub fn check() -> Result<()> {
     let root = root()?;
-    let committed = sha256(&root.join(OBJECT))?;
-    let stated = fs::read_to_string(root.join(CHECKSUM)).with_context(|| format!("read {CHECKSUM}"))?;
+    let stated = fs::read_to_string(root.join(CHECKSUMS)).with_context(|| format!("read {CHECKSUMS}"))?;
     ensure!(
-        stated == checksum_line(&committed),
-        "{OBJECT} is not the file that {CHECKSUM} states: run `cargo xtask ebpf build`"
+        stated == checksums(&root)?,
+        "the files in {OBJECTS} are not those that {CHECKSUMS} states: run `cargo xtask ebpf build`"
     );
-    let built = sha256(&compile(&root, &Pinned::install(&root)?)?)?;
-    ensure!(
-        built == committed,
-        "{OBJECT} is not what its sources compile to (committed {committed}, built {built}): run `cargo xtask ebpf build`"
-    );
-    println!("{OBJECT}: same bytes from its sources, {built}");
+    for (name, built) in compile(&root, &Pinned::install(&root)?)? {
+        let (committed, built) = (sha256(&root.join(OBJECTS).join(&name))?, sha256(&built)?);
+        ensure!(
+            built == committed,
+            "{OBJECTS}/{name} is not what its sources compile to (committed {committed}, built {built}): \
+             run `cargo xtask ebpf build`"
+        );
+        println!("{name}: same bytes from its sources, {built}");
+    }
     Ok(())
 }
 
-/// Compiles, links and strips the object; returns where it is.
-fn compile(root: &Path, pinned: &Pinned) -> Result<PathBuf> {
+/// The programs' names, in order.
+fn programs(root: &Path) -> Result<Vec<String>> {
+    let listed = fs::read_dir(root.join(PROGRAMS)).with_context(|| format!("list {PROGRAMS}"))?;
+    let mut names = Vec::new();
+    for folder in listed {
+        names.push(folder?.file_name().into_string().ok().context("a program whose name is not UTF-8")?);
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// What `SHA256SUMS` has to say of the committed objects.
+fn checksums(root: &Path) -> Result<String> {
+    let mut sums = String::new();
+    for name in programs(root)? {
+        let name = format!("{name}.bpf.o");
+        let digest = sha256(&root.join(OBJECTS).join(&name))?;
+        sums.push_str(&format!("{digest}  {name}\n"));
+    }
+    Ok(sums)
+}
+
+/// Compiles, links and strips every object; returns its file name and where it is.
+fn compile(root: &Path, pinned: &Pinned) -> Result<Vec<(String, PathBuf)>> {
     // The folders of downloaded crates are in debug information; they exist once the crates are fetched.
     run(cargo(root).args(["fetch", "--locked"]))?;
     // The linker by its name: cargo hashes every flag but `--remap-path-prefix` into the names of the crates.
@@ -85,9 +115,16 @@ fn compile(root: &Path, pinned: &Pinned) -> Result<PathBuf> {
     let folder = root.join("proxy-ebpf/target").join(TARGET).join("release");
     // LLVM orders the types of BTF by the addresses of its nodes, and those move with the length of every path that the
     // process is given. So the linker stops at bitcode, and code is generated from names that are the same everywhere.
-    run(pinned.llvm("llc").current_dir(&folder).args(LLC_ARGUMENTS).args(["-o", "whole.o", "shunt-bpf"]))?;
-    run(pinned.llvm("llvm-strip").current_dir(&folder).args(["--strip-debug", "-o", "shunt.bpf.o", "whole.o"]))?;
-    Ok(folder.join("shunt.bpf.o"))
+    let mut objects = Vec::new();
+    for program in programs(root)? {
+        let (whole, stripped) = (format!("{program}.o"), format!("{program}.bpf.o"));
+        run(pinned.llvm("llc").current_dir(&folder).args(LLC_ARGUMENTS).args(["-o", &whole, &program]))?;
+        let strip = ["--strip-debug", "-o", &stripped, &whole];
+        run(pinned.llvm("llvm-strip").current_dir(&folder).args(strip))?;
+        let path = folder.join(&stripped);
+        objects.push((stripped, path));
+    }
+    Ok(objects)
 }
 
 /// Folders whose names must not reach the object, and what stands there instead. The last that matches wins.
@@ -120,9 +157,7 @@ fn build_with_nightly(root: &Path, error: anyhow::Error) -> Result<()> {
             ])?,
         )
         .args(["build", "--release", "--locked", "-Zbuild-std=core", "--target", TARGET]))?;
-    println!(
-        "left in proxy-ebpf/target/{TARGET}/release/shunt-bpf; {OBJECT} is unchanged: another compiler, other bytes"
-    );
+    println!("left in proxy-ebpf/target/{TARGET}/release; {OBJECTS} is unchanged: another compiler, other bytes");
     Ok(())
 }
 
@@ -139,10 +174,6 @@ fn cargo(root: &Path) -> Command {
 fn root() -> Result<PathBuf> {
     let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
     Ok(xtask.parent().context("xtask has no parent folder")?.to_owned())
-}
-
-fn checksum_line(digest: &str) -> String {
-    format!("{digest}  shunt.bpf.o\n")
 }
 
 fn sha256(file: &Path) -> Result<String> {

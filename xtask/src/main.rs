@@ -45,7 +45,7 @@ enum Task {
 
 #[derive(Debug, Clone, Copy, Subcommand)]
 enum Ebpf {
-    /// Build proxy-ebpf/shunt.bpf.o and its checksum
+    /// Build proxy-ebpf/objects and their checksums
     Build,
     /// Build it elsewhere and compare; exit 77 where no toolchain can be had
     Check,

@@ -53,7 +53,7 @@ impl BpfError {
                 "use a newer kernel; shunt serves these routes without eBPF meanwhile"
             }
             Self::Map { .. } | Self::Missing { .. } | Self::AbiVersion { .. } => {
-                "build the daemon and proxy-ebpf/shunt.bpf.o from the same sources: cargo xtask ebpf build"
+                "build the daemon and proxy-ebpf/objects from the same sources: cargo xtask ebpf build"
             }
             Self::Verdict { .. } | Self::Miscounted { .. } | Self::FlowCounters { .. } | Self::UnknownFlow { .. } => {
                 "do not use eBPF on this kernel, and report it with the output of uname -a"

@@ -2,11 +2,9 @@
 
 use aya_ebpf::programs::TcContext;
 use proxy_abi::{flow::FlowKey, outcome};
+use proxy_ebpf::packet::{self, Refused};
 
-use crate::{
-    maps,
-    packet::{self, Refused},
-};
+use crate::maps;
 
 /// Counts the packet in its flow and says so, [`outcome::COUNTED`].
 #[inline(always)]
