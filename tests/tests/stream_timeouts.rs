@@ -110,15 +110,20 @@ fn keepalive_multiplies_the_idle_limit_or_lifts_it() -> Result<()> {
         let since = Instant::now();
         // Where nothing else ends it, the kernel asks both ends now and then whether they are there.
         let port = immortal.local_addr()?.port();
-        let probed = |filter: String| -> Result<bool> {
-            Ok(lab.gateway().sh(&format!("ss -Htno state established '{filter}'"))?.contains("timer:(keepalive"))
+        let probed = |filter: &str| {
+            let seen = lab.gateway().sh(&format!("ss -Htno state established '{filter}'"));
+            seen.is_ok_and(|seen| seen.contains("timer:(keepalive"))
         };
         let there = format!("10.88.2.2:{}", backend(relay));
         ensure!(shunt.connection_of(&immortal)?.context("listed")?["backend"] == there, "not at {there}");
-        ensure!(probed(format!("( dport = :{port} )"))?, "the client of an immortal connection is not probed");
-        ensure!(probed(format!("( dst {there} )"))?, "the backend of an immortal connection is not probed");
+        // While bytes are on their way, another timer is shown.
+        let probes = |whom: &str, filter: String| {
+            wait_until(&format!("the {whom} of an immortal connection is probed"), SOON, || probed(&filter))
+        };
+        probes("client", format!("( dport = :{port} )"))?;
+        probes("backend", format!("( dst {there} )"))?;
         let other = extended.local_addr()?.port();
-        ensure!(!probed(format!("( dport = :{other} )"))?, "a connection with an idle limit needs no probes");
+        ensure!(!probed(&format!("( dport = :{other} )")), "a connection with an idle limit needs no probes");
         ends_after(&mut standard, since, Duration::from_secs(1))?;
         ends_after(&mut extended, since, Duration::from_secs(6))?;
         let warned = format!("client={}", extended.local_addr()?);
