@@ -128,7 +128,7 @@ impl Relay {
     /// Makes a client's connection to its route what its clients speak.
     pub fn secure(self, lab: &Lab, tcp: TcpStream) -> Result<Stream> {
         match Self::TLS.contains(&self) {
-            true => Ok(crate::tls::connect(&lab.tls()?.client, tcp)?),
+            true => Ok(crate::tls::connect(&lab.tls()?.client, NAME, tcp)?),
             false => Ok(tcp.into()),
         }
     }

@@ -17,6 +17,8 @@ pub trait Session: fmt::Debug + Send + Sync {
     /// `UnexpectedEof` when the stream ends and TLS has not said so.
     fn read(&self, tcp: &TcpStream, into: &mut [u8]) -> io::Result<usize>;
     fn write(&self, tcp: &TcpStream, from: &[u8]) -> io::Result<usize>;
+    /// The certificate that the peer has shown, DER.
+    fn peer_certificate(&self) -> Option<Vec<u8>>;
     /// `close_notify`, once.
     fn finish(&self, tcp: &TcpStream) -> io::Result<()>;
 }
@@ -54,6 +56,11 @@ impl Stream {
     /// A FIN alone, which TLS has not announced.
     pub fn cut(&self) -> io::Result<()> {
         self.0.tcp.shutdown(Shutdown::Write)
+    }
+
+    /// The certificate that the peer has shown, DER.
+    pub fn peer_certificate(&self) -> Option<Vec<u8>> {
+        self.0.session.as_ref()?.peer_certificate()
     }
 
     pub fn tcp(&self) -> &TcpStream {

@@ -12,8 +12,10 @@ use std::{
 use anyhow::{Context, Result};
 use rustls::{
     ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig, ServerConnection, SupportedProtocolVersion,
+    client::Resumption,
     crypto::aws_lc_rs::default_provider,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+    version,
 };
 
 use crate::{
@@ -25,24 +27,53 @@ use crate::{
 /// The name that the lab's clients ask for.
 pub const NAME: &str = "web.example";
 
-/// A client's settings: whom it believes, which versions it speaks.
-pub fn client_config(pki: &Pki, versions: &[&'static SupportedProtocolVersion]) -> Result<ClientConfig> {
+/// What a client speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Versions {
+    Only12,
+    Only13,
+    Both,
+}
+
+/// A client's settings: whom it believes, what it speaks, and the pair with which it says who it is.
+pub fn client_config(pki: &Pki, versions: Versions, identity: Option<(&Pki, &str)>) -> Result<ClientConfig> {
+    let versions: &[&'static SupportedProtocolVersion] = match versions {
+        Versions::Only12 => &[&version::TLS12],
+        Versions::Only13 => &[&version::TLS13],
+        Versions::Both => &[&version::TLS13, &version::TLS12],
+    };
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(pki.file("ca.pem")).context("ca.pem")?)?;
-    Ok(ClientConfig::builder_with_provider(Arc::new(default_provider()))
+    let builder = ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(versions)?
-        .with_root_certificates(roots)
-        .with_no_client_auth())
+        .with_root_certificates(roots);
+    Ok(match identity {
+        None => builder.with_no_client_auth(),
+        Some((pki, stem)) => {
+            let (chain, key) = pair(pki, stem)?;
+            builder.with_client_auth_cert(chain, key)?
+        }
+    })
+}
+
+/// The same without session tickets: each handshake is a full one.
+pub fn without_resumption(mut config: ClientConfig) -> ClientConfig {
+    config.resumption = Resumption::disabled();
+    config
 }
 
 /// A server's settings: the pair `stem`.
 pub fn server_config(pki: &Pki, stem: &str) -> Result<ServerConfig> {
-    let chain = CertificateDer::pem_file_iter(pki.file(&format!("{stem}.pem")))?.collect::<Result<_, _>>()?;
-    let key = PrivateKeyDer::from_pem_file(pki.file(&format!("{stem}.key")))?;
+    let (chain, key) = pair(pki, stem)?;
     Ok(ServerConfig::builder_with_provider(Arc::new(default_provider()))
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_single_cert(chain, key)?)
+}
+
+fn pair(pki: &Pki, stem: &str) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+    let chain = CertificateDer::pem_file_iter(pki.file(&format!("{stem}.pem")))?.collect::<Result<_, _>>()?;
+    Ok((chain, PrivateKeyDer::from_pem_file(pki.file(&format!("{stem}.key")))?))
 }
 
 /// Certificates of a lab, and settings that go with them.
@@ -56,7 +87,7 @@ pub struct Material {
 impl Material {
     /// Connects from the lab's client and shakes hands.
     pub fn connect(&self, lab: &Lab, to: impl Into<SocketAddr>) -> io::Result<Stream> {
-        connect(&self.client, lab.client().connect(to)?)
+        connect(&self.client, NAME, lab.client().connect(to)?)
     }
 }
 
@@ -72,17 +103,42 @@ impl OfLab {
         }
         let pki = Pki::new(lab)?;
         pki.issue("web", "ec", NAME)?;
-        let client = Arc::new(client_config(&pki, rustls::DEFAULT_VERSIONS)?);
+        let client = Arc::new(client_config(&pki, Versions::Both, None)?);
         let acceptor = Arc::new(Acceptor(Arc::new(server_config(&pki, "web")?)));
         Ok(Arc::clone(made.insert(Arc::new(Material { pki, client, acceptor }))))
     }
 }
 
-/// Shakes hands as a client that asks for [`NAME`].
-pub fn connect(config: &Arc<ClientConfig>, tcp: TcpStream) -> io::Result<Stream> {
-    let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
-    let connection = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
-    shake_hands(connection.into(), tcp)
+/// Shakes hands as a client that asks for `name`.
+pub fn connect(config: &Arc<ClientConfig>, name: &str, mut tcp: TcpStream) -> io::Result<Stream> {
+    let opening = Opening::new(config, name)?;
+    tcp.write_all(&opening.hello)?;
+    opening.go_on(tcp)
+}
+
+/// A client before it has said anything.
+#[derive(Debug)]
+pub struct Opening {
+    connection: ClientConnection,
+    /// Its ClientHello, in records.
+    pub hello: Vec<u8>,
+}
+
+impl Opening {
+    pub fn new(config: &Arc<ClientConfig>, name: &str) -> io::Result<Self> {
+        let name = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
+        let mut connection = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
+        let mut hello = Vec::new();
+        while connection.wants_write() {
+            connection.write_tls(&mut hello)?;
+        }
+        Ok(Self { connection, hello })
+    }
+
+    /// The rest of the handshake on `tcp`, on which the hello was written.
+    pub fn go_on(self, tcp: TcpStream) -> io::Result<Stream> {
+        shake_hands(self.connection.into(), tcp)
+    }
 }
 
 /// Accepts TLS with the lab's own certificate.
@@ -185,6 +241,10 @@ impl Session for Tls {
 
     fn write(&self, tcp: &TcpStream, from: &[u8]) -> io::Result<usize> {
         self.tell(tcp, |connection| connection.writer().write(from))
+    }
+
+    fn peer_certificate(&self) -> Option<Vec<u8>> {
+        self.state().connection.peer_certificates().and_then(|chain| Some(chain.first()?.to_vec()))
     }
 
     fn finish(&self, tcp: &TcpStream) -> io::Result<()> {
