@@ -295,7 +295,9 @@ fn a_stopping_daemon_delivers_what_is_in_flight_and_exits_when_it_is_through() -
             }))
         })
         .collect::<Result<_>>()?;
-    wait_until("bytes are flowing", SOON, || Relay::ENGINES_AND_TLS.iter().all(|r| servers[*r as usize].received() > 1 << 20))?;
+    wait_until("bytes are flowing", SOON, || {
+        Relay::ENGINES_AND_TLS.iter().all(|r| servers[*r as usize].received() > 1 << 20)
+    })?;
     let began = Instant::now();
     let status = shunt.terminate(Duration::from_secs(22))?;
     println!("exit after {:?}", began.elapsed());
@@ -324,7 +326,10 @@ fn a_stopping_daemon_cuts_what_is_not_through_in_time() -> Result<()> {
         read_to_end(&mut stream, AT_ONCE)?;
     }
     let said = std::fs::read_to_string(log)?;
-    ensure!(said.matches("reason=drained").count() == Relay::WITH_TLS.len(), "the last lines of the access log: {said}");
+    ensure!(
+        said.matches("reason=drained").count() == Relay::WITH_TLS.len(),
+        "the last lines of the access log: {said}"
+    );
     Ok(())
 }
 

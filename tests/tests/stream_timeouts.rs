@@ -153,8 +153,10 @@ fn a_half_closed_connection_whose_other_side_is_idle_ends_at_its_own_limit() -> 
 #[test]
 fn a_half_closed_connection_that_still_moves_bytes_is_not_idle() -> Result<()> {
     let lab = Lab::new()?;
-    let listeners: Vec<_> =
-        Relay::WITH_TLS.map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port()))).into_iter().collect::<Result<_, _>>()?;
+    let listeners: Vec<_> = Relay::WITH_TLS
+        .map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port())))
+        .into_iter()
+        .collect::<Result<_, _>>()?;
     let limits = "timeouts = { idle = \"1s\", half_closed = \"1500ms\" }";
     let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, limits)?)?;
     on_each(&Relay::ENGINES_AND_TLS, |relay| {
@@ -258,8 +260,10 @@ fn every_state_is_visible_with_a_limit_of_its_own() -> Result<()> {
 #[test]
 fn a_long_quiet_connection_is_alive_both_ways_when_it_is_needed() -> Result<()> {
     let lab = Lab::new()?;
-    let listeners: Vec<_> =
-        Relay::WITH_TLS.map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port()))).into_iter().collect::<Result<_, _>>()?;
+    let listeners: Vec<_> = Relay::WITH_TLS
+        .map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port())))
+        .into_iter()
+        .collect::<Result<_, _>>()?;
     // A day at a limit of an hour and pings every half hour, a hundred thousand times as fast would be less than a tick.
     let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "timeouts = { idle = \"1s\" }")?)?;
     on_each(&Relay::ENGINES_AND_TLS, |relay| {

@@ -38,7 +38,8 @@ fn come_and_go(lab: &Lab, versions: Versions, resume: bool, stop: &AtomicBool, m
         }
         let relay = Relay::TLS[nth % 2];
         let what = || format!("handshake {nth}, {relay:?}, {versions:?}");
-        let mut stream = tls::connect(&configs[nth % 2], NAME, lab.client().connect(relay.listen())?).with_context(what)?;
+        let mut stream =
+            tls::connect(&configs[nth % 2], NAME, lab.client().connect(relay.listen())?).with_context(what)?;
         echo(&mut stream, b"served").with_context(what)?;
         made.fetch_add(1, Relaxed);
     }
@@ -82,7 +83,8 @@ fn certificates_swapped_under_a_thousand_connections_fail_no_handshake() -> Resu
     let began = Instant::now();
     let outcome = thread::scope(|scope| -> Result<()> {
         let (lab, stop, made, said) = (&lab, &stop, &made, &said);
-        let kinds = [(Versions::Only13, false), (Versions::Only12, false), (Versions::Only13, true), (Versions::Only12, true)];
+        let kinds =
+            [(Versions::Only13, false), (Versions::Only12, false), (Versions::Only13, true), (Versions::Only12, true)];
         let load: Vec<_> = kinds
             .map(|(versions, resume)| scope.spawn(move || come_and_go(lab, versions, resume, stop, made)))
             .into_iter()
@@ -109,9 +111,8 @@ fn certificates_swapped_under_a_thousand_connections_fail_no_handshake() -> Resu
     held.iter_mut().try_for_each(|stream| echo(stream, b"still alive"))?;
     let metrics = shunt.metrics()?;
     for relay in Relay::TLS {
-        let value = |result: &str| {
-            metrics.value("shunt_tls_handshakes_total", &[("route", relay.route()), ("result", result)])
-        };
+        let value =
+            |result: &str| metrics.value("shunt_tls_handshakes_total", &[("route", relay.route()), ("result", result)]);
         let all = metrics.value("shunt_tls_handshakes_total", &[("route", relay.route())]);
         let good: f64 = ["full", "resumed", "backend_full", "backend_resumed"].into_iter().map(value).sum();
         println!("{relay:?}: {} full, {} resumed, {all} in all", value("full"), value("resumed"));
@@ -176,7 +177,7 @@ fn a_flood_of_handshakes_and_what_it_does_to_an_established_connection() -> Resu
     );
     // The same load on the machine, and none of it in the daemon.
     let beside = format!(
-        "http {{ access_log off; server {{ listen 10.88.1.1:444 ssl; ssl_certificate {}; ssl_certificate_key {}; return 204; }} }}",
+        "http {{ access_log off; server {{ listen 10.88.1.1:444 ssl; ssl_protocols TLSv1.3; ssl_certificate {}; ssl_certificate_key {}; return 204; }} }}",
         pki.file("rsa.pem"),
         pki.file("rsa.key")
     );

@@ -65,7 +65,9 @@ fn tls_plain_and_keep_alive_clients_of_one_port_each_get_their_own_bytes_back() 
     let _plain = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
     let _tls = TcpServer::start_tls(lab.backend(1), 443, Behaviour::Echo, material.acceptor.clone())?;
     let route = |name: &str, backend: u16, rest: &str| {
-        format!("[[route]]\nname = \"{name}\"\nlisten = [\"10.88.1.1:443\"]\nbackends = [\"10.88.2.2:{backend}\"]\n{rest}\n")
+        format!(
+            "[[route]]\nname = \"{name}\"\nlisten = [\"10.88.1.1:443\"]\nbackends = [\"10.88.2.2:{backend}\"]\n{rest}\n"
+        )
     };
     let ends = material.pki.terminate(&["ended"], "");
     let config = [
@@ -195,10 +197,13 @@ fn picky(lab: &Lab) -> Result<String> {
     let mutual = pki.terminate(&["web"], &format!("client_ca = \"{}\"", pki.file("ca.pem")));
     let new = pki.terminate(&["web"], "min_version = \"1.3\"");
     let stranger = pki.again("nobody.example");
-    let routes = [("mutual", 701, mutual), ("new", 702, new), ("stranger", 703, pki.terminate(&["web"], "") + &stranger)];
+    let routes =
+        [("mutual", 701, mutual), ("new", 702, new), ("stranger", 703, pki.terminate(&["web"], "") + &stranger)];
     let route = |(name, port, rest): (&str, u16, String)| {
         let backend = if name == "stranger" { Relay::Again } else { Relay::Terminated }.backend_port();
-        format!("[[route]]\nname = \"{name}\"\nlisten = [\"10.88.1.1:{port}\"]\nbackends = [\"10.88.2.2:{backend}\"]\n{rest}\n")
+        format!(
+            "[[route]]\nname = \"{name}\"\nlisten = [\"10.88.1.1:{port}\"]\nbackends = [\"10.88.2.2:{backend}\"]\n{rest}\n"
+        )
     };
     Ok(routes.map(route).concat())
 }

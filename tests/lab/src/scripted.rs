@@ -106,15 +106,15 @@ impl TcpServer {
 
     /// As [`Self::start`], by TLS.
     pub fn start_tls(host: &Host, port: u16, behaviour: Behaviour, tls: Arc<dyn Accept>) -> Result<Self> {
-        Self::start_with(
-            host,
-            SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), port),
-            behaviour,
-            Some(tls),
-        )
+        Self::start_with(host, SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), port), behaviour, Some(tls))
     }
 
-    fn start_with(host: &Host, address: SocketAddr, behaviour: Behaviour, tls: Option<Arc<dyn Accept>>) -> Result<Self> {
+    fn start_with(
+        host: &Host,
+        address: SocketAddr,
+        behaviour: Behaviour,
+        tls: Option<Arc<dyn Accept>>,
+    ) -> Result<Self> {
         let listener = Arc::new(host.listen(address).with_context(|| format!("listen {address} in {}", host.name()))?);
         let shared = Arc::new(Shared { behaviour, tls, ..Shared::default() });
         let threads = if matches!(shared.behaviour, Behaviour::Reply(_)) { 4 } else { 1 };
