@@ -239,12 +239,20 @@ fn events_arrive_one_by_one_as_they_are_sent() -> Result<()> {
 #[test]
 fn http_load_over_keep_alive_and_over_new_connections_has_no_error() -> Result<()> {
     let lab = Lab::new()?;
-    let _nginx = lab.nginx(lab.backend(1), 80, &[("page", vec![b'x'; 10_000])])?;
-    let shunt = Shunt::start(&lab, &routes(80, ""))?;
-    on_each(&Relay::ENGINES, |relay| {
+    let page = "x".repeat(3000);
+    let pair = lab.tls()?.pki.file("web");
+    let server = |port: u16, tls: &str| {
+        let server = format!("http {{ access_log off; server {{ listen {port} {tls}; return 200 '{page}'; }} }}");
+        lab.nginx_with(lab.backend(1), &server, port)
+    };
+    let tls = format!("ssl; ssl_certificate {pair}.pem; ssl_certificate_key {pair}.key");
+    let _servers = [server(80, "")?, server(81, &tls)?];
+    let shunt = Shunt::start(&lab, &routes_with_tls(&lab, 80, "")?)?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
+        let scheme = if Relay::TLS.contains(&relay) { "https" } else { "http" };
         for header in ["Connection: keep-alive", "Connection: close"] {
             let to = relay.listen();
-            let report = lab.client().sh(&format!("wrk -t1 -c20 -d2s -H '{header}' http://{to}/page"))?;
+            let report = lab.client().sh(&format!("wrk -t1 -c20 -d2s -H '{header}' {scheme}://{to}/page"))?;
             let requests = report.lines().find(|l| l.contains("requests in")).context("no requests")?;
             println!("{relay:?} {header}: {}", requests.trim());
             ensure!(!report.contains("Socket errors") && !report.contains("Non-2xx"), "{header}: {report}");

@@ -58,7 +58,8 @@ fn an_alert_comes_behind_what_was_to_be_said_before_it() -> Result<()> {
     let lab = Lab::new()?;
     let pki = &lab.tls()?.pki;
     let ends = pki.terminate(&["web"], "alpn = [\"h2\"]");
-    let route = format!("[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:443\"]\nbackends = [\"10.88.2.2:80\"]\n{ends}");
+    let route =
+        format!("[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:443\"]\nbackends = [\"10.88.2.2:80\"]\n{ends}");
     let shunt = Shunt::start(&lab, &route)?;
     // In TLS 1.3 the protocol is chosen when the ServerHello is written already.
     for versions in [Versions::Only12, Versions::Only13] {
@@ -81,7 +82,8 @@ fn old_versions_are_refused_by_name_and_renegotiation_is_not_taken_up() -> Resul
     let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
     let s_client = |relay: Relay, said: &str, how: &str| {
         let to = relay.listen();
-        lab.client().sh(&format!("({said}) | timeout 5 openssl s_client -connect {to} -servername {NAME} {how} 2>&1 || true"))
+        lab.client()
+            .sh(&format!("({said}) | timeout 5 openssl s_client -connect {to} -servername {NAME} {how} 2>&1 || true"))
     };
     on_each(&Relay::TLS, |relay| {
         for old in ["-tls1", "-tls1_1"] {
@@ -93,7 +95,11 @@ fn old_versions_are_refused_by_name_and_renegotiation_is_not_taken_up() -> Resul
         ensure!(seen.contains("one") && seen.contains("RENEGOTIATING"), "{seen}");
         ensure!(seen.contains("no renegotiation") || seen.contains("\ntwo"), "{seen}");
         // Keys may change in TLS 1.3; that is no renegotiation.
-        let seen = s_client(relay, "echo one; sleep 0.3; echo K; sleep 0.3; echo k; sleep 0.3; echo two; sleep 0.3", "-tls1_3")?;
+        let seen = s_client(
+            relay,
+            "echo one; sleep 0.3; echo K; sleep 0.3; echo k; sleep 0.3; echo two; sleep 0.3",
+            "-tls1_3",
+        )?;
         ensure!(seen.contains("KEYUPDATE") && seen.contains("\ntwo"), "{seen}");
         let told = [("route", relay.route()), ("result", "incompatible")];
         ensure!(shunt.metrics()?.value("shunt_tls_handshakes_total", &told) == 2.0, "not counted as incompatible");
@@ -156,7 +162,13 @@ fn garbage_of_every_kind_costs_little_and_disturbs_nobody() -> Result<()> {
     })?;
     let metrics = shunt.metrics()?;
     let ended = |reason| metrics.value("shunt_terminations_total", &[("reason", reason)]);
-    println!("failed {}, timeouts {} and {}, no route {}", ended("tls_handshake_failed"), ended("initial_data_timeout"), ended("tls_handshake_timeout"), ended("no_route"));
+    println!(
+        "failed {}, timeouts {} and {}, no route {}",
+        ended("tls_handshake_failed"),
+        ended("initial_data_timeout"),
+        ended("tls_handshake_timeout"),
+        ended("no_route")
+    );
     ensure!(ended("internal_error") == 0.0, "an internal error: {}", shunt.log());
     Ok(())
 }
@@ -211,7 +223,8 @@ fn bad_backend(nth: usize, mut stream: TcpStream) -> Result<()> {
 
 #[test]
 fn a_backend_that_does_not_speak_tls_is_counted_and_its_client_told() -> Result<()> {
-    const RESULTS: [&str; 5] = ["backend_failed", "backend_closed", "backend_closed", "backend_alert", "backend_timeout"];
+    const RESULTS: [&str; 5] =
+        ["backend_failed", "backend_closed", "backend_closed", "backend_alert", "backend_timeout"];
     let lab = Lab::new()?;
     let pki = &lab.tls()?.pki;
     let route = |nth: usize| {
@@ -224,7 +237,8 @@ fn a_backend_that_does_not_speak_tls_is_counted_and_its_client_told() -> Result<
             pki.again(NAME)
         )
     };
-    let listeners = (0..5).map(|nth| lab.backend(1).listen(([0, 0, 0, 0], 800 + nth))).collect::<Result<Vec<_>, _>>()?;
+    let listeners =
+        (0..5).map(|nth| lab.backend(1).listen(([0, 0, 0, 0], 800 + nth))).collect::<Result<Vec<_>, _>>()?;
     let shunt = Shunt::start(&lab, &(0..5).map(route).collect::<String>())?;
     for (nth, listener) in listeners.iter().enumerate() {
         let tcp = lab.client().connect(SocketAddr::from(([10, 88, 1, 1], 700 + nth as u16)))?;
