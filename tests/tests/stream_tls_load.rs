@@ -199,3 +199,55 @@ fn a_flood_of_handshakes_and_what_it_does_to_an_established_connection() -> Resu
     }
     Ok(())
 }
+
+/// What a trace says of one system call: how often, and the bytes at the median and in all.
+fn sizes(trace: &str, call: &str) -> (usize, u64, u64) {
+    let of_line = |line: &str| line.contains(call).then(|| line.rsplit("= ").next()?.trim().parse().ok()).flatten();
+    let mut all: Vec<u64> = trace.lines().filter_map(of_line).collect();
+    all.sort_unstable();
+    (all.len(), all.get(all.len() / 2).copied().unwrap_or_default(), all.iter().sum())
+}
+
+/// `cargo xtask test asks_the_kernel -- --ignored --nocapture`; needs strace.
+#[test]
+#[ignore = "a measurement: needs strace"]
+fn what_a_download_over_tls_asks_the_kernel_for() -> Result<()> {
+    const PAGE: usize = 128 << 20;
+    let lab = Lab::new()?;
+    let pki = &lab.tls()?.pki;
+    let _nginx = lab.nginx(lab.backend(1), 80, &[("page", vec![b'x'; PAGE])])?;
+    let again = "http { server { listen 81 ssl; ssl_certificate PAIR.pem; ssl_certificate_key PAIR.key; location / { proxy_pass http://127.0.0.1:80; } } }";
+    let _tls = lab.nginx_with(lab.backend(1), &again.replace("PAIR", &pki.file("web")), 81)?;
+    let route = |name: &str, port: u16, rest: &str| {
+        let ends = pki.terminate(&["web"], "");
+        format!(
+            "[[route]]\nname = \"{name}\"\nlisten = [\"10.88.1.1:{port}\"]\nbackends = [\"10.88.2.2:{port}\"]\n{ends}{rest}\n"
+        )
+    };
+    let shunt = Shunt::start(&lab, &format!("{}{}", route("ends", 80, ""), route("again", 81, &pki.again(NAME))))?;
+    for port in [80, 81] {
+        let file = lab.dir().join(format!("trace-{port}"));
+        let mut strace = lab.gateway().command("strace");
+        strace.args(["-f", "-qq", "-e", "trace=recvfrom,sendto,sendmsg,writev", "-o"]).arg(&file);
+        let mut strace = strace.args(["-p", &shunt.pid()?.to_string()]).spawn()?;
+        wait_until("it is traced", SOON, || {
+            let status = fs::read_to_string(format!("/proc/{}/status", shunt.pid().unwrap_or_default()));
+            status.is_ok_and(|status| !status.contains("TracerPid:\t0"))
+        })?;
+        lab.client().sh(&format!("curl -sk --max-time 120 -o /dev/null https://10.88.1.1:{port}/page"))?;
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(strace.id().cast_signed()),
+            nix::sys::signal::Signal::SIGINT,
+        )?;
+        strace.wait()?;
+        let trace = fs::read_to_string(&file)?;
+        for call in ["recvfrom(", "sendto(", "sendmsg(", "writev("] {
+            let (count, median, all) = sizes(&trace, call);
+            println!(
+                "{port}: {call} {count} calls, {median} bytes at the median, {} on average",
+                all / count.max(1) as u64
+            );
+        }
+    }
+    Ok(())
+}

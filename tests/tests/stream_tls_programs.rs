@@ -155,3 +155,37 @@ fn a_browser_loads_a_page_and_what_it_asks_for() -> Result<()> {
     }
     Ok(())
 }
+
+/// The lengths of the records of application data that a client gets with a page, in their order.
+fn records(lab: &Lab, port: u16, path: &str) -> Result<Vec<usize>> {
+    let seen = lab.client().sh(&format!(
+        "(printf 'GET {path} HTTP/1.0\\r\\n\\r\\n'; sleep 2) | timeout 20 openssl s_client -connect 10.88.1.1:{port} -tls1_3 -msg -quiet 2>&1 \
+         | grep -a -A1 '<<< .*RecordHeader' | grep -a -o '17 03 03 .. ..' || true"
+    ))?;
+    let length = |line: &str| usize::from_str_radix(&line.get(9..)?.replace(' ', ""), 16).ok();
+    Ok(seen.lines().filter_map(length).collect())
+}
+
+#[test]
+fn the_first_records_fit_into_a_segment_and_the_rest_are_full() -> Result<()> {
+    /// A full record, its type and its tag.
+    const FULL: usize = (16 << 10) + 1 + 16;
+    let lab = Lab::new()?;
+    let pki = &lab.tls()?.pki;
+    let _nginx = lab.nginx(lab.backend(1), 80, &[("page", vec![b'x'; 4 << 20])])?;
+    let config = format!(
+        "[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:443\"]\nbackends = [\"10.88.2.2:80\"]\n{}",
+        pki.terminate(&["web"], "")
+    );
+    let _shunt = Shunt::start(&lab, &config)?;
+    let all = records(&lab, 443, "/page")?;
+    // The handshake's own are small, and look the same.
+    let begin = all.iter().position(|length| *length > 1300).context("no record of the page")?;
+    let page = &all[begin..];
+    let small = page.iter().take_while(|length| **length <= 1500).count();
+    let full = page.iter().filter(|length| **length == FULL).count();
+    println!("{} records: {small} small ones, then {full} full ones of {}", page.len(), page.len() - small);
+    ensure!((6..=10).contains(&small), "{:?}", &page[..12]);
+    ensure!(full * 10 > (page.len() - small) * 8, "{full} of {} are full", page.len() - small);
+    Ok(())
+}
