@@ -48,7 +48,7 @@ pub use host::Host;
 pub use process::{Running, run};
 pub use programs::Certificate;
 pub use servers::HttpFiles;
-pub use shunt::{Metrics, Shunt, ShuntBuilder, shunt_binary};
+pub use shunt::{Metrics, Shunt, ShuntBuilder, shunt_binary, web};
 pub use talk::Talk;
 pub use topology::{BACKEND_SIDE, BACKEND_SIDE6, CLIENT, CLIENT6, GATEWAY, GATEWAY6, Lab, LabBuilder};
 pub use wait::{wait_for, wait_until};
