@@ -20,7 +20,7 @@ use tokio::{
     time::{MissedTickBehavior, interval_at, timeout},
 };
 
-mod tls;
+pub(crate) mod tls;
 
 /// What a check found.
 #[derive(Debug)]

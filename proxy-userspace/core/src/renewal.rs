@@ -68,7 +68,8 @@ impl Renewals {
     /// From now on these names are wanted, and no others. Those that were wanted before go on where they were.
     pub fn want(&mut self, names: impl IntoIterator<Item = String>) {
         let mut before = std::mem::take(&mut self.names);
-        self.names = names.into_iter().map(|name| (before.remove_entry(&name)).unwrap_or((name, Entry::default()))).collect();
+        self.names =
+            names.into_iter().map(|name| (before.remove_entry(&name)).unwrap_or((name, Entry::default()))).collect();
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {

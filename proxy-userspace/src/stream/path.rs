@@ -121,6 +121,7 @@ impl StreamPath {
             failed_dials: options.failed_dials,
             drained: options.drained,
             ended: options.ended,
+            challenges: reader.acme.challenges.clone(),
         };
         let unrouted = Arc::new(Meters::new(0, "-", workers));
         reader.meters.put(Arc::clone(&unrouted));

@@ -25,6 +25,7 @@
 //! # Ok(()) }
 //! ```
 
+mod acme;
 pub mod dialog;
 pub mod hello;
 mod host;
@@ -44,6 +45,7 @@ mod talk;
 mod topology;
 mod wait;
 
+pub use acme::{AcmeCa, AcmeOptions};
 pub use host::Host;
 pub use process::{Running, run};
 pub use programs::Certificate;

@@ -38,8 +38,7 @@ fn needs_certificates(section: &Section<'_>) {
     let example = "{ cert = \"api.pem\", key = \"api.key\" }";
     let needs = "mode = \"terminate\" needs at least one";
     match section.given("certificates") {
-        None => section
-            .reject_missing("certificates", &format!("{needs}, such as [{example}], or \"acme\"")),
+        None => section.reject_missing("certificates", &format!("{needs}, such as [{example}], or \"acme\"")),
         Some(field) if field.is_empty_list() => {
             field.reject(format!("[] is empty; {needs}, such as {example}"));
         }

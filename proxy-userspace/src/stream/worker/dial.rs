@@ -284,6 +284,7 @@ impl Default for Early {
             header_expected: false,
             reader: Default::default(),
             hello: None,
+            challenge: None,
             tried: Vec::new(),
             failure: Reason::NoBackend,
             attempt_until: None,

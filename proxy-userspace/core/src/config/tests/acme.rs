@@ -57,7 +57,8 @@ fn the_whole_section_is_read_and_its_secret_is_not_shown() {
 
 #[test]
 fn what_keeps_a_ca_from_proving_the_names_is_said_all_at_once() {
-    let needs = "7: route \"web\": tls.certificates: \"acme\" needs match.sni: it gets a certificate for each name there";
+    let needs =
+        "7: route \"web\": tls.certificates: \"acme\" needs match.sni: it gets a certificate for each name there";
     assert_eq!(bad(&terminated(BY_ACME)), [needs]);
     let text = route_with(&format!("match.sni = [\"*.a.example\", \"b.example\", \"*.c.example\"]\n{BY_ACME}"));
     let wildcard = |name| {
@@ -77,10 +78,13 @@ fn what_keeps_a_ca_from_proving_the_names_is_said_all_at_once() {
     let other = "match.sni = [\"a.example\"]\ntls = { mode = \"terminate\", certificates = \"letsencrypt\" }";
     assert_eq!(
         bad(&terminated(other)),
-        ["8: route \"web\": tls.certificates: \"letsencrypt\" is neither \"acme\" nor a list of files such as [{ cert = \"api.pem\", key = \"api.key\" }]"]
+        [
+            "8: route \"web\": tls.certificates: \"letsencrypt\" is neither \"acme\" nor a list of files such as [{ cert = \"api.pem\", key = \"api.key\" }]"
+        ]
     );
     // The section is there: that it is wrong is said once.
-    let broken = format!("[acme]\ndirectory = \"http://ca\"\n{}", route_with(&format!("match.sni = [\"a\"]\n{BY_ACME}")));
+    let broken =
+        format!("[acme]\ndirectory = \"http://ca\"\n{}", route_with(&format!("match.sni = [\"a\"]\n{BY_ACME}")));
     assert_eq!(bad(&broken).len(), 1);
 }
 
@@ -98,7 +102,10 @@ fn a_bad_section_says_what_is_allowed() {
     directory("https://ca.example:0/", "port 0 is not a port (1–65535)");
     for (line, expected) in [
         ("contact = [\"a@b.example\"]", "contact[0]: \"a@b.example\" lacks the scheme; write \"mailto:a@b.example\""),
-        ("contact = [\"mailto:x\"]", "contact[0]: \"mailto:x\" is not one mail address such as \"mailto:admin@example.com\""),
+        (
+            "contact = [\"mailto:x\"]",
+            "contact[0]: \"mailto:x\" is not one mail address such as \"mailto:admin@example.com\"",
+        ),
         ("contact = [\"tel:1\"]", "contact[0]: \"tel:1\" is not one mail address such as \"mailto:admin@example.com\""),
         ("eab = {}", "eab.key_id: missing; the name that the CA gave the key is required"),
         ("eab = { key_id = \"a\" }", "eab.hmac_key: missing; key_id needs it, or hmac_key_file"),
@@ -115,5 +122,10 @@ fn a_bad_section_says_what_is_allowed() {
         let first = bad(&format!("{SECTION}{line}\n")).swap_remove(0);
         assert_eq!(first, format!("3: acme.{expected}"));
     }
-    assert_eq!(bad("[acme]\n"), ["1: acme.directory: missing; an address such as \"https://acme-v02.api.letsencrypt.org/directory\" is required"]);
+    assert_eq!(
+        bad("[acme]\n"),
+        [
+            "1: acme.directory: missing; an address such as \"https://acme-v02.api.letsencrypt.org/directory\" is required"
+        ]
+    );
 }
