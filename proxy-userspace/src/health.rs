@@ -20,7 +20,7 @@ use tokio::{
     time::{MissedTickBehavior, interval_at, timeout},
 };
 
-pub(crate) mod tls;
+mod tls;
 
 /// What a check found.
 #[derive(Debug)]

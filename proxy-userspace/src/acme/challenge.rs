@@ -47,7 +47,7 @@ impl Challenges {
 
     /// `digest`: of the key authorization. The answer is there as long as what is returned.
     pub(super) fn prepare(&self, name: &str, digest: &[u8]) -> Result<Prepared, AcmeError> {
-        let config = config(name, digest).map_err(AcmeError::Certificate)?;
+        let config = shown(name, digest).and_then(config).map_err(AcmeError::Challenge)?;
         self.change(|pending| drop(pending.insert(name.to_owned(), Arc::new(config))));
         Ok(Prepared { challenges: self.clone(), name: name.to_owned() })
     }
@@ -72,7 +72,7 @@ impl Drop for Prepared {
 }
 
 /// RFC 8737 §3: a self-signed certificate for the name alone, with the digest in a critical extension.
-fn config(name: &str, digest: &[u8]) -> Result<ServerConfig, String> {
+fn shown(name: &str, digest: &[u8]) -> Result<CertifiedKey, String> {
     let told = |error: rcgen::Error| error.to_string();
     let mut params = CertificateParams::new([name.to_owned()]).map_err(told)?;
     params.distinguished_name = DistinguishedName::new();
@@ -80,13 +80,16 @@ fn config(name: &str, digest: &[u8]) -> Result<ServerConfig, String> {
     let key = KeyPair::generate().map_err(told)?;
     let certificate = params.self_signed(&key).map_err(told)?;
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    let told = |error: rustls::Error| error.to_string();
-    let key = provider().key_provider.load_private_key(key).map_err(told)?;
+    let key = provider().key_provider.load_private_key(key).map_err(|error| error.to_string())?;
     // Not compared: rustls will not read a certificate with a critical extension that it does not know.
-    let shown = CertifiedKey::new(vec![certificate.der().clone()], key);
+    Ok(CertifiedKey::new(vec![certificate.der().clone()], key))
+}
+
+fn config(shown: CertifiedKey) -> Result<ServerConfig, String> {
     let builder = ServerConfig::builder_with_provider(provider());
-    let builder = builder.with_protocol_versions(&[&version::TLS13, &version::TLS12]).map_err(told)?;
-    let mut config = builder.with_no_client_auth().with_cert_resolver(Arc::new(SingleCertAndKey::from(shown)));
+    let builder = builder.with_protocol_versions(&[&version::TLS13, &version::TLS12]);
+    let builder = builder.map_err(|error| error.to_string())?.with_no_client_auth();
+    let mut config = builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(shown)));
     config.alpn_protocols = vec![PROTOCOL.to_vec()];
     // It comes once and says nothing.
     config.session_storage = Arc::new(NoServerSessionStorage {});

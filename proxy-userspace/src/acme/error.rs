@@ -47,6 +47,9 @@ pub enum AcmeError {
 pub(super) enum Step {
     Account,
     Order,
+    /// To look at the name.
+    Proof,
+    Issue,
 }
 
 impl AcmeError {
@@ -65,11 +68,12 @@ impl AcmeError {
             (Some("rateLimited"), _) => Self::RateLimited(told),
             (Some("serverInternal" | "badNonce"), _) => Self::Unreachable(told),
             (Some("accountDoesNotExist"), _) => Self::AccountUnknown(told),
-            (_, Step::Account) | (Some("unauthorized" | "externalAccountRequired" | "userActionRequired"), _) => {
+            (_, Step::Account) | (Some("unauthorized" | "userActionRequired"), Step::Order) => {
                 Self::AccountRefused(told)
             }
             _ if problem.status.is_some_and(|status| status >= 500) => Self::Unreachable(told),
-            (_, Step::Order) => Self::Refused(told),
+            (_, Step::Proof) => Self::Challenge(told),
+            (_, Step::Order | Step::Issue) => Self::Refused(told),
         }
     }
 

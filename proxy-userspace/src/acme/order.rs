@@ -58,9 +58,16 @@ fn keep(file: &Path, name: &str, pem: &str) -> Result<Validity, AcmeError> {
 /// Key and chain, in PEM.
 async fn get(acme: &Acme, name: &str, https: &Https, challenges: &Challenges) -> Result<String, AcmeError> {
     let failed = |error| AcmeError::of(Step::Order, error);
-    let account = account::open(acme, https).await?;
     let names = [Identifier::Dns(name.to_owned())];
-    let mut order = account.new_order(&NewOrder::new(&names)).await.map_err(failed)?;
+    let wanted = NewOrder::new(&names);
+    let mut order = match account::open(acme, https).await?.new_order(&wanted).await.map_err(failed) {
+        Err(AcmeError::AccountUnknown(why)) => {
+            tracing::warn!(why, "the CA does not know the account any more: another one is made");
+            account::forget(acme);
+            account::open(acme, https).await?.new_order(&wanted).await.map_err(failed)?
+        }
+        order => order?,
+    };
     // Dropped when the CA has looked, or this is given up.
     let prepared = prove(&mut order, name, challenges).await?;
     if order.state().status == OrderStatus::Pending {
@@ -69,11 +76,12 @@ async fn get(acme: &Acme, name: &str, https: &Https, challenges: &Challenges) ->
             Ok(OrderStatus::Invalid | OrderStatus::Pending) => return Err(refusal(&mut order).await),
             Err(error) => match refusal(&mut order).await {
                 found @ AcmeError::Challenge(_) => return Err(found),
-                _ => return Err(failed(error)),
+                _ => return Err(AcmeError::of(Step::Proof, error)),
             },
         }
     }
     drop(prepared);
+    let failed = |error| AcmeError::of(Step::Issue, error);
     let key = order.finalize().await.map_err(failed)?;
     let chain = order.poll_certificate(&PATIENCE).await.map_err(failed)?;
     Ok(format!("{key}{chain}"))
@@ -81,7 +89,7 @@ async fn get(acme: &Acme, name: &str, https: &Https, challenges: &Challenges) ->
 
 /// Everything the CA wants to see before it issues.
 async fn prove(order: &mut Order, name: &str, challenges: &Challenges) -> Result<Vec<Prepared>, AcmeError> {
-    let failed = |error| AcmeError::of(Step::Order, error);
+    let failed = |error| AcmeError::of(Step::Proof, error);
     let mut prepared = Vec::new();
     let mut authorizations = order.authorizations();
     while let Some(authorization) = authorizations.next().await {

@@ -11,7 +11,7 @@ use proxy_core::{
 };
 use tokio::{sync::watch, task::JoinHandle, time::sleep};
 
-use super::{AcmeError, Outcome, Standing, Told, Wanted, account, https::Https, order};
+use super::{AcmeError, Outcome, Standing, Told, Wanted, https::Https, order};
 use crate::tls::{Certificate, Registry, TlsError, now, random};
 
 /// It looks at the clock so often: a machine that was asleep, or whose clock was wrong, is not late by more.
@@ -128,12 +128,7 @@ impl Task {
         };
         match result {
             Ok(validity) => self.issued(name, validity).await,
-            Err(error) => {
-                if matches!(error, AcmeError::AccountUnknown(_)) {
-                    account::forget(&acme);
-                }
-                self.failed(name, &error, wish);
-            }
+            Err(error) => self.failed(name, &error, wish),
         }
     }
 

@@ -12,18 +12,14 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 pub(super) async fn handshake(stream: TcpStream, ip: IpAddr) -> io::Result<()> {
-    let config = Arc::new(trusting_anybody().map_err(io::Error::other)?);
-    TlsConnector::from(config).connect(ServerName::IpAddress(ip.into()), stream).await.map(drop)
-}
-
-/// For a client that does not care who answers.
-pub(crate) fn trusting_anybody() -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    Ok(ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()?
+    let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-        .with_no_client_auth())
+        .with_no_client_auth();
+    TlsConnector::from(Arc::new(config)).connect(ServerName::IpAddress(ip.into()), stream).await.map(drop)
 }
 
 #[derive(Debug)]
