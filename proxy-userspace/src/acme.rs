@@ -6,6 +6,7 @@
 //! on the route's own port, from what is [pending](Challenges).
 
 mod account;
+mod advice;
 mod cache;
 mod challenge;
 mod error;

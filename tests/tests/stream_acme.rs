@@ -263,3 +263,22 @@ fn an_account_that_the_ca_refuses_is_one_clear_error_and_a_forgotten_one_is_made
     ensure!(ca.orders() == 2 && curl(&lab, &ca.root()?, "b.example")? == "page", "{}", ca.log());
     Ok(())
 }
+
+#[test]
+fn a_ca_that_wants_a_certificate_renewed_before_its_time_gets_its_way() -> Result<()> {
+    let lab = Lab::new()?;
+    let _nginx = lab.nginx_with(lab.backend(1), PAGE, 8080)?;
+    // By themselves they would be renewed after twenty seconds; another one is not got within three.
+    let ca = lab.acme_ca(lab.backend(2), &AcmeOptions { validity: Some(30), ..Default::default() })?;
+    // Pebble of this version gives no renewal information: nginx in front of it does.
+    let (front, section) =
+        ca.with_advice(&lab, "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z", &lab.dir().join("cache"))?;
+    let shunt = Shunt::start(&lab, &format!("{section}{}", route("web", &["a.example"], "")))?;
+    wait_issued(&shunt, &ca, 1.0)?;
+    let began = std::time::Instant::now();
+    wait_issued(&shunt, &ca, 2.0).with_context(|| front.log())?;
+    ensure!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    ensure!(began.elapsed() > Duration::from_secs(2), "one after the other: {:?}", began.elapsed());
+    ensure!(Outcomes::of(&shunt)?.failed() == 0.0, "{}", shunt.log());
+    Ok(())
+}

@@ -1,6 +1,7 @@
 //! When certificates are got from a CA, and when again: which name is next, and when, without a clock or a socket.
 //!
-//! A certificate is renewed at two thirds of its life, so that a CA may be gone for a third of it. What fails is tried again
+//! A certificate is renewed at two thirds of its life, so that a CA may be gone for a third of it, or when the CA wants it
+//! to be (RFC 9773), which is how a CA has certificates replaced that it will revoke. What fails is tried again
 //! later, and each time later still. A CA that cannot be talked to holds up everything; a name that a CA refuses holds up
 //! nothing but itself.
 
@@ -25,6 +26,30 @@ pub enum Scope {
     Name,
 }
 
+/// What is done next for a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// A certificate is got.
+    Order,
+    /// The CA is asked when it wants the certificate to be renewed.
+    Advice,
+}
+
+/// What the CA says to that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// At some time between the two; it wants to be asked again later.
+    Between { first: Time, last: Time, again: Time },
+    /// It does not say such things.
+    NotOffered,
+    /// Nothing: it could not be talked to.
+    NotHeard,
+}
+
+/// How often it is asked: as it says, within these bounds; every six hours where it says nothing.
+const ASKED_AGAIN: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(86_400));
+const ASKED: i64 = 6 * 3600;
+
 /// The wait after the first failure, and the longest; each is twice the one before. Public CAs take five failures of a name
 /// within an hour, and forbid more for a while; not to answer costs them nothing.
 const NAME: (Duration, Duration) = (Duration::from_secs(5 * 60), Duration::from_secs(12 * 3600));
@@ -45,6 +70,11 @@ struct Entry {
     validity: Option<Validity>,
     /// When its next one is due, failures left aside.
     due: Time,
+    /// … at the earliest, whatever the CA wants.
+    earliest: Time,
+    /// When the CA is asked for its advice, and what it said last.
+    ask: Time,
+    advised: Option<(Time, Time)>,
     failures: Failures,
 }
 
@@ -76,21 +106,43 @@ impl Renewals {
         self.names.keys().map(String::as_str)
     }
 
-    /// There is a certificate for `name`: issued just now, or found.
-    pub fn have(&mut self, name: &str, validity: Validity, random: u64) {
+    /// There is a certificate for `name` already. After a restart the CA is not asked for its advice on all at once.
+    pub fn found(&mut self, name: &str, validity: Validity, now: Time, random: u64) {
         if let Some(entry) = self.names.get_mut(name) {
-            *entry = Entry { validity: Some(validity), due: due(validity, random), failures: Failures::default() };
+            let ask = now.saturating_add(share(ASKED, random.rotate_left(16)));
+            *entry = Entry { validity: Some(validity), due: due(validity, random), ask, ..Entry::default() };
         }
     }
 
     /// The CA has issued a certificate for `name`. One that is due again at once, which a wrong clock makes of any, is not
     /// got again at once.
     pub fn issued(&mut self, name: &str, validity: Validity, now: Time, random: u64) {
-        self.have(name, validity, random);
         self.authority = Failures::default();
         if let Some(entry) = self.names.get_mut(name) {
             let life = validity.expires.saturating_sub(validity.begins);
-            entry.due = entry.due.max(now.saturating_add((life / 10).clamp(1, 3600)));
+            let earliest = now.saturating_add((life / 10).clamp(1, 3600));
+            let due = due(validity, random).max(earliest);
+            *entry = Entry { validity: Some(validity), due, earliest, ask: now, ..Entry::default() };
+        }
+    }
+
+    /// The CA was asked for its advice on the certificate for `name`. It is not kept beyond nine tenths of its life.
+    pub fn advised(&mut self, name: &str, advice: Advice, now: Time, random: u64) {
+        let Some((entry, validity)) = self.names.get_mut(name).and_then(|entry| entry.validity.map(|v| (entry, v)))
+        else {
+            return;
+        };
+        match advice {
+            Advice::NotOffered => entry.ask = Time::MAX,
+            Advice::NotHeard => entry.ask = now.saturating_add(ASKED + share(ASKED, random)),
+            Advice::Between { first, last, again } => {
+                entry.ask = again.clamp(after(now, ASKED_AGAIN.0), after(now, ASKED_AGAIN.1));
+                // The same advice is not another choice.
+                if entry.advised.replace((first, last)) != Some((first, last)) {
+                    let chosen = first.saturating_add(share(last.saturating_sub(first).max(0), random));
+                    entry.due = chosen.min(part(validity, 9, 10)).max(entry.earliest);
+                }
+            }
         }
     }
 
@@ -108,28 +160,46 @@ impl Renewals {
         }
     }
 
-    /// The name that is next, and when: first those without a certificate, then those that expire first. `None`: none is
-    /// wanted.
-    pub fn next(&self, now: Time) -> Option<(&str, Time)> {
-        let at = |name: &str| self.at(name).unwrap_or(Time::MAX).max(now);
-        let urgency = |entry: &Entry| entry.validity.map_or(Time::MIN, |validity| validity.expires);
-        let next = self.names.iter().min_by_key(|(name, entry)| (at(name), urgency(entry)))?;
-        Some((next.0, at(next.0)))
+    /// What is next, and when: orders before advice, first for those without a certificate, then for those that expire
+    /// first. `None`: no name is wanted.
+    pub fn next(&self, now: Time) -> Option<(&str, Step, Time)> {
+        let step = |(name, entry)| {
+            let entry: &Entry = entry;
+            let (order, ask) = (self.order(entry).max(now), entry.ask.max(self.authority.until).max(now));
+            let expires = entry.validity.map_or(Time::MIN, |validity| validity.expires);
+            let (at, step) =
+                if ask < order && expires > Time::MIN { (ask, Step::Advice) } else { (order, Step::Order) };
+            (at, step, expires, name)
+        };
+        let (at, step, _, name): (_, _, _, &String) = self.names.iter().map(step).min()?;
+        Some((name, step, at))
     }
 
-    /// When `name` is tried next; it may have to wait for its turn.
+    /// When `name` is ordered next; it may have to wait for its turn.
     pub fn at(&self, name: &str) -> Option<Time> {
-        let entry = self.names.get(name)?;
-        Some(entry.due.max(entry.failures.until).max(self.authority.until))
+        self.names.get(name).map(|entry| self.order(entry))
+    }
+
+    fn order(&self, entry: &Entry) -> Time {
+        entry.due.max(entry.failures.until).max(self.authority.until)
     }
 }
 
 /// Between 37/60 and 40/60 of its life: certificates that were issued together are not renewed together.
 fn due(validity: Validity, random: u64) -> Time {
-    let life = i128::from(validity.expires.saturating_sub(validity.begins).max(0));
-    let jitter = life / 20 * i128::from(random >> 32) / (1 << 32);
-    let due = i128::from(validity.begins) + life * 2 / 3 - jitter;
-    Time::try_from(due).unwrap_or(Time::MAX)
+    let life = validity.expires.saturating_sub(validity.begins).max(0);
+    part(validity, 2, 3).saturating_sub(share(life / 20, random))
+}
+
+/// When so much of its life is over.
+fn part(validity: Validity, of: i128, all: i128) -> Time {
+    let (begins, expires) = (i128::from(validity.begins), i128::from(validity.expires));
+    Time::try_from(begins + (expires - begins).max(0) * of / all).unwrap_or(Time::MAX)
+}
+
+/// Somewhere from 0 to `whole`.
+fn share(whole: i64, random: u64) -> i64 {
+    i64::try_from(i128::from(whole) * i128::from(random >> 32) / (1 << 32)).unwrap_or(whole)
 }
 
 /// Twice as long after each failure, and up to a quarter longer than that, so that many daemons do not come together when

@@ -7,11 +7,11 @@ use std::{
 
 use proxy_core::{
     config::AcmeCertificate,
-    renewal::{Renewals, Scope, Time, Validity},
+    renewal::{Advice, Renewals, Scope, Step, Time, Validity},
 };
 use tokio::{sync::watch, task::JoinHandle, time::sleep};
 
-use super::{AcmeError, Outcome, Standing, Told, Wanted, https::Https, order};
+use super::{AcmeError, Outcome, Standing, Told, Wanted, advice, https::Https, order};
 use crate::tls::{Certificate, Registry, TlsError, now, random};
 
 /// It looks at the clock so often: a machine that was asleep, or whose clock was wrong, is not late by more.
@@ -76,15 +76,16 @@ impl Task {
             let wanted = self.wanted.borrow_and_update().clone();
             self.take_up(wanted).await;
             self.tell();
-            let next = self.renewals.next(now()).map(|(name, at)| (name.to_owned(), wait(at)));
-            let rest = next.as_ref().map_or(LONGEST_SLEEP, |(_, rest)| (*rest).min(LONGEST_SLEEP));
+            let next = self.renewals.next(now()).map(|(name, step, at)| (name.to_owned(), step, wait(at)));
+            let rest = next.as_ref().map_or(LONGEST_SLEEP, |(_, _, rest)| (*rest).min(LONGEST_SLEEP));
             tokio::select! {
                 changed = self.wanted.changed() => if changed.is_err() { return },
-                () = sleep(rest) => {
-                    if let Some((name, _)) = next.filter(|(_, rest)| *rest <= LONGEST_SLEEP) {
-                        self.attempt(&name).await;
-                    }
-                }
+                () = sleep(rest) => match next {
+                    Some((name, Step::Order, due)) if due == rest => self.attempt(&name).await,
+                    Some((name, Step::Advice, due)) if due == rest => self.ask(&name).await,
+                    // Something far off, or nothing: the clock is looked at again.
+                    Some(_) | None => {}
+                },
             }
         }
     }
@@ -112,7 +113,7 @@ impl Task {
                     expires_in_hours = (validity.expires - now()) / 3600,
                     "certificate found in acme.cache"
                 );
-                self.renewals.have(&name, validity, random());
+                self.renewals.found(&name, validity, now(), random());
             }
             let expires = found.map(|validity| validity.expires);
             self.found.insert(name, Found { expires, problem: None });
@@ -130,6 +131,16 @@ impl Task {
             Ok(validity) => self.issued(name, validity).await,
             Err(error) => self.failed(name, &error, wish),
         }
+    }
+
+    async fn ask(&mut self, name: &str) {
+        let Some(acme) = self.now.acme.clone() else { return };
+        let Some(wanted) = self.now.certificates.iter().find(|one| one.name == name) else { return };
+        let advice = match Https::new(&acme) {
+            Ok(https) => advice::ask(&acme, &wanted.file, &https).await,
+            Err(_) => Advice::NotHeard,
+        };
+        self.renewals.advised(name, advice, now(), random());
     }
 
     async fn issued(&mut self, name: &str, validity: Validity) {

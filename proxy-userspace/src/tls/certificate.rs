@@ -51,6 +51,11 @@ impl Certificate {
         Self::of(&files, chain, key)
     }
 
+    /// The server's own.
+    pub fn leaf(&self) -> Option<&CertificateDer<'static>> {
+        self.key.cert.first()
+    }
+
     /// From when to when.
     pub fn validity(&self) -> Validity {
         Validity { begins: self.begins, expires: self.expires }

@@ -21,6 +21,8 @@ use crate::{
 const START: Duration = Duration::from_secs(10);
 const PORT: u16 = 14000;
 const MANAGEMENT: u16 = 15000;
+/// Of nginx in front of it.
+const FRONT: u16 = 14443;
 const DNS: u16 = 8053;
 
 /// How a CA issues.
@@ -105,6 +107,23 @@ impl AcmeCa {
     pub fn section(&self, cache: &Path) -> String {
         let (https_ca, ip) = (self.dir.join("https-ca.pem"), self.host.ip);
         format!("[acme]\ndirectory = \"https://{ip}:{PORT}/dir\"\ncache = {cache:?}\nca = {https_ca:?}\n")
+    }
+
+    /// nginx in front of it that adds renewal information (RFC 9773) to what it offers: `first` to `last`, whichever
+    /// certificate it is. With what a daemon needs to use that, with its cache in `cache`.
+    pub fn with_advice(&self, lab: &Lab, first: &str, last: &str, cache: &Path) -> Result<(Running, String)> {
+        let (ip, dir) = (self.host.ip, self.dir.display());
+        let info = format!("{{\"suggestedWindow\":{{\"start\":\"{first}\",\"end\":\"{last}\"}}}}");
+        let offer = format!("\"renewalInfo\": \"https://{ip}:{FRONT}/advice\", \"keyChange\"");
+        let config = format!(
+            "http {{ access_log off; server {{ listen {FRONT} ssl; ssl_certificate {dir}/https.pem; \
+             ssl_certificate_key {dir}/https.key; \
+             location / {{ proxy_pass https://{ip}:{PORT}; proxy_set_header Host $http_host; \
+             sub_filter_types application/json; sub_filter '\"keyChange\"' '{offer}'; }} \
+             location /advice/ {{ default_type application/json; add_header Retry-After 21600; return 200 '{info}'; }} }} }}"
+        );
+        let front = lab.nginx_with(&self.host, &config, FRONT)?;
+        Ok((front, self.section(cache).replace(&PORT.to_string(), &FRONT.to_string())))
     }
 
     /// A file with the authority that its certificates lead to.
