@@ -30,6 +30,7 @@ const PACKAGES: [(&str, &str); 26] = [
     ("procps", "sysctl, ps"),
     ("curl", "HTTP client"),
     ("wrk", "HTTP load"),
+    ("nghttp2-client", "HTTP/2 load"),
     ("iperf3", "bulk traffic"),
     ("socat", "echo servers"),
     ("nginx", "HTTP server, and a peer in the benchmark"),

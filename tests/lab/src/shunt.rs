@@ -31,6 +31,7 @@ pub struct ShuntBuilder {
     wait_ready: bool,
     binary: Option<PathBuf>,
     descriptors: Option<usize>,
+    processors: Option<String>,
 }
 
 impl ShuntBuilder {
@@ -72,6 +73,12 @@ impl ShuntBuilder {
     /// May not have more open files, nor raise the limit.
     pub fn descriptors(mut self, most: usize) -> Self {
         self.descriptors = Some(most);
+        self
+    }
+
+    /// Runs on these processors only (`0`, `0,1`), with a worker for each.
+    pub fn processors(mut self, list: &str) -> Self {
+        self.processors = Some(list.to_owned());
         self
     }
 
@@ -131,6 +138,7 @@ impl Shunt {
             wait_ready: true,
             binary: None,
             descriptors: None,
+            processors: None,
         }
     }
 
@@ -261,9 +269,14 @@ impl Shunt {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let mut command = match self.options.descriptors {
-            None => self.host.command(&self.binary),
-            Some(most) => {
+        let mut command = match (self.options.descriptors, &self.options.processors) {
+            (None, None) => self.host.command(&self.binary),
+            (None, Some(list)) => {
+                let mut command = self.host.command("taskset");
+                command.args(["-c", list]).arg(&self.binary);
+                command
+            }
+            (Some(most), _) => {
                 let mut command = self.host.command("setpriv");
                 command.args(["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "prlimit"]);
                 command.arg(format!("--nofile={most}")).arg(&self.binary);
