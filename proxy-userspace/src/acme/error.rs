@@ -140,3 +140,42 @@ pub(super) fn told(problem: &Problem) -> String {
     let text = text.strip_prefix("API error: ").unwrap_or(&text);
     text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(400).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is made of a problem of this type.
+    fn of(step: Step, kind: &str, status: u16) -> (Scope, Outcome, String) {
+        let json = format!(
+            "{{\"type\": \"urn:ietf:params:acme:error:{kind}\", \"detail\": \"first\\nsecond\", \"status\": {status}}}"
+        );
+        let error = AcmeError::of(step, Error::Api(serde_json::from_str(&json).expect("a problem")));
+        (error.scope(), error.outcome(), error.to_string())
+    }
+
+    #[test]
+    fn what_a_ca_says_holds_up_what_it_is_about() {
+        for (step, kind, status, scope, outcome) in [
+            (Step::Account, "unauthorized", 403, Scope::Authority, Outcome::Account),
+            (Step::Account, "externalAccountRequired", 403, Scope::Authority, Outcome::Account),
+            (Step::Account, "invalidContact", 400, Scope::Authority, Outcome::Account),
+            (Step::Order, "unauthorized", 403, Scope::Authority, Outcome::Account),
+            (Step::Order, "rejectedIdentifier", 400, Scope::Name, Outcome::Refused),
+            (Step::Order, "rateLimited", 429, Scope::Name, Outcome::RateLimited),
+            (Step::Order, "serverInternal", 500, Scope::Authority, Outcome::Unreachable),
+            (Step::Order, "odd", 503, Scope::Authority, Outcome::Unreachable),
+            (Step::Proof, "unauthorized", 403, Scope::Name, Outcome::Challenge),
+            (Step::Issue, "badCSR", 400, Scope::Name, Outcome::Refused),
+        ] {
+            let (found, counted, _) = of(step, kind, status);
+            assert_eq!((found, counted), (scope, outcome), "{step:?} {kind}");
+        }
+    }
+
+    #[test]
+    fn the_words_of_a_ca_are_one_line() {
+        let (_, _, told) = of(Step::Order, "rejectedIdentifier", 400);
+        assert_eq!(told, "the CA refuses the order: first second (urn:ietf:params:acme:error:rejectedIdentifier)");
+    }
+}

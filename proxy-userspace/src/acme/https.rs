@@ -137,3 +137,24 @@ fn whole(error: &(dyn StdError + 'static)) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wish_of_a_ca_is_seconds_or_a_date() {
+        let wish = |text: &str| retry_after(&HeaderValue::from_str(text).expect("a value"));
+        let in_two_minutes = wish("120").expect("seconds") - now();
+        assert!((119..=121).contains(&in_two_minutes), "{in_two_minutes}");
+        assert_eq!(wish("Fri, 31 Dec 1999 23:59:59 GMT"), Some(946_684_799));
+        assert_eq!(wish("soon"), None);
+    }
+
+    #[test]
+    fn an_error_is_told_with_its_cause_and_nothing_twice() {
+        let inner = std::io::Error::other("certificate expired");
+        let outer = std::io::Error::other(AcmeError::file(std::path::Path::new("/a"), inner));
+        assert_eq!(whole(&outer), "/a: certificate expired");
+    }
+}
