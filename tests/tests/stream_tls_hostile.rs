@@ -44,7 +44,7 @@ fn a_damaged_record_is_an_alert_for_its_sender_and_a_reset_for_the_other_side() 
             let error = stream.read(&mut [0]).err().context("it was read")?;
             ensure!(error.to_string().contains("BadRecordMac"), "{versions:?}: {error}");
             // Behind the alert comes a FIN: a reset might have overtaken it.
-            ensure!(read_to_end(&mut &*stream.tcp(), SOON)? == (Vec::new(), End::Finished), "{versions:?}");
+            ensure!(read_to_end(&mut stream.tcp(), SOON)? == (Vec::new(), End::Finished), "{versions:?}");
         }
         let records = servers[relay as usize].wait_records(2, SOON)?;
         let reset = Ended::Failed(ErrorKind::ConnectionReset);

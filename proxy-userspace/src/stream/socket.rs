@@ -74,6 +74,11 @@ impl Socket {
         let _ = sockopt::set_socket_keepalive(&self.fd, true);
     }
 
+    /// Sends the acknowledgement that is due, if one is.
+    pub fn acknowledge(&self) {
+        let _ = sockopt::set_tcp_quickack(&self.fd, true);
+    }
+
     /// Closing it will send a reset, and throws away what is not sent; unless the peer knows already.
     pub fn reset_on_close(&self) {
         if self.told {
@@ -144,6 +149,9 @@ pub fn dial(to: SocketAddr, source: Option<IpAddr>, keepalive: bool) -> Result<S
     if keepalive {
         sockopt::set_socket_keepalive(&fd, true)?;
     }
+    // The acknowledgement of the backend's SYN goes with the first bytes, a segment less for each connection
+    // (`tcp_rcv_synsent_state_process`). Who has none to send asks for it: `Socket::acknowledge`.
+    sockopt::set_tcp_quickack(&fd, false)?;
     if let Some(source) = source {
         bind_to_foreign(&fd, source)?;
     }

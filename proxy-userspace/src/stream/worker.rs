@@ -34,7 +34,7 @@ use super::{
     relay::{Means, Stores, buffers::Buffers, pipes::Pipes},
     route::Route,
 };
-use crate::{kernel::memory, track::FailedDial};
+use crate::{acme::Challenges, kernel::memory, track::FailedDial};
 
 /// Ended connections are told together, at most so many …
 const TOLD_TOGETHER: usize = 256;
@@ -56,6 +56,8 @@ pub struct Shared {
     pub failed_dials: tokio::sync::mpsc::Sender<FailedDial>,
     pub drained: tokio::sync::mpsc::Sender<u32>,
     pub ended: tokio::sync::mpsc::Sender<Vec<Ended>>,
+    /// What is answered to a CA that looks whose a name is.
+    pub challenges: Challenges,
 }
 
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use socket2::SockRef;
 
 use crate::host::Host;
@@ -34,6 +34,20 @@ pub fn echo(stream: &mut (impl Read + Write + AsFd), text: &[u8]) -> Result<()> 
     stream.read_exact(&mut back)?;
     ensure!(back == text, "{:?} came back as {:?}", String::from_utf8_lossy(text), String::from_utf8_lossy(&back));
     Ok(())
+}
+
+/// Connects, and reads the name that a [`Behaviour::Tagged`](crate::scripted::Behaviour::Tagged) server says.
+pub fn who(client: &Host, to: &str) -> Result<String> {
+    let to: SocketAddr = to.parse()?;
+    let mut stream = client.connect_within(to, PATIENCE).with_context(|| format!("connect {to}"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"\n")?;
+    let mut name = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
+        name.push(byte[0]);
+    }
+    Ok(String::from_utf8(name)?)
 }
 
 /// Closes with RST instead of FIN.

@@ -117,6 +117,11 @@ pub struct Shunt {
     running: Option<Running>,
 }
 
+/// The plainest route: `web`, from port 80 of the gateway to port 80 of backend 1; `rest` is what it has besides.
+pub fn web(rest: &str) -> String {
+    format!("[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:80\"]\nbackends = [\"10.88.2.2:80\"]\n{rest}\n")
+}
+
 impl Shunt {
     /// Starts the daemon on the gateway with `config` (without `[admin]`, which is added) and waits until it is ready.
     pub fn start(lab: &Lab, config: &str) -> Result<Self> {
