@@ -34,7 +34,7 @@ const TESTS: [&str; 12] = [
     "conntrack",
     "survival",
     "stream_classify",
-    "stream_endings",
+    "stream_ranges",
 ];
 const DOCTOR: &str = "doctor";
 const GUEST: &str = include_str!("../vm/guest.sh");
@@ -147,21 +147,27 @@ fn checks(options: &Options) -> Result<Vec<Check>> {
     build.args(["--message-format", "json-render-diagnostics"]);
     build.args(wanted.iter().flat_map(|name| ["--test", name]));
     let built = output(&mut build)?;
-    let program = |wanted: &&str| -> Result<Check> {
+    // Copies: what is built meanwhile shall not change under the machine.
+    let programs = cargo::workspace().join("target/vm/programs");
+    fs::create_dir_all(&programs)?;
+    let copy = |from: &Path, name: &str| -> Result<String> {
+        let to = programs.join(name);
+        fs::copy(from, &to).with_context(|| format!("copy {}", from.display()))?;
+        Ok(format!("{to:?}"))
+    };
+    // Beside the test programs, which look for it there.
+    let shunt = copy(&cargo::daemon_debug(), "shunt")?;
+    let mut checks =
+        vec![Check { name: DOCTOR.to_owned(), folder: cargo::workspace(), command: format!("{shunt} doctor") }];
+    for wanted in wanted {
         let named = built.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
         let mut named =
             named.filter(|message| message["target"]["name"] == *wanted && message["executable"].is_string());
         let message = named.next().with_context(|| format!("cargo built no test {wanted}"))?;
-        let program = message["executable"].as_str().unwrap_or_default();
+        let program = copy(Path::new(message["executable"].as_str().unwrap_or_default()), wanted)?;
         // One at a time: emulated processors are slow, and the tests have deadlines.
-        let command = format!("{program:?} --test-threads 1 --nocapture {}", options.only);
-        Ok(Check { name: (*wanted).to_owned(), folder: cargo::workspace().join("tests"), command })
-    };
-    let shunt = cargo::daemon_debug();
-    let doctor = Check { name: DOCTOR.to_owned(), folder: cargo::workspace(), command: format!("{shunt:?} doctor") };
-    let mut checks = vec![doctor];
-    for name in &wanted {
-        checks.push(program(name)?);
+        let command = format!("{program} --test-threads 1 --show-output {}", options.only);
+        checks.push(Check { name: wanted.to_owned(), folder: cargo::workspace().join("tests"), command });
     }
     Ok(checks)
 }

@@ -32,6 +32,8 @@ struct Context {
     local_ip6: [u8; 16],
     local_port: u32,
     ingress_ifindex: u32,
+    /// The kernel wants zeros to the last byte.
+    end: u32,
 }
 
 /// `union bpf_attr` of `BPF_PROG_TEST_RUN`.
@@ -49,6 +51,8 @@ struct TestRun {
     flags: u32,
     cpu: u32,
     batch_size: u32,
+    /// The kernel wants zeros to the last byte.
+    end: u32,
 }
 
 /// The verdict, and the cookie of the socket that was chosen.
