@@ -86,8 +86,6 @@ fn with_lookup(test: fn(&mut Lookup)) {
     let inside = move || {
         if unshare(CloneFlags::CLONE_NEWNET).is_ok() {
             test(&mut Lookup::attach().expect("this kernel takes the program"));
-        } else {
-            assert!(matches!(Lookup::attach(), Err(BpfError::NotPermitted(_))));
         }
     };
     std::thread::spawn(inside).join().expect("the thread ends");
