@@ -19,7 +19,7 @@ use crate::{cargo, root, ui};
 use image::Image;
 use machine::Accelerator;
 use packages::{Apt, Kernel};
-use results::Outcome;
+use results::{Column, Outcome};
 
 /// Test programs that say what this kernel can do for shunt.
 const TESTS: [&str; 12] = [
@@ -85,7 +85,8 @@ pub fn run(options: &Options) -> Result<()> {
         let tree = folder.join(format!("linux-{}", kernel.version));
         apt.unpack(kernel, &tree)?;
         let outcomes = examine(kernel, &tree, &busybox, &folder, &checks, options.limit, &mut accelerator)?;
-        columns.push((kernel.series(), outcomes));
+        let programs = results::programs(&results_of(&folder, kernel));
+        columns.push(Column { kernel: kernel.series(), outcomes, programs });
     }
     let names: Vec<String> = checks.into_iter().map(|check| check.name).collect();
     let table = results::table(&names, &columns);
@@ -93,9 +94,14 @@ pub fn run(options: &Options) -> Result<()> {
     let file = folder.join("results.md");
     fs::write(&file, table)?;
     ui::note(&format!("written to {}; logs and consoles in {}/*/", file.display(), folder.display()));
-    let bad = columns.iter().flat_map(|(_, outcomes)| outcomes).filter(|outcome| !outcome.passed()).count();
+    let bad = columns.iter().flat_map(|column| &column.outcomes).filter(|outcome| !outcome.passed()).count();
     ensure!(bad == 0, "{bad} checks did not pass");
     Ok(())
+}
+
+/// Where a kernel leaves what it has to say.
+fn results_of(folder: &Path, kernel: &Kernel) -> PathBuf {
+    folder.join(format!("on-{}", kernel.version))
 }
 
 /// Runs all checks on one kernel.
@@ -108,7 +114,7 @@ fn examine(
     limit: u64,
     accelerator: &mut Option<Accelerator>,
 ) -> Result<Vec<Outcome>> {
-    let results = folder.join(format!("on-{}", kernel.version));
+    let results = results_of(folder, kernel);
     if results.exists() {
         fs::remove_dir_all(&results)?;
     }

@@ -1,6 +1,10 @@
 //! What the checks left in the results folder, and the table of it.
 
-use std::{fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
 /// The end of one check on one kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,14 +65,33 @@ fn summary(log: &str) -> String {
     }
 }
 
-/// A Markdown table: a row for each check, a column for each kernel.
-pub fn table(checks: &[String], kernels: &[(String, Vec<Outcome>)]) -> String {
-    let heads: Vec<&str> = kernels.iter().map(|(name, _)| name.as_str()).collect();
+/// What the kernel said of each eBPF program, by object and program: lines of the test `ebpf_objects`.
+pub fn programs(results: &Path) -> BTreeMap<String, String> {
+    let log = fs::read_to_string(results.join("ebpf_objects.log")).unwrap_or_default();
+    let told = log.lines().filter_map(|line| line.strip_prefix("ebpf: ")?.split_once(": "));
+    told.map(|(program, outcome)| (program.to_owned(), outcome.replace('|', "/"))).collect()
+}
+
+/// One kernel's column of the table.
+#[derive(Debug)]
+pub struct Column {
+    pub kernel: String,
+    pub outcomes: Vec<Outcome>,
+    pub programs: BTreeMap<String, String>,
+}
+
+/// A Markdown table: a row for each check and each eBPF program, a column for each kernel.
+pub fn table(checks: &[String], kernels: &[Column]) -> String {
+    let heads: Vec<&str> = kernels.iter().map(|column| column.kernel.as_str()).collect();
     let mut text = format!("| check | {} |\n|{}\n", heads.join(" | "), " --- |".repeat(kernels.len() + 1));
     for (index, check) in checks.iter().enumerate() {
-        let cells: Vec<String> =
-            kernels.iter().map(|(_, outcomes)| outcomes.get(index).unwrap_or(&Outcome::NotRun).cell()).collect();
-        text += &format!("| {check} | {} |\n", cells.join(" | "));
+        let cell = |column: &Column| column.outcomes.get(index).unwrap_or(&Outcome::NotRun).cell();
+        text += &format!("| {check} | {} |\n", kernels.iter().map(cell).collect::<Vec<_>>().join(" | "));
+    }
+    let programs: BTreeSet<&String> = kernels.iter().flat_map(|column| column.programs.keys()).collect();
+    for program in programs {
+        let cell = |column: &Column| column.programs.get(program).map_or("not run", String::as_str).to_owned();
+        text += &format!("| {program} | {} |\n", kernels.iter().map(cell).collect::<Vec<_>>().join(" | "));
     }
     text
 }
