@@ -76,7 +76,9 @@ pub fn run(options: &Options) -> Result<()> {
     fs::create_dir_all(&folder)?;
     let apt = Apt::new(folder.join("apt"))?;
     let kernels = apt.choose(&options.kernel)?;
-    let checks = checks(options)?;
+    // Copies: what is built meanwhile, or another run, shall not change them under the machine.
+    let programs = tempfile::Builder::new().prefix("programs-").tempdir_in(&folder)?;
+    let checks = checks(options, programs.path())?;
     let busybox = folder.join("busybox");
     apt.unpack_busybox(&busybox)?;
     let (mut columns, mut accelerator) = (Vec::new(), None);
@@ -119,7 +121,7 @@ fn examine(
         fs::remove_dir_all(&results)?;
     }
     fs::create_dir_all(&results)?;
-    let image = Image::make(tree, busybox, folder)?;
+    let image = Image::make(tree, busybox, &results)?;
     fs::write(results.join("guest.sh"), GUEST)?;
     fs::write(results.join("settings"), format!("MODULES='{}'\n", image.modules.display()))?;
     let line = |check: &Check| format!("{}\t{}\t{limit}\t{}\n", check.name, check.folder.display(), check.command);
@@ -140,8 +142,8 @@ fn examine(
     Ok(outcomes)
 }
 
-/// Builds the daemon and the test programs on this machine, and says how to run them.
-fn checks(options: &Options) -> Result<Vec<Check>> {
+/// Builds the daemon and the test programs, copies them to `programs`, and says how to run them.
+fn checks(options: &Options, programs: &Path) -> Result<Vec<Check>> {
     let daemon = ["build", "--locked", "--package", "proxy-userspace", "--bin", "shunt"];
     cargo::run("build: the daemon", &mut cargo::command(&daemon))?;
     let wanted: Vec<&str> = match options.test.as_slice() {
@@ -153,9 +155,6 @@ fn checks(options: &Options) -> Result<Vec<Check>> {
     build.args(["--message-format", "json-render-diagnostics"]);
     build.args(wanted.iter().flat_map(|name| ["--test", name]));
     let built = output(&mut build)?;
-    // Copies: what is built meanwhile shall not change under the machine.
-    let programs = cargo::workspace().join("target/vm/programs");
-    fs::create_dir_all(&programs)?;
     let copy = |from: &Path, name: &str| -> Result<String> {
         let to = programs.join(name);
         fs::copy(from, &to).with_context(|| format!("copy {}", from.display()))?;
