@@ -51,17 +51,16 @@ impl Outcome {
     }
 }
 
-/// How many tests of a test program passed, and which did not.
+/// How many tests of a test program passed, and which did not or had not ended.
 fn summary(log: &str) -> String {
-    let named = |line: &str, end: &str| {
-        Some(line.strip_prefix("test ")?.strip_suffix(end)?.trim_end_matches(" ...").to_owned())
-    };
-    let passed = log.lines().filter(|line| line.starts_with("test ") && line.ends_with("ok")).count();
-    let failed: Vec<String> = log.lines().filter_map(|line| named(line, "FAILED")).collect();
-    match (passed, failed.len()) {
-        (0, 0) => String::new(),
-        (passed, 0) => format!("{passed}"),
-        (passed, _) => format!("{passed}, not {}", failed.join(", ")),
+    let tests = log.lines().filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "));
+    let (passed, others): (Vec<_>, Vec<_>) = tests.partition(|(_, outcome)| outcome.ends_with("ok"));
+    let ignored = |outcome: &str| outcome.starts_with("ignored");
+    let named: Vec<&str> = others.iter().filter(|(_, outcome)| !ignored(outcome)).map(|(name, _)| *name).collect();
+    match (passed.len(), named.as_slice()) {
+        (0, []) => String::new(),
+        (passed, []) => passed.to_string(),
+        (passed, others) => format!("{passed}, not {}", others.join(", ")),
     }
 }
 
@@ -105,6 +104,7 @@ mod tests {
         let log = "running 3 tests\ntest a ... ok\ntest b ... FAILED\ntest c ... ok\n";
         assert_eq!(summary(log), "2, not b");
         assert_eq!(Outcome::Failed(101, summary(log)).cell(), "**failed** (101) 2, not b");
+        assert_eq!(summary("test a ... ok\ntest b ... ignored, slow\ntest c ... "), "1, not c");
         assert_eq!(Outcome::Passed(String::new()).cell(), "ok");
     }
 }
