@@ -1,6 +1,9 @@
 //! [`aya::Pod`] for the types that live in maps.
 
-use crate::flow::{Endpoint, FlowCounters, FlowKey, Traffic};
+use crate::{
+    flow::{Endpoint, FlowCounters, FlowKey, Traffic},
+    sockmap::Channel,
+};
 
 // SAFETY: `repr(C)`, bytes only: no padding, every bit pattern valid, no pointers.
 unsafe impl aya::Pod for Endpoint {}
@@ -10,3 +13,5 @@ unsafe impl aya::Pod for FlowKey {}
 unsafe impl aya::Pod for Traffic {}
 // SAFETY: `repr(C)`, two `Traffic`: no padding, every bit pattern valid, no pointers.
 unsafe impl aya::Pod for FlowCounters {}
+// SAFETY: `repr(C)`, integers only, 64 + 64 bytes without padding, every bit pattern valid, no pointers.
+unsafe impl aya::Pod for Channel {}

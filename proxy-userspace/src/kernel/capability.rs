@@ -15,7 +15,7 @@ use std::{io, path::Path};
 
 pub use nft::NftFacts;
 use nix::sched::{CloneFlags, unshare};
-use proxy_core::capability::Capabilities;
+use proxy_core::capability::{Capabilities, Sockmap};
 
 /// What the kernel answered, in more detail than a plan needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +90,8 @@ impl Probe {
             nft_socket: has(|nft| nft.socket),
             conntrack_netlink: self.conntrack_netlink.unwrap_or(true),
             ipv6: self.ipv6,
+            // Its own probe asks: `stream::trust_in_sockmap`.
+            sockmap: Sockmap::Refused("not asked".into()),
         }
     }
 }
@@ -111,7 +113,9 @@ mod tests {
 
     #[test]
     fn what_may_not_be_asked_counts_as_there_but_the_privilege_is_missing() {
-        assert_eq!(unprivileged().capabilities(), Capabilities { net_admin: false, ..Capabilities::all() });
+        let sockmap = Sockmap::Refused("not asked".into());
+        let expected = Capabilities { net_admin: false, sockmap, ..Capabilities::all() };
+        assert_eq!(unprivileged().capabilities(), expected);
     }
 
     #[test]

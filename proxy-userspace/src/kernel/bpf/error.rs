@@ -61,7 +61,7 @@ impl BpfError {
         }
     }
 
-    pub(super) fn from_load(error: EbpfError) -> Self {
+    pub(in crate::kernel) fn from_load(error: EbpfError) -> Self {
         match errno(&error) {
             Some(libc::EPERM) => Self::NotPermitted(Box::new(error)),
             Some(libc::ENOSYS) => Self::NoBpf(Box::new(error)),
@@ -70,7 +70,7 @@ impl BpfError {
     }
 
     /// EACCES is the verifier's own answer and comes with its log; only EPERM is about privileges.
-    pub(super) fn from_program(error: ProgramError) -> Self {
+    pub(in crate::kernel) fn from_program(error: ProgramError) -> Self {
         match (errno(&error), error) {
             (Some(libc::EPERM), error) => Self::NotPermitted(Box::new(error)),
             (Some(libc::ENOSYS), error) => Self::NoBpf(Box::new(error)),

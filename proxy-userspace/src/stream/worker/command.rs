@@ -105,7 +105,10 @@ impl Worker {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Apply(change) => self.apply(change),
-                Command::List { filter, reply } => drop(reply.send(self.list(&filter))),
+                Command::List { filter, reply } => {
+                    self.count_all();
+                    drop(reply.send(self.list(&filter)));
+                }
                 Command::Kill { number, reply } => drop(reply.send(self.kill(number))),
                 Command::Stop => self.stop(),
             }
@@ -137,6 +140,9 @@ impl Worker {
     }
 
     fn serve(&mut self, route: Arc<Route>) {
+        if route.engine == Engine::Sockmap {
+            self.prepare_to_join();
+        }
         let Some(meter) = route.meters.workers.get(usize::from(self.index)).map(Arc::clone) else { return };
         let slot = Slot {
             name: Arc::clone(&route.meters.name),
