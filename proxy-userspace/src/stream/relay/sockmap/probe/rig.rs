@@ -28,7 +28,6 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Nothing has moved for so long.
 const STILL: Duration = Duration::from_millis(30);
-const CHUNK: usize = 64 * 1024;
 
 pub struct Rig {
     pub client: Talker,
@@ -50,7 +49,8 @@ pub struct Talk {
 /// One end: says bytes that follow from their place, and compares what it hears.
 pub struct Talker {
     pub stream: TcpStream,
-    seed: u64,
+    says: Pattern,
+    hears: Pattern,
     pub sent: u64,
     to_send: u64,
     finish: bool,
@@ -216,8 +216,10 @@ fn pair(address: IpAddr) -> io::Result<(TcpStream, TcpStream)> {
 
 impl Talker {
     fn new(stream: TcpStream, seed: u64) -> Self {
+        // There are two, 1 and 2.
+        let (says, hears) = (Pattern::new(seed), Pattern::new(3 - seed));
         let (finish, finished, ended) = (false, false, false);
-        Self { stream, seed, sent: 0, to_send: 0, finish, finished, heard: 0, ended, reads: true }
+        Self { stream, says, hears, sent: 0, to_send: 0, finish, finished, heard: 0, ended, reads: true }
     }
 
     /// Says so much more; 0 takes back what is not said yet.
@@ -241,11 +243,8 @@ impl Talker {
             }
             return Ok(false);
         }
-        let mut bytes = vec![0; CHUNK.min((self.to_send - self.sent) as usize)];
-        for (place, byte) in (self.sent..).zip(&mut bytes) {
-            *byte = byte_at(self.seed, place);
-        }
-        match self.stream.write(&bytes) {
+        let bytes = self.says.from(self.sent, (self.to_send - self.sent) as usize);
+        match self.stream.write(bytes) {
             Ok(sent) => {
                 self.sent += sent as u64;
                 Ok(true)
@@ -259,17 +258,15 @@ impl Talker {
         if self.ended {
             return Ok(false);
         }
-        let mut bytes = vec![0; CHUNK];
+        let mut bytes = [0; PERIOD];
         match self.stream.read(&mut bytes) {
             Ok(0) => {
                 self.ended = true;
                 Ok(true)
             }
             Ok(count) => {
-                // The other side's seed: there are two.
-                let wrong = (self.heard..).zip(&bytes[..count]).find(|(at, b)| **b != byte_at(3 - self.seed, *at));
-                if let Some((at, _)) = wrong {
-                    return Err(io::Error::other(format!("byte {at} is not what was sent")));
+                if bytes[..count] != *self.hears.from(self.heard, count) {
+                    return Err(io::Error::other(format!("behind byte {} came what was not sent", self.heard)));
                 }
                 self.heard += count as u64;
                 Ok(true)
@@ -280,8 +277,28 @@ impl Talker {
     }
 }
 
-/// A period of four gibibytes: a byte that is lost, doubled or moved is noticed.
-pub fn byte_at(seed: u64, place: u64) -> u8 {
-    let word = (place >> 3).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
-    (word >> (8 * (place & 7))) as u8
+/// Bytes that repeat after a prime number: one that is lost, doubled or moved is noticed.
+struct Pattern(Vec<u8>);
+
+const PERIOD: usize = 65_521;
+
+impl Pattern {
+    fn new(seed: u64) -> Self {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let next = |_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        };
+        let once: Vec<u8> = (0..PERIOD).map(next).collect();
+        // Twice, so that a piece from anywhere is in one place.
+        Self([&once[..], &once[..]].concat())
+    }
+
+    /// At most `PERIOD` bytes from `place` on.
+    fn from(&self, place: u64, bytes: usize) -> &[u8] {
+        let start = (place % PERIOD as u64) as usize;
+        &self.0[start..start + bytes.min(PERIOD)]
+    }
 }
