@@ -64,6 +64,8 @@ impl Sockmap {
     /// [`BpfError::NotPermitted`] without `CAP_BPF` and `CAP_NET_ADMIN`.
     pub fn load(sockets: u32) -> Result<Self, BpfError> {
         let mut loader = EbpfLoader::new();
+        // Nothing in it depends on the layout of kernel types: their description, megabytes, need not be read.
+        loader.btf(None);
         for map in ["PEERS", "ARMED", "INDEXES", "CHANNELS"] {
             loader.map_max_entries(map, sockets);
         }

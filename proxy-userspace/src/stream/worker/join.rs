@@ -11,7 +11,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::{Fate, Worker};
 use crate::{
-    kernel::sockmap::Sockmap,
+    kernel::{memory, sockmap::Sockmap},
     stream::{
         flow::Flow,
         poll::Source,
@@ -77,6 +77,8 @@ impl Worker {
                 let now = clock_gettime(ClockId::Monotonic);
                 let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
                 self.joins.origin = now - self.shared.began.elapsed().as_nanos() as u64;
+                // What the loader has read of the kernel's types.
+                memory::give_back();
                 self.joins.by_index = vec![u32::MAX; SOCKETS as usize];
                 self.stores.sockmap = Some(map);
             }
@@ -93,14 +95,17 @@ impl Worker {
             flow.turns += 1;
             return;
         }
-        let idle = [&flow.up, &flow.down].iter().all(|way| matches!(way.waiting, Waiting::Nothing) && !way.ended);
-        let whole = idle && matches!(flow.session.state(), State::Established { .. });
         let (Some(map), Some(backend)) = (&mut self.stores.sockmap, &flow.backend) else {
             return self.splice_when_worth_it(flow);
         };
         let ended = [&flow.client, backend].iter().any(|s| s.finished || s.hung_up || s.failed || s.urgent);
+        let whole = matches!(flow.session.state(), State::Established { .. }) && !flow.up.ended && !flow.down.ended;
         if flow.turns == NEVER || !whole || ended {
             return self.splice_when_worth_it(flow);
+        }
+        if [&flow.up, &flow.down].iter().any(|way| !matches!(way.waiting, Waiting::Nothing)) {
+            // Its reader is slow: it would only be passed to the daemon again.
+            return;
         }
         match Joined::new(map, &flow.client, backend, self.micros) {
             Ok(joined) => {
