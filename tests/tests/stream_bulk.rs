@@ -99,7 +99,7 @@ fn a_quarter_gibibyte_each_way_at_once_arrives_whole_though_one_side_reads_slowl
     let expected = pattern::send(&mut std::io::sink(), 11, BIG)?;
     for relay in Relay::ENGINES {
         let began = Instant::now();
-        let ((), most) = watched(shunt.pid()?, || exchange(&lab, relay))?;
+        let ((), most) = watched(shunt.pid()?, || exchange(&lab, relay).with_context(|| shunt.log()))?;
         let seconds = began.elapsed().as_secs_f64();
         let record = servers[relay as usize].wait_records(1, SOON)?.remove(0);
         ensure!(record.received == expected, "{relay:?}: client → backend: {:?}", record.received);

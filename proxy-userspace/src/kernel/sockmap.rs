@@ -101,6 +101,11 @@ impl Sockmap {
         }
     }
 
+    /// Joined at once at most.
+    pub fn sockets(&self) -> u32 {
+        self.channels.count()
+    }
+
     /// Both sockets become known to each other; nothing moves yet.
     pub fn introduce(&mut self, a: impl AsFd, b: impl AsFd, now: u64) -> Result<[Place; 2], Errno> {
         let cookies = [sockopt::socket_cookie(&a)?, sockopt::socket_cookie(&b)?];

@@ -1,5 +1,7 @@
 //! What the kernel says of a TCP socket: how far each direction is, to the byte.
 
+mod again;
+
 use std::{
     ffi::c_int,
     io,
@@ -7,6 +9,8 @@ use std::{
 };
 
 use rustix::io::Errno;
+
+pub use again::say_again;
 
 /// Of `struct tcp_info` (`linux/tcp.h`), which only ever grows at its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

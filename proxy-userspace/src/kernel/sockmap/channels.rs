@@ -56,6 +56,10 @@ pub fn map(object: &Ebpf, count: u32) -> Result<Channels, BpfError> {
 }
 
 impl Channels {
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
     /// An index beyond the map is its last: it comes from the kernel.
     pub fn line(&self, index: u32) -> Line<'_> {
         let index = index.min(self.count.saturating_sub(1));

@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use super::{Slot, Worker, engine_of};
 use crate::{
     control::ConnectionFilter,
+    kernel::sockmap::Sockmap,
     stream::{
         StreamId,
         flow::Flow,
@@ -30,6 +31,8 @@ use crate::{
 #[derive(Debug)]
 pub enum Command {
     Apply(Applied),
+    /// What sockets are joined with.
+    Join(Box<Sockmap>),
     List {
         filter: ConnectionFilter,
         reply: oneshot::Sender<Vec<Row>>,
@@ -105,6 +108,7 @@ impl Worker {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Apply(change) => self.apply(change),
+                Command::Join(map) => self.take_maps(*map),
                 Command::List { filter, reply } => {
                     self.count_all();
                     drop(reply.send(self.list(&filter)));
@@ -140,9 +144,6 @@ impl Worker {
     }
 
     fn serve(&mut self, route: Arc<Route>) {
-        if route.engine == Engine::Sockmap {
-            self.prepare_to_join();
-        }
         let Some(meter) = route.meters.workers.get(usize::from(self.index)).map(Arc::clone) else { return };
         let slot = Slot {
             name: Arc::clone(&route.meters.name),

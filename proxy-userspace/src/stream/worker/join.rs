@@ -11,7 +11,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::{Fate, Worker};
 use crate::{
-    kernel::{memory, sockmap::Sockmap},
+    kernel::sockmap::Sockmap,
     stream::{
         flow::Flow,
         poll::Source,
@@ -22,8 +22,6 @@ use crate::{
     },
 };
 
-/// Sockets that one worker joins at most.
-const SOCKETS: u32 = 32_768;
 /// A connection is joined after so many turns: a short one never pays the thirty system calls that it takes.
 const WORTH: u8 = 16;
 /// Not joined, and not tried again.
@@ -51,7 +49,6 @@ pub(super) struct Joins {
     count_at: Option<u64>,
     /// `CLOCK_MONOTONIC` in nanoseconds at the worker's time 0.
     origin: u64,
-    failed: bool,
 }
 
 impl Joins {
@@ -62,31 +59,17 @@ impl Joins {
 }
 
 impl Worker {
-    /// A route with this engine is served from now on.
-    pub(super) fn prepare_to_join(&mut self) {
-        if self.stores.sockmap.is_some() || self.joins.failed {
+    /// From here on connections can be joined.
+    pub(super) fn take_maps(&mut self, map: Sockmap) {
+        if let Err(errno) = self.poll.add_level(map.calls(), Source::Calls) {
+            tracing::warn!(%errno, "no sockets can be joined: splice and copy serve instead");
             return;
         }
-        let loaded = Sockmap::load(SOCKETS).map_err(|error| error.to_string());
-        let watched = loaded.and_then(|map| match self.poll.add_level(map.calls(), Source::Calls) {
-            Ok(()) => Ok(map),
-            Err(errno) => Err(errno.to_string()),
-        });
-        match watched {
-            Ok(map) => {
-                let now = clock_gettime(ClockId::Monotonic);
-                let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
-                self.joins.origin = now - self.shared.began.elapsed().as_nanos() as u64;
-                // What the loader has read of the kernel's types.
-                memory::give_back();
-                self.joins.by_index = vec![u32::MAX; SOCKETS as usize];
-                self.stores.sockmap = Some(map);
-            }
-            Err(error) => {
-                tracing::warn!(worker = self.index, error, "no sockets can be joined: splice and copy serve instead");
-                self.joins.failed = true;
-            }
-        }
+        let now = clock_gettime(ClockId::Monotonic);
+        let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        self.joins.origin = now - self.shared.began.elapsed().as_nanos() as u64;
+        self.joins.by_index = vec![u32::MAX; map.sockets() as usize];
+        self.stores.sockmap = Some(map);
     }
 
     /// Called when the connection has carried something.
