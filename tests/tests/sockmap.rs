@@ -266,12 +266,12 @@ fn the_daemon_sleeps_while_the_kernel_passes_messages_on_over_both_families() ->
     let v6 = format!(
         "[[route]]\nname = \"v6\"\nlisten = [\"[{GATEWAY6}]:{port}\"]\nengine = \"sockmap\"\nbackends = [\"{backend}\"]\n"
     );
-    let listeners = [
-        lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?,
-        lab.backend(1).listen(backend)?,
-    ];
+    let listeners =
+        [lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?, lab.backend(1).listen(backend)?];
     let shunt = Shunt::start(&lab, &format!("{}{v6}", Relay::routes("")))?;
-    for (to, listener) in [(Relay::Joined.listen(), &listeners[0]), ((IpAddr::V6(GATEWAY6), port).into(), &listeners[1])] {
+    for (to, listener) in
+        [(Relay::Joined.listen(), &listeners[0]), ((IpAddr::V6(GATEWAY6), port).into(), &listeners[1])]
+    {
         let mut client = lab.client().connect(to)?;
         let (mut backend, _) = listener.accept()?;
         join(&shunt, &mut client, &mut backend)?;
@@ -306,13 +306,16 @@ fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
         }
         flows.push(stream);
     }
-    let joined = || shunt.metrics().map(|m| m.value("shunt_connections_active", &[("route", "joined"), ("engine", "sockmap")]));
+    let joined =
+        || shunt.metrics().map(|m| m.value("shunt_connections_active", &[("route", "joined"), ("engine", "sockmap")]));
     wait_until("all are joined", SOON, || joined().is_ok_and(|n| n == FLOWS as f64))?;
     let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)?, sleeps(shunt.pid()?)?);
     thread::sleep(Duration::from_secs(20));
     let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)? - cpu, sleeps(shunt.pid()?)? - slept);
     let each = kernel::resident_bytes(shunt.pid()?)?.saturating_sub(before) / FLOWS as u64;
-    println!("{FLOWS} idle: {each} bytes of the daemon each; in 20 s {cpu:.2} s of processor time, woken {slept} times");
+    println!(
+        "{FLOWS} idle: {each} bytes of the daemon each; in 20 s {cpu:.2} s of processor time, woken {slept} times"
+    );
     for stream in flows.iter_mut().step_by(100) {
         shunt_lab::dialog::echo(stream, b"still there")?;
     }

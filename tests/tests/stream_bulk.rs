@@ -178,7 +178,11 @@ fn many_slow_readers_hold_a_bounded_share_of_memory() -> Result<()> {
             ensure!(each < 160 << 10, "{relay:?}: {each} bytes each");
             // Some have all they lack in the sockets.
             let spliced = now.pipes > 10;
-            ensure!(spliced == (relay == Relay::Splice), "{relay:?}: bytes wait in pipes: {now:?}");
+            // Empty pipes are kept, and splice had its turn before the joined ones.
+            ensure!(
+                relay == Relay::Joined || spliced == (relay == Relay::Splice),
+                "{relay:?}: bytes wait in pipes: {now:?}"
+            );
             Ok(())
         })?;
     }

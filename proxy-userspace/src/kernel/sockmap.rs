@@ -43,6 +43,7 @@ pub struct Sockmap {
     channels: Channels,
     /// Indexes that nobody has, and since when: microseconds on the caller's clock.
     free: VecDeque<(u32, u64)>,
+    window: u64,
 }
 
 /// A socket's place in the maps.
@@ -84,6 +85,7 @@ impl Sockmap {
             armed,
             channels,
             free: (0..sockets).map(|index| (index, 0)).collect(),
+            window: largest_window(),
             _program: object,
         })
     }
@@ -104,6 +106,16 @@ impl Sockmap {
     /// Joined at once at most.
     pub fn sockets(&self) -> u32 {
         self.channels.count()
+    }
+
+    /// Joined now.
+    pub fn joined(&self) -> u32 {
+        self.channels.count() - u32::try_from(self.free.len()).unwrap_or_default()
+    }
+
+    /// Bytes that a socket takes from its peer at most before somebody reads them.
+    pub fn window(&self) -> u64 {
+        self.window
     }
 
     /// Both sockets become known to each other; nothing moves yet.
@@ -175,6 +187,13 @@ impl fmt::Debug for Sockmap {
 fn take<T: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &'static str) -> Result<T, BpfError> {
     let map = object.take_map(name).ok_or(BpfError::Missing { what: name })?;
     T::try_from(map).map_err(|source| BpfError::Map { map: name, source })
+}
+
+/// The last of the three numbers of `tcp_rmem`.
+fn largest_window() -> u64 {
+    const USUAL: u64 = 6 << 20;
+    let three = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap_or_default();
+    three.split_whitespace().nth(2).and_then(|most| most.parse().ok()).unwrap_or(USUAL)
 }
 
 fn errno(error: &MapError) -> Errno {

@@ -23,7 +23,9 @@ pub fn known_bug() -> Option<String> {
 fn against(version: KernelVersion) -> Option<String> {
     let of = |[major, minor, patch]: [u8; 3]| KernelVersion::new(major, minor, u16::from(patch));
     if version < of(OLDEST) {
-        return Some(format!("Linux {version} is older than 6.1: sockets leave the maps before their last bytes are read"));
+        return Some(format!(
+            "Linux {version} is older than 6.1: sockets leave the maps before their last bytes are read"
+        ));
     }
     let branch = |[major, minor, _]: [u8; 3]| of([major, minor, 0]);
     let next = |[major, minor, _]: [u8; 3]| of([major, minor + 1, 0]);
@@ -41,7 +43,13 @@ mod tests {
     #[test]
     fn a_kernel_is_tried_when_its_branch_is_mended_or_new_enough() {
         let bad = |major, minor, patch| against(KernelVersion::new(major, minor, patch)).is_some();
-        assert!([(5, 15, 200), (6, 1, 141), (6, 2, 0), (6, 6, 93), (6, 14, 11), (6, 15, 2)].map(|(a, b, c)| bad(a, b, c)) == [true; 6]);
-        assert!([(6, 1, 142), (6, 6, 94), (6, 12, 34), (6, 15, 3), (6, 16, 0), (7, 0, 0)].map(|(a, b, c)| bad(a, b, c)) == [false; 6]);
+        assert!(
+            [(5, 15, 200), (6, 1, 141), (6, 2, 0), (6, 6, 93), (6, 14, 11), (6, 15, 2)].map(|(a, b, c)| bad(a, b, c))
+                == [true; 6]
+        );
+        assert!(
+            [(6, 1, 142), (6, 6, 94), (6, 12, 34), (6, 15, 3), (6, 16, 0), (7, 0, 0)].map(|(a, b, c)| bad(a, b, c))
+                == [false; 6]
+        );
     }
 }

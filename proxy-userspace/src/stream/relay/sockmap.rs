@@ -20,14 +20,15 @@ use crate::{
     stream::socket::Socket,
 };
 
-/// Bytes of one direction that the kernel may have taken from one peer and not yet brought to the other.
+/// Bytes of one direction that the kernel may have taken from one peer and not yet brought to the other, …
 pub const GRANT: u64 = 1 << 20;
+/// … less where many connections share this, …
+const GRANTED: u64 = 512 << 20;
+/// … but no less than this, or the daemon would be called all the time.
+const LEAST: u64 = 64 << 10;
 /// Room to send, as the kernel accounts it: what is granted always fits, so that it never waits outside the socket, where what
 /// is passed would wait behind it without closing the window.
 const SEND_ROOM: u32 = 8 << 20;
-/// Passed and not yet relayed at most. The receive window bounds it long before, where the kernel keeps to it.
-pub const HARD: u64 = 16 << 20;
-
 /// A pair of joined sockets.
 #[derive(Debug)]
 pub struct Joined {
@@ -93,7 +94,8 @@ impl Joined {
         let down = Lane::between(backend, client)?;
         let mut places = map.introduce(client, backend, now)?;
         for place in &places {
-            map.line(place.index).set_hard(HARD);
+            // The window bounds what is passed and not relayed, as long as the kernel keeps to it.
+            map.line(place.index).set_hard(2 * map.window());
         }
         let [place, other] = &mut places;
         if let Err(errno) = map.arm(place, client) {
@@ -120,15 +122,15 @@ impl Joined {
         [self.places[0].index, self.places[1].index]
     }
 
-    /// Counts what the kernel has moved; when the last byte came, in nanoseconds of `CLOCK_MONOTONIC`, and how many bytes are
-    /// in the kernel.
+    /// Counts what the kernel has moved; when the last byte came, in nanoseconds of `CLOCK_MONOTONIC`, and how many bytes wait
+    /// beyond what the window allows.
     pub fn count(&mut self, map: &Sockmap, up: &mut Way, down: &mut Way) -> (u64, u64) {
         let mut both = (0, 0);
         for (lane, way, place) in [(&mut self.up, up, &self.places[0]), (&mut self.down, down, &self.places[1])] {
             if let Some(lane) = lane {
                 let seen = map.line(place.index).seen();
                 lane.count(way, &seen);
-                both = (seen.last.max(both.0), both.1 + lane.held(&seen));
+                both = (seen.last.max(both.0), both.1 + lane.waits(&seen).saturating_sub(map.window()));
             }
         }
         both
@@ -145,17 +147,21 @@ impl Joined {
         let Stores { buffers, pipes: _, sockmap: Some(map) } = stores else { return Err(Stop::Fault(0)) };
         let mut turn = Turn::default();
         let before = (up.bytes, down.bytes);
+        let grant = (GRANTED / u64::from(map.joined().max(1))).clamp(LEAST, GRANT);
         let [there, back] = &self.places;
         if let Some(lane) = &mut self.up {
-            turn.look |= lane.turn(map.line(there.index), client, backend, up, buffers, &mut turn.up)?;
+            turn.look |= lane.turn(map.line(there.index), grant, client, backend, up, buffers, &mut turn.up)?;
         }
         if let Some(lane) = &mut self.down {
-            turn.look |= lane.turn(map.line(back.index), backend, client, down, buffers, &mut turn.down).map_err(mirrored)?;
+            turn.look |= lane
+                .turn(map.line(back.index), grant, backend, client, down, buffers, &mut turn.down)
+                .map_err(mirrored)?;
         }
         turn.up.bytes = up.bytes - before.0;
         turn.down.bytes = down.bytes - before.1;
         if self.down.is_none() {
-            turn.down = down.pump(super::Means::Copy, backend, client, stores).map_err(|b| mirrored(Stop::Broken(b)))?;
+            turn.down =
+                down.pump(super::Means::Copy, backend, client, stores).map_err(|b| mirrored(Stop::Broken(b)))?;
         }
         Ok(turn)
     }

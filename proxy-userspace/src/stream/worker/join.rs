@@ -34,8 +34,8 @@ const LITTLE: u64 = 1000;
 const MUCH: Duration = Duration::from_millis(50);
 /// From one count of all joined connections to the next, in microseconds: what readers see is so old.
 const COUNTED_EVERY: u64 = 1_000_000;
-/// Bytes of all joined connections of a worker that the kernel may hold. Beyond, the one with most is ended.
-const HELD: u64 = 512 << 20;
+/// Bytes of all joined connections of a worker that may wait beyond what their windows allow. The one with most is ended.
+const BEYOND: u64 = 256 << 20;
 
 /// What a worker remembers of its joined connections.
 #[derive(Debug, Default)]
@@ -217,7 +217,7 @@ impl Worker {
                 Fate::Lives
             });
         }
-        if let (true, Some(key)) = (all > HELD, worst.1) {
+        if let (true, Some(key)) = (all > BEYOND, worst.1) {
             self.shared.pressure.overflowed[1].fetch_add(1, Relaxed);
             self.with(key, |worker, flow| worker.step(key, flow, proxy_core::session::Event::Cut(Reason::Killed)));
             self.joins.count_at = Some(self.micros + LITTLE);

@@ -11,7 +11,7 @@ use rustix::{
     net::{RecvFlags, SendFlags, recv},
 };
 
-use super::{GRANT, Stop};
+use super::Stop;
 use crate::{
     kernel::{
         sockmap::{Line, Seen},
@@ -70,13 +70,9 @@ impl Lane {
         self.grant != Grant::None
     }
 
-    /// Bytes that the kernel holds, as far as is known without asking.
-    pub fn held(&self, seen: &Seen) -> u64 {
-        let granted = match self.grant {
-            Grant::None => 0,
-            Grant::Until { .. } => GRANT.min(seen.redirected),
-        };
-        seen.passed.saturating_sub(self.taken) + granted
+    /// Bytes that were passed and that the daemon has not read.
+    pub fn waits(&self, seen: &Seen) -> u64 {
+        seen.passed.saturating_sub(self.taken)
     }
 
     pub fn count(&mut self, way: &mut Way, seen: &Seen) {
@@ -84,10 +80,12 @@ impl Lane {
         self.counted = seen.redirected;
     }
 
-    /// True when it has to be done again although nothing will happen.
+    /// `grant`: bytes that the kernel may have under way. True when it has to be done again although nothing will happen.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a direction, borrowed apart")]
     pub fn turn(
         &mut self,
         line: Line<'_>,
+        grant: u64,
         from: &mut Socket,
         to: &mut Socket,
         way: &mut Way,
@@ -116,7 +114,7 @@ impl Lane {
         if from.finished || from.hung_up {
             look = !self.finish(line, from, to, way)?;
         } else if !moved.again {
-            look = self.renew(line, to, way)?;
+            look = self.renew(line, grant, to, way)?;
         }
         moved.finished = way.pass_on_end(to)?;
         Ok(look && !moved.finished)
@@ -233,7 +231,7 @@ impl Lane {
     }
 
     /// Lets the kernel go on, as far as the partner has taken what it was given. True when that is to be looked at again.
-    fn renew(&mut self, line: Line<'_>, to: &Socket, way: &Way) -> Result<bool, Stop> {
+    fn renew(&mut self, line: Line<'_>, grant: u64, to: &Socket, way: &Way) -> Result<bool, Stop> {
         let seen = line.seen();
         let all_relayed = seen.passed == self.dealt(way) && matches!(way.waiting, Waiting::Nothing);
         if self.had.is_none() || !all_relayed {
@@ -244,9 +242,9 @@ impl Lane {
         }
         let acked = tcp::info(to).map_err(|_| Broken::To)?.acked;
         let under_way = self.expected(seen.redirected, way).saturating_sub(acked);
-        let room = GRANT.saturating_sub(under_way);
+        let room = grant.saturating_sub(under_way);
         self.epoch += 1;
-        if room < GRANT / 2 {
+        if room < grant / 2 {
             // The reader is slow. What was granted stays so; after that the daemon relays at its pace.
             if self.is_quiet() {
                 line.allow(self.granted, u64::MAX, self.epoch);

@@ -172,7 +172,8 @@ impl Rig {
     /// Everything that can be done now. False when it was nothing.
     pub fn step(&mut self) -> Result<bool, String> {
         let (client, server) = (self.client.step(), self.server.step());
-        let mut moved = client.map_err(|e| format!("the client: {e}"))? | server.map_err(|e| format!("the server: {e}"))?;
+        let mut moved =
+            client.map_err(|e| format!("the client: {e}"))? | server.map_err(|e| format!("the server: {e}"))?;
         let Some(joined) = &mut self.joined else { return Ok(moved) };
         let [a, b] = &mut self.near;
         for socket in [&mut *a, &mut *b] {
@@ -188,7 +189,6 @@ impl Rig {
         }
         Ok(moved | (up.bytes + down.bytes > before))
     }
-
 }
 
 /// What epoll would tell.
