@@ -1,7 +1,10 @@
 use std::path::Path;
 
 use super::*;
-use crate::config::{Protocol, parse};
+use crate::{
+    capability::Sockmap,
+    config::{Protocol, parse},
+};
 
 fn planned(text: &str, capabilities: &Capabilities) -> Plan {
     plan(&parse(text, Path::new("/test.toml")).unwrap_or_else(|problems| panic!("{problems}")), capabilities)
@@ -232,7 +235,7 @@ fn udp_routes_have_udp_timeouts() {
 #[test]
 fn sockets_are_joined_only_by_order_and_only_by_a_trusted_kernel() {
     let engine = |extra: &str, capabilities: &Capabilities| {
-        let route = plan(&config(extra), capabilities).routes()[0].clone();
+        let route = planned(&route(extra), capabilities).routes[0].clone();
         let against: Vec<String> =
             route.refused.iter().filter(|(e, _)| *e == Engine::Sockmap).map(|(_, r)| r.to_string()).collect();
         (route.engine, against.join("; "))
