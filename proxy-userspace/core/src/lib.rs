@@ -16,6 +16,7 @@ pub mod flow;
 pub mod plan;
 pub mod pool;
 pub mod reason;
+pub mod renewal;
 pub mod ruleset;
 pub mod session;
 pub mod sniff;

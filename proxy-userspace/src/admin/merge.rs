@@ -67,6 +67,7 @@ pub(super) fn status(known: &Known, uptime: Duration) -> view::Status {
         conntrack: flows.conntrack.clone(),
         reloads_ok: routes.reloads_ok,
         reloads_failed: routes.reloads_failed,
+        acme: known.relayed.acme.views(),
         warnings: known.warnings().collect(),
     }
 }

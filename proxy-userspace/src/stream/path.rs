@@ -64,6 +64,8 @@ pub struct StreamPath {
     lock_tables: bool,
     /// The workers have what sockets are joined with, or it could not be had.
     joins: bool,
+    /// Workers that have yet to serve the last change.
+    settling: Vec<oneshot::Receiver<()>>,
     /// From the first route with `source_address = "client"` on: what looks after its way back.
     return_path: Option<AbortOnDrop>,
 }
@@ -127,6 +129,7 @@ impl StreamPath {
             failed_dials: options.failed_dials,
             drained: options.drained,
             ended: options.ended,
+            challenges: reader.acme.challenges.clone(),
         };
         let unrouted = Arc::new(Meters::new(0, "-", workers));
         reader.meters.put(Arc::clone(&unrouted));
@@ -149,6 +152,7 @@ impl StreamPath {
             listens: BTreeMap::new(),
             lock_tables: options.lock_tables,
             joins: false,
+            settling: Vec::new(),
             return_path: None,
             certificates,
         })
@@ -322,8 +326,18 @@ impl Streams for StreamPath {
             changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));
         }
         self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
+        self.settling.clear();
         for (worker, change) in self.workers.iter().zip(changes) {
-            worker.link.send(Command::Apply(change));
+            let (done, serves) = oneshot::channel();
+            worker.link.send(Command::Apply(change, done));
+            self.settling.push(serves);
+        }
+    }
+
+    async fn settled(&mut self) {
+        for serves in self.settling.drain(..) {
+            // A worker that has ended serves nothing.
+            let _ = serves.await;
         }
     }
 

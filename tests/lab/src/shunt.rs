@@ -31,6 +31,7 @@ pub struct ShuntBuilder {
     wait_ready: bool,
     binary: Option<PathBuf>,
     descriptors: Option<usize>,
+    processors: Option<String>,
 }
 
 impl ShuntBuilder {
@@ -75,6 +76,12 @@ impl ShuntBuilder {
         self
     }
 
+    /// Runs on these processors only (`0`, `0,1`), with a worker for each.
+    pub fn processors(mut self, list: &str) -> Self {
+        self.processors = Some(list.to_owned());
+        self
+    }
+
     /// Does not wait for readiness: for daemons that shall fail.
     pub fn without_waiting(mut self) -> Self {
         self.wait_ready = false;
@@ -110,6 +117,11 @@ pub struct Shunt {
     running: Option<Running>,
 }
 
+/// The plainest route: `web`, from port 80 of the gateway to port 80 of backend 1; `rest` is what it has besides.
+pub fn web(rest: &str) -> String {
+    format!("[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:80\"]\nbackends = [\"10.88.2.2:80\"]\n{rest}\n")
+}
+
 impl Shunt {
     /// Starts the daemon on the gateway with `config` (without `[admin]`, which is added) and waits until it is ready.
     pub fn start(lab: &Lab, config: &str) -> Result<Self> {
@@ -126,6 +138,7 @@ impl Shunt {
             wait_ready: true,
             binary: None,
             descriptors: None,
+            processors: None,
         }
     }
 
@@ -256,9 +269,14 @@ impl Shunt {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let mut command = match self.options.descriptors {
-            None => self.host.command(&self.binary),
-            Some(most) => {
+        let mut command = match (self.options.descriptors, &self.options.processors) {
+            (None, None) => self.host.command(&self.binary),
+            (None, Some(list)) => {
+                let mut command = self.host.command("taskset");
+                command.args(["-c", list]).arg(&self.binary);
+                command
+            }
+            (Some(most), _) => {
                 let mut command = self.host.command("setpriv");
                 command.args(["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "prlimit"]);
                 command.arg(format!("--nofile={most}")).arg(&self.binary);

@@ -88,6 +88,8 @@ pub struct Lab {
     backends: Vec<Host>,
     client_addresses: u8,
     dir: TempDir,
+    #[cfg(feature = "tls")]
+    tls: crate::tls::OfLab,
     /// Last: nothing above needs the namespaces once it runs.
     _namespaces: Namespaces,
 }
@@ -135,6 +137,12 @@ impl Lab {
         self.dir.path()
     }
 
+    /// Certificates of this lab and whom its clients believe, made when first asked for.
+    #[cfg(feature = "tls")]
+    pub fn tls(&self) -> Result<std::sync::Arc<crate::tls::Material>> {
+        self.tls.of(self)
+    }
+
     fn build(spec: &LabBuilder) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let stem = format!("{PREFIX}{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -147,7 +155,16 @@ impl Lab {
             .zip(&names.backends)
             .map(|(n, name)| Host::open(name, backend_ip(n), backend_ip6(n)))
             .collect::<Result<Vec<_>>>()?;
-        let lab = Self { client, gateway, backends, client_addresses: spec.client_addresses, dir, _namespaces: names };
+        let lab = Self {
+            client,
+            gateway,
+            backends,
+            client_addresses: spec.client_addresses,
+            dir,
+            #[cfg(feature = "tls")]
+            tls: Default::default(),
+            _namespaces: names,
+        };
         lab.wire(spec)?;
         Ok(lab)
     }

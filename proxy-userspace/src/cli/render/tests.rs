@@ -130,6 +130,7 @@ fn status_says_every_warning() {
         conntrack: view::ConntrackStatus { entries: 90, max: 100, events_lost: 5, ..Default::default() },
         reloads_ok: 1,
         reloads_failed: 2,
+        acme: Vec::new(),
         warnings: vec!["conntrack is nearly full".into(), "events were lost".into()],
     };
     let text = plain(&super::status(&status));

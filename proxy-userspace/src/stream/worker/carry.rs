@@ -108,7 +108,7 @@ impl Worker {
             self.handshake_ended(flow, Shaken::Timeout);
         }
         self.take_count(flow);
-        self.part(flow);
+        self.unjoin(flow);
         let age = Duration::from_micros(self.micros.saturating_sub(flow.accepted));
         let slot = &mut self.slots[flow.slot];
         slot.open -= 1;

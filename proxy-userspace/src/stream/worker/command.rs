@@ -30,7 +30,8 @@ use crate::{
 
 #[derive(Debug)]
 pub enum Command {
-    Apply(Applied),
+    /// Answers when it is served.
+    Apply(Applied, oneshot::Sender<()>),
     /// What sockets are joined with.
     Join(Box<Sockmap>),
     List {
@@ -107,7 +108,10 @@ impl Worker {
         let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Apply(change) => self.apply(change),
+                Command::Apply(change, done) => {
+                    self.apply(change);
+                    let _ = done.send(());
+                }
                 Command::Join(map) => self.take_maps(*map),
                 Command::List { filter, reply } => {
                     self.count_all();

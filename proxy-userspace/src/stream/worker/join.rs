@@ -241,7 +241,7 @@ impl Worker {
     }
 
     /// The sockets are closed next.
-    pub(super) fn part(&mut self, flow: &mut Flow) {
+    pub(super) fn unjoin(&mut self, flow: &mut Flow) {
         if let (Some(joined), Some(map)) = (&flow.joined, &mut self.stores.sockmap) {
             joined.leave(map, self.micros);
             self.joins.open -= 1;
