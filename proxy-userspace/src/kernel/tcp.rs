@@ -101,8 +101,7 @@ pub fn read_exactly(socket: impl AsFd) -> Result<u64, Errno> {
         let before = info(&socket)?;
         let unread = unread(&socket)?;
         if info(&socket)? == before {
-            let payload = before.received - u64::from(before.finished);
-            return payload.checked_sub(unread).ok_or(Errno::AGAIN);
+            return before.received.checked_sub(u64::from(before.finished) + unread).ok_or(Errno::AGAIN);
         }
     }
     Err(Errno::AGAIN)

@@ -85,13 +85,18 @@ impl Joined {
     /// Joins two connected sockets between which nothing waits.
     ///
     /// # Errors
-    /// They are as they were: not joined.
+    /// They are as they were: not joined. `AGAIN`: not now, because something waits to be read.
     pub fn new(map: &mut Sockmap, client: &Socket, backend: &Socket, now: u64) -> Result<Self, Errno> {
         tcp::force_send_room(client, SEND_ROOM)?;
         tcp::force_send_room(backend, SEND_ROOM)?;
         // Nobody but this thread reads or writes, so these stay true until the first piece is judged.
         let up = Lane::between(client, backend)?;
         let down = Lane::between(backend, client)?;
+        // A piece that was partly read would be handed over whole, and the kernel would count its beginning as read twice: it
+        // would then take what comes next for read, too, and tell nobody (`tcp_bpf_recvmsg_parser`, v6.18).
+        if tcp::unread(client)? > 0 || tcp::unread(backend)? > 0 {
+            return Err(Errno::AGAIN);
+        }
         let mut places = map.introduce(client, backend, now)?;
         for place in &places {
             // The window bounds what is passed and not relayed, as long as the kernel keeps to it.

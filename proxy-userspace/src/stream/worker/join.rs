@@ -7,7 +7,10 @@ use proxy_core::{
     reason::Reason,
     session::{State, Tick},
 };
-use rustix::time::{ClockId, clock_gettime};
+use rustix::{
+    io::Errno,
+    time::{ClockId, clock_gettime},
+};
 
 use super::{Fate, Worker};
 use crate::{
@@ -106,6 +109,7 @@ impl Worker {
                     self.queue.push_back(key);
                 }
             }
+            Err(Errno::AGAIN) => {}
             Err(errno) => {
                 tracing::debug!(%errno, client = %flow.client_address, "not joined");
                 flow.turns = NEVER;

@@ -76,7 +76,7 @@ impl Lane {
     }
 
     pub fn count(&mut self, way: &mut Way, seen: &Seen) {
-        way.bytes += seen.redirected - self.counted;
+        way.bytes += seen.redirected.saturating_sub(self.counted);
         self.counted = seen.redirected;
     }
 
@@ -131,7 +131,7 @@ impl Lane {
     /// Of what was passed: relayed, or known to have been read before.
     fn dealt(&self, way: &Way) -> u64 {
         match &way.waiting {
-            Waiting::Bytes(held) => self.taken - held.left().len() as u64,
+            Waiting::Bytes(held) => self.taken.saturating_sub(held.left().len() as u64),
             Waiting::Nothing | Waiting::Pipe(_) => self.taken,
         }
     }
@@ -148,7 +148,8 @@ impl Lane {
         }
         let before = line.seen().passed;
         let info = tcp::info(from).map_err(|_| Broken::From)?;
-        let new = info.received - u64::from(info.finished) - self.read;
+        // A reset is the end of a socket without a FIN that would be counted.
+        let new = info.received.saturating_sub(self.read + u64::from(info.finished));
         if line.seen().passed != before {
             return Ok(false);
         }
@@ -220,8 +221,8 @@ impl Lane {
         // After the socket's lock was had: all that came is judged.
         let seen = line.seen();
         self.count(way, &seen);
-        let new = (info.received - 1).checked_sub(self.read);
-        let judged = seen.redirected + seen.passed - self.had.unwrap_or(0);
+        let new = info.received.checked_sub(self.read + 1);
+        let judged = (seen.redirected + seen.passed).saturating_sub(self.had.unwrap_or(0));
         let relayed = self.dealt(way) == seen.passed && matches!(way.waiting, Waiting::Nothing);
         if new != Some(judged) || !relayed {
             return Ok(false);

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 
 use crate::{
     kernel::{
@@ -26,7 +29,7 @@ use crate::{
 };
 
 /// For one check; a loaded machine takes a hundredth of it.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 /// Nothing has moved for so long.
 const STILL: Duration = Duration::from_millis(30);
 
@@ -150,18 +153,18 @@ impl Rig {
         Ok(())
     }
 
-    /// What waits to be read of the client's bytes.
-    pub fn unread(&self) -> u64 {
-        tcp::unread(&self.near[0]).unwrap_or_default()
-    }
-
-    /// Reads so many of the client's bytes and writes them, as the daemon does before it joins.
-    pub fn relay_by_hand(&mut self, bytes: usize) -> Result<(), String> {
-        let mut buffer = vec![0; bytes];
+    /// Reads what there is of the client's bytes and writes it, as the daemon does before it joins.
+    pub fn relay_by_hand(&mut self) -> Result<(), String> {
+        let mut buffer = [0; 4096];
         let [a, b] = &self.near;
-        let read = rustix::io::read(&a.fd, &mut buffer).map_err(|errno| errno.to_string())?;
-        let written = rustix::io::write(&b.fd, &buffer[..read]).map_err(|errno| errno.to_string())?;
-        if written != bytes { Err(format!("{written} of {bytes} bytes by hand")) } else { Ok(()) }
+        match rustix::io::read(&a.fd, &mut buffer) {
+            Err(Errno::AGAIN) => Ok(()),
+            Ok(read) => match rustix::io::write(&b.fd, &buffer[..read]) {
+                Ok(written) if written == read => Ok(()),
+                other => Err(format!("{other:?} of {read} bytes by hand")),
+            },
+            Err(errno) => Err(errno.to_string()),
+        }
     }
 
     pub fn seen(&self) -> [Seen; 2] {
