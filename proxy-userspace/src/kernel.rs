@@ -9,4 +9,6 @@ pub mod netlink;
 pub mod nft;
 pub mod return_path;
 pub mod routing;
+pub mod sockmap;
 pub mod sysctl;
+pub mod tcp;

@@ -30,6 +30,7 @@ use tokio::sync::mpsc;
 
 pub use ended::{Ended, StreamId};
 pub use path::{MAX_PORTS, StreamPath};
+pub use relay::sockmap::trust_in_sockmap;
 
 use crate::{
     control::{ConnectionFilter, Reply},

@@ -3,6 +3,7 @@
 use crate::{
     flow::{Endpoint, FlowCounters, FlowKey, Traffic},
     lookup::ListenKey,
+    sockmap::Channel,
 };
 
 // SAFETY: `repr(C)`, bytes only: no padding, every bit pattern valid, no pointers.
@@ -15,3 +16,5 @@ unsafe impl aya::Pod for Traffic {}
 unsafe impl aya::Pod for FlowCounters {}
 // SAFETY: `repr(C)`, 16 + 2 bytes of alignment 1: no padding, every bit pattern valid.
 unsafe impl aya::Pod for ListenKey {}
+// SAFETY: `repr(C)`, integers only, 64 + 64 bytes without padding, every bit pattern valid, no pointers.
+unsafe impl aya::Pod for Channel {}

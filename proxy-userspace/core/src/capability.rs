@@ -25,6 +25,17 @@ pub struct Capabilities {
     pub conntrack_netlink: bool,
     /// IPv6 is there (`/proc/sys/net/ipv6`).
     pub ipv6: bool,
+    pub sockmap: Sockmap,
+}
+
+/// Whether the kernel may be let to join sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sockmap {
+    /// It has moved known bytes without harm.
+    Trusted,
+    /// Which check failed, and how.
+    Refused(String),
 }
 
 impl Capabilities {
@@ -41,6 +52,7 @@ impl Capabilities {
             sk_lookup: true,
             conntrack_netlink: true,
             ipv6: true,
+            sockmap: Sockmap::Trusted,
         }
     }
 }

@@ -100,7 +100,7 @@ impl Plan {
 impl RoutePlan {
     /// The daemon listens, dials and relays.
     pub fn is_relayed(&self) -> bool {
-        matches!(self.engine, Some(Engine::Splice | Engine::Copy))
+        matches!(self.engine, Some(Engine::Sockmap | Engine::Splice | Engine::Copy))
     }
 
     /// The daemon dials its backends from the client's address.

@@ -1,6 +1,6 @@
 //! What the kernel was built with.
 
-use proxy_core::plan::MAX_STREAM_PORTS;
+use proxy_core::{capability::Sockmap, plan::MAX_STREAM_PORTS};
 
 use super::Check;
 use crate::kernel::{
@@ -112,6 +112,17 @@ pub(super) fn own_object(probe: Result<ProbeReport, BpfError>) -> Check {
         ),
         Ok(report) => check.ok(format!("{} packets counted right, ABI {}", report.packets, report.abi_version)),
         Err(error) => check.warn(error.to_string(), "run with CAP_BPF and CAP_NET_ADMIN; the nft engine does without"),
+    }
+}
+
+/// The engine `sockmap` is used where this says so, and a route asks for it.
+pub(super) fn sockmap(trust: &Sockmap) -> Check {
+    let check = Check::of("sockmap self-probe", "routes with engine = \"sockmap\": known bytes through joined sockets");
+    match trust {
+        Sockmap::Trusted => check.ok("all bytes came whole, in order and with their ends"),
+        Sockmap::Refused(what) => {
+            check.warn(what.clone(), "run with CAP_BPF and CAP_NET_ADMIN on a newer kernel; splice and copy do without")
+        }
     }
 }
 

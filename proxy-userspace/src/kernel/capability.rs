@@ -15,7 +15,7 @@ use std::{io, path::Path};
 
 pub use nft::NftFacts;
 use nix::sched::{CloneFlags, unshare};
-use proxy_core::capability::Capabilities;
+use proxy_core::capability::{Capabilities, Sockmap};
 
 use super::{bpf::BpfError, lookup};
 
@@ -103,6 +103,8 @@ impl Probe {
             sk_lookup: self.sk_lookup.unwrap_or(!self.net_admin),
             conntrack_netlink: self.conntrack_netlink.unwrap_or(true),
             ipv6: self.ipv6,
+            // Its own probe asks: `stream::trust_in_sockmap`.
+            sockmap: Sockmap::Refused("not asked".into()),
         }
     }
 }
@@ -125,7 +127,9 @@ mod tests {
 
     #[test]
     fn what_may_not_be_asked_counts_as_there_but_the_privilege_is_missing() {
-        assert_eq!(unprivileged().capabilities(), Capabilities { net_admin: false, ..Capabilities::all() });
+        let sockmap = Sockmap::Refused("not asked".into());
+        let expected = Capabilities { net_admin: false, sockmap, ..Capabilities::all() };
+        assert_eq!(unprivileged().capabilities(), expected);
     }
 
     #[test]

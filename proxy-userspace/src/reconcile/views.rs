@@ -157,6 +157,10 @@ fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
         return path;
     }
     path.push(match served.view.engine {
+        Engine::Sockmap => {
+            "bytes: copied by the daemon at first; a connection that goes on has its sockets joined, and the kernel passes \
+             the bytes on; the daemon relays while the reader is slow"
+        }
         Engine::Splice => {
             "bytes: copied by the daemon at first; a connection that carries much is moved in the kernel, from socket to \
              socket through a pipe"

@@ -20,7 +20,7 @@ use rustls::ServerConfig;
 use super::{
     admission::Admitted,
     poll::{NUMBER_MASK, Source},
-    relay::{Means, Way, secured::Secured},
+    relay::{Means, Way, secured::Secured, sockmap::Joined},
     route::Listen,
     socket::Socket,
 };
@@ -42,6 +42,10 @@ pub struct Flow {
     pub means: Means,
     /// TLS that begins or ends here.
     pub tls: Option<Box<Secured>>,
+    /// The kernel passes its bytes on.
+    pub joined: Option<Box<Joined>>,
+    /// Turns in which it has carried something, as far as that counts for being joined.
+    pub turns: u8,
     pub client_address: SocketAddr,
     /// What the client dialled.
     pub listen: SocketAddr,

@@ -15,7 +15,7 @@ use std::{
     time::Instant,
 };
 
-use proxy_core::view;
+use proxy_core::{config::Engine, view};
 use rustix::{
     event::{EventfdFlags, eventfd},
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -32,9 +32,11 @@ use super::{
 use crate::{
     kernel::{
         lookup::{Block, Lookup},
+        memory,
         nft::TRANSPARENT_TABLE,
         return_path::{self, ReturnPath, SetUp},
         routing::Policy,
+        sockmap::Sockmap,
     },
     tls::Watch,
 };
@@ -45,6 +47,8 @@ pub const MAX_PORTS: usize = 16_384;
 const RESERVED: u64 = 512;
 /// Of the rest, one in so many may be for pipes.
 const PIPE_SHARE: u64 = 8;
+/// Sockets that one worker joins at most; its maps are some 3 MB.
+const JOINED: u32 = 16_384;
 /// Pipes per worker at most.
 const MAX_PIPES: u64 = 4096;
 
@@ -64,6 +68,8 @@ pub struct StreamPath {
     lookup: Option<Result<Lookup, ()>>,
     certificates: Watch,
     lock_tables: bool,
+    /// The workers have what sockets are joined with, or it could not be had.
+    joins: bool,
     /// Workers that have yet to serve the last change.
     settling: Vec<oneshot::Receiver<()>>,
     /// From the first route with `source_address = "client"` on: what looks after its way back.
@@ -108,6 +114,8 @@ pub struct Prepared {
     gone: Vec<u32>,
     listening: Option<Listening>,
     return_path: Option<SetUp>,
+    /// One for each worker, when they are needed first.
+    maps: Vec<Sockmap>,
 }
 
 /// The listen addresses after a change, and what has to be done for it.
@@ -170,6 +178,7 @@ impl StreamPath {
             serving: Serving::default(),
             lookup: None,
             lock_tables: options.lock_tables,
+            joins: false,
             settling: Vec::new(),
             return_path: None,
             certificates,
@@ -199,6 +208,17 @@ impl StreamPath {
     }
 }
 
+/// Maps for each worker, or for none: where they cannot be had, splice and copy serve.
+fn maps(workers: usize) -> Vec<Sockmap> {
+    let loaded: Result<Vec<Sockmap>, _> = (0..workers).map(|_| Sockmap::load(JOINED)).collect();
+    // The loader has read what the kernel says of its types, megabytes.
+    memory::give_back();
+    loaded.unwrap_or_else(|error| {
+        tracing::warn!(%error, "no sockets can be joined: splice and copy serve instead");
+        Vec::new()
+    })
+}
+
 impl Streams for StreamPath {
     type Prepared = Prepared;
 
@@ -216,11 +236,17 @@ impl Streams for StreamPath {
         let listening = if asked.is_empty() { None } else { Some(self.listen(asked, &fresh)?) };
         let transparent = self.return_path.is_none() && routes.iter().any(|route| route.is_transparent());
         let return_path = transparent.then(|| ReturnPath::set_up(self.lock_tables)).transpose()?;
-        Ok(Prepared { routes, gone: change.gone, listening, return_path })
+        let joins = !self.joins && routes.iter().any(|route| route.engine == Engine::Sockmap);
+        let maps = if joins { maps(count) } else { Vec::new() };
+        Ok(Prepared { routes, gone: change.gone, listening, return_path, maps })
     }
 
     fn commit(&mut self, prepared: Prepared) {
-        let Prepared { routes, gone, listening, return_path: made } = prepared;
+        let Prepared { routes, gone, listening, return_path: made, maps } = prepared;
+        for (worker, map) in self.workers.iter().zip(maps) {
+            self.joins = true;
+            worker.link.send(Command::Join(Box::new(map)));
+        }
         if let Some(path) = made.and_then(SetUp::keep) {
             let Policy { priority, table, .. } = return_path::POLICY;
             tracing::info!(

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::{
-    capability::Capabilities,
+    capability::{Capabilities, Sockmap},
     config::{Balance, Engine, EngineChoice, Protocol, Route, RouteName, SourceAddress, Target, TlsMode},
     plan::Port,
     ruleset::Family,
@@ -33,6 +33,10 @@ pub enum Refusal {
     Lacks(Capability),
     /// The engine never sees the bytes it moves, and they must be deciphered or enciphered.
     NeedsBytes(Need),
+    /// The engine `sockmap` is not trusted here: the check that failed.
+    Untrusted(String),
+    /// It could serve the route, and moves bytes no better than those after it (docs/sockmap.md).
+    NotBetter,
     /// This version of shunt has no such engine.
     NotInThisBuild,
 }
@@ -90,6 +94,10 @@ impl fmt::Display for Refusal {
             }
             Self::NeedsBytes(need) => write!(f, "{need}; this engine never sees the bytes"),
             Self::Lacks(capability) => write!(f, "{capability}"),
+            Self::Untrusted(check) => write!(f, "not trusted on this kernel: {check}"),
+            Self::NotBetter => {
+                f.write_str("measures no better than splice and copy (docs/sockmap.md); engine = \"sockmap\" forces it")
+            }
             Self::NotInThisBuild => f.write_str("not in this version of shunt"),
         }
     }
@@ -139,11 +147,14 @@ pub const MAX_STREAM_PORTS: usize = 1024;
 pub(super) fn refusals(route: &Route, port: &Port, capabilities: &Capabilities) -> Vec<(Engine, Refusal)> {
     let mut refused: Vec<(Engine, Refusal)> =
         nft(route, port, capabilities).into_iter().map(|r| (Engine::Nft, r)).collect();
-    refused.extend([Engine::Handoff, Engine::Sockmap].map(|engine| (engine, Refusal::NotInThisBuild)));
+    refused.push((Engine::Handoff, Refusal::NotInThisBuild));
     let relays = stream(route, capabilities);
-    for engine in [Engine::Splice, Engine::Copy] {
+    for engine in [Engine::Sockmap, Engine::Splice, Engine::Copy] {
         refused.extend(relays.iter().map(|refusal| (engine, refusal.clone())));
-        if engine == Engine::Splice {
+        if engine == Engine::Sockmap {
+            refused.extend(sockmap(route, capabilities).into_iter().map(|refusal| (engine, refusal)));
+        }
+        if engine != Engine::Copy {
             refused.extend(encrypts(route).into_iter().map(|need| (engine, Refusal::NeedsBytes(need))));
         }
     }
@@ -158,7 +169,7 @@ pub(super) fn is_for_stream(route: &Route, capabilities: &Capabilities) -> bool 
     }
 }
 
-/// Against both engines that relay in the daemon.
+/// Against all engines that relay in the daemon.
 fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     let mut refuse = |condition: bool, refusal| {
@@ -179,6 +190,15 @@ fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     refuse(ports > MAX_STREAM_PORTS && !capabilities.sk_lookup, Refusal::TooManyPorts(ports));
     refuse(ipv6 && !capabilities.ipv6, Refusal::Lacks(Capability::Ipv6));
     refusals
+}
+
+/// Against joining sockets, besides what is against relaying.
+fn sockmap(route: &Route, capabilities: &Capabilities) -> Option<Refusal> {
+    match &capabilities.sockmap {
+        Sockmap::Refused(check) => Some(Refusal::Untrusted(check.clone())),
+        Sockmap::Trusted if route.engine == EngineChoice::Auto => Some(Refusal::NotBetter),
+        Sockmap::Trusted => None,
+    }
 }
 
 /// Ciphers that the route needs.

@@ -1,7 +1,10 @@
 use std::path::Path;
 
 use super::*;
-use crate::config::{Protocol, parse};
+use crate::{
+    capability::Sockmap,
+    config::{Protocol, parse},
+};
 
 fn planned(text: &str, capabilities: &Capabilities) -> Plan {
     plan(&parse(text, Path::new("/test.toml")).unwrap_or_else(|problems| panic!("{problems}")), capabilities)
@@ -210,8 +213,8 @@ fn a_forced_engine_that_cannot_serve_is_an_error_that_says_why() {
         unserved.to_string()
     };
     assert_eq!(
-        unserved("engine = \"sockmap\""),
-        "route \"web\": no engine can serve it here: sockmap: not in this version of shunt"
+        unserved("engine = \"handoff\""),
+        "route \"web\": no engine can serve it here: handoff: not in this version of shunt"
     );
     assert_eq!(
         unserved("engine = \"splice\"\nprotocol = \"udp\""),
@@ -250,4 +253,22 @@ fn udp_routes_have_udp_timeouts() {
     let plan = planned(&route("protocol = \"udp\"\ntimeouts = { idle = \"90s\" }"), &Capabilities::all());
     assert_eq!(plan.routes[0].route.protocol, Protocol::Udp);
     assert_eq!(crate::ruleset::timeout_policy(&plan.routes[0].route), crate::ruleset::TimeoutPolicy::udp(90));
+}
+
+#[test]
+fn sockets_are_joined_only_by_order_and_only_by_a_trusted_kernel() {
+    let engine = |extra: &str, capabilities: &Capabilities| {
+        let route = planned(&route(extra), capabilities).routes[0].clone();
+        let against: Vec<String> =
+            route.refused.iter().filter(|(e, _)| *e == Engine::Sockmap).map(|(_, r)| r.to_string()).collect();
+        (route.engine, against.join("; "))
+    };
+    let forced = "engine = \"sockmap\"\nproxy_protocol = { send = \"v1\" }";
+    assert_eq!(engine(forced, &Capabilities::all()), (Some(Engine::Sockmap), String::new()));
+    let (chosen, why) = engine("proxy_protocol = { send = \"v1\" }", &Capabilities::all());
+    assert!(chosen == Some(Engine::Splice) && why.contains("no better"), "{chosen:?} {why}");
+    let doubtful =
+        Capabilities { sockmap: Sockmap::Refused("half-close: bytes are missing".into()), ..Capabilities::all() };
+    let (chosen, why) = engine(forced, &doubtful);
+    assert!(chosen.is_none() && why.contains("half-close"), "{chosen:?} {why}");
 }

@@ -117,6 +117,8 @@ impl Worker {
             up: Way::default(),
             down: Way::default(),
             means: Means::Copy,
+            joined: None,
+            turns: 0,
             tls: None,
             client_address: peer,
             listen: dialled,

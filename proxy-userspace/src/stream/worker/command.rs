@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use super::{Slot, Worker, accept::Listener, engine_of};
 use crate::{
     control::ConnectionFilter,
+    kernel::sockmap::Sockmap,
     stream::{
         StreamId,
         flow::Flow,
@@ -31,6 +32,8 @@ use crate::{
 pub enum Command {
     /// Answers when it is served.
     Apply(Applied, oneshot::Sender<()>),
+    /// What sockets are joined with.
+    Join(Box<Sockmap>),
     List {
         filter: ConnectionFilter,
         reply: oneshot::Sender<Vec<Row>>,
@@ -111,7 +114,11 @@ impl Worker {
                     self.apply(change);
                     let _ = done.send(());
                 }
-                Command::List { filter, reply } => drop(reply.send(self.list(&filter))),
+                Command::Join(map) => self.take_maps(*map),
+                Command::List { filter, reply } => {
+                    self.count_all();
+                    drop(reply.send(self.list(&filter)));
+                }
                 Command::Kill { number, reply } => drop(reply.send(self.kill(number))),
                 Command::Stop => self.stop(),
             }
