@@ -121,18 +121,20 @@ impl Apt {
 
     /// The kernel's packages in `to`: those that it needs in exactly its version.
     pub fn unpack(&self, kernel: &Kernel, to: &Path) -> Result<()> {
-        let mut wanted = vec![META.to_owned()];
-        let mut packages = BTreeSet::new();
+        let (mut wanted, mut known) = (vec![META.to_owned()], BTreeSet::new());
         while let Some(name) = wanted.pop() {
+            // Those of newer kernels need each other.
+            if !known.insert(name.clone()) {
+                continue;
+            }
             let shown = super::output(self.command("apt-cache").args(["show", &format!("{name}={}", kernel.version)]))?;
             let depends = shown.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
             let pinned = format!("(= {})", kernel.version);
             wanted.extend(depends.split(", ").filter_map(|one| Some(one.strip_suffix(&pinned)?.trim().to_owned())));
-            if name != META {
-                packages.insert(format!("{name}={}", kernel.version));
-            }
         }
-        self.download(packages.into_iter().collect(), to)
+        known.remove(META);
+        let packages: Vec<String> = known.iter().map(|name| format!("{name}={}", kernel.version)).collect();
+        self.download(packages, to)
     }
 
     pub fn unpack_busybox(&self, to: &Path) -> Result<()> {
