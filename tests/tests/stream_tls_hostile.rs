@@ -97,16 +97,16 @@ fn old_versions_are_refused_by_name_and_renegotiation_is_not_taken_up() -> Resul
             [("-tls1_2", "R", "RENEGOTIATING"), ("-tls1_3", "K", "KEYUPDATE"), ("-tls1_3", "k", "KEYUPDATE")]
         {
             let mut client = s_client(relay, version)?;
-            client.say("one")?;
-            client.hear_until("one", SOON)?;
+            client.say("first line")?;
+            client.hear_until("first line", SOON)?;
             client.say(command)?;
             client.hear_until(answer, SOON)?;
             if command == "R" {
                 client.hear_until("no renegotiation", SOON)?;
             } else {
                 // Keys may change in TLS 1.3: that is no renegotiation.
-                client.say("two")?;
-                client.hear_until("two", SOON)?;
+                client.say("second line")?;
+                client.hear_until("second line", SOON)?;
             }
         }
         let told = [("route", relay.route()), ("result", "incompatible")];
