@@ -2,6 +2,7 @@
 
 use crate::{
     flow::{Endpoint, FlowCounters, FlowKey, Traffic},
+    lookup::ListenKey,
     sockmap::Channel,
 };
 
@@ -13,5 +14,7 @@ unsafe impl aya::Pod for FlowKey {}
 unsafe impl aya::Pod for Traffic {}
 // SAFETY: `repr(C)`, two `Traffic`: no padding, every bit pattern valid, no pointers.
 unsafe impl aya::Pod for FlowCounters {}
+// SAFETY: `repr(C)`, 16 + 2 bytes of alignment 1: no padding, every bit pattern valid.
+unsafe impl aya::Pod for ListenKey {}
 // SAFETY: `repr(C)`, integers only, 64 + 64 bytes without padding, every bit pattern valid, no pointers.
 unsafe impl aya::Pod for Channel {}

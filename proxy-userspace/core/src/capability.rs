@@ -19,6 +19,8 @@ pub struct Capabilities {
     pub nft_owner_persist: bool,
     /// `socket` (`nft_socket`), which finds the socket a packet is for.
     pub nft_socket: bool,
+    /// `sk_lookup` programs (v5.9+), which lead many ports to one socket; need `CAP_BPF` too.
+    pub sk_lookup: bool,
     /// Conntrack over netlink (`nf_conntrack_netlink`).
     pub conntrack_netlink: bool,
     /// IPv6 is there (`/proc/sys/net/ipv6`).
@@ -47,6 +49,7 @@ impl Capabilities {
             nft_balance: true,
             nft_owner_persist: true,
             nft_socket: true,
+            sk_lookup: true,
             conntrack_netlink: true,
             ipv6: true,
             sockmap: Sockmap::Trusted,

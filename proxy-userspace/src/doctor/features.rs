@@ -1,6 +1,6 @@
 //! What the kernel was built with.
 
-use proxy_core::capability::Sockmap;
+use proxy_core::{capability::Sockmap, plan::MAX_STREAM_PORTS};
 
 use super::Check;
 use crate::kernel::{
@@ -17,6 +17,7 @@ pub(super) fn checks(probe: &Probe) -> Vec<Check> {
         checks.extend(optional(nft));
     }
     checks.push(conntrack(probe));
+    checks.push(port_ranges(probe));
     let ipv6 = Check::of("IPv6", "routes that listen on IPv6 addresses");
     checks.push(ipv6.either(
         probe.ipv6,
@@ -77,6 +78,19 @@ fn optional(nft: &NftFacts) -> Vec<Check> {
         ),
         flowtable.ok(if nft.flowtable { "there" } else { "absent" }),
     ]
+}
+
+fn port_ranges(probe: &Probe) -> Check {
+    let check =
+        Check::of("port ranges", "one socket per worker for all ports of a relayed route, instead of one per port");
+    let without = "give the process CAP_BPF and CAP_NET_ADMIN, on Linux 5.9 or newer; or listen on few ports";
+    match probe.sk_lookup {
+        Some(true) => check.ok("sk_lookup leads them to one socket"),
+        Some(false) => {
+            check.warn(format!("no sk_lookup: a socket per port, at most {MAX_STREAM_PORTS} per route"), without)
+        }
+        None => check.warn("eBPF is not permitted to this process", without),
+    }
 }
 
 fn conntrack(probe: &Probe) -> Check {
@@ -154,6 +168,7 @@ mod tests {
             nf_tables: Some(false),
             nft: None,
             conntrack_netlink: Some(false),
+            sk_lookup: None,
             ipv6: false,
             scratch_namespace: false,
         };

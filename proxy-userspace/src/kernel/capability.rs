@@ -17,6 +17,8 @@ pub use nft::NftFacts;
 use nix::sched::{CloneFlags, unshare};
 use proxy_core::capability::{Capabilities, Sockmap};
 
+use super::{bpf::BpfError, lookup};
+
 /// What the kernel answered, in more detail than a plan needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
@@ -28,6 +30,8 @@ pub struct Probe {
     pub nft: Option<NftFacts>,
     /// `None`: not allowed to ask.
     pub conntrack_netlink: Option<bool>,
+    /// `None`: not allowed to ask.
+    pub sk_lookup: Option<bool>,
     pub ipv6: bool,
     /// The batch went to a network namespace of its own.
     pub scratch_namespace: bool,
@@ -56,7 +60,15 @@ pub fn probe_details() -> Probe {
     };
     let (nft, scratch_namespace) = if nf_tables == Some(true) { ask_nft() } else { (None, false) };
     let ipv6 = Path::new("/proc/sys/net/ipv6").exists();
-    Probe { net_admin, nf_tables, nft, conntrack_netlink, ipv6, scratch_namespace }
+    let sk_lookup = match lookup::probe() {
+        Ok(()) => Some(true),
+        Err(BpfError::NotPermitted(_)) => None,
+        Err(error) => {
+            tracing::debug!(%error, "no sk_lookup");
+            Some(false)
+        }
+    };
+    Probe { net_admin, nf_tables, nft, conntrack_netlink, sk_lookup, ipv6, scratch_namespace }
 }
 
 fn ask_nft() -> (Option<NftFacts>, bool) {
@@ -88,6 +100,7 @@ impl Probe {
             nft_balance: has(|nft| nft.numgen && nft.hash),
             nft_owner_persist: has(|nft| nft.owner_persist),
             nft_socket: has(|nft| nft.socket),
+            sk_lookup: self.sk_lookup.unwrap_or(!self.net_admin),
             conntrack_netlink: self.conntrack_netlink.unwrap_or(true),
             ipv6: self.ipv6,
             // Its own probe asks: `stream::trust_in_sockmap`.
@@ -106,6 +119,7 @@ mod tests {
             nf_tables: None,
             nft: None,
             conntrack_netlink: None,
+            sk_lookup: None,
             ipv6: true,
             scratch_namespace: false,
         }

@@ -121,6 +121,7 @@ fn path(served: &Served) -> Vec<String> {
 fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
     let route = &served.plan.route;
     let mut path = vec!["the daemon accepts the connection".to_owned()];
+    path.extend(served.plan.many_ports());
     if !route.proxy_protocol.accept_from.is_empty() {
         path.push(
             "from the networks of proxy_protocol.accept_from: it reads the PROXY header and takes its client".into(),

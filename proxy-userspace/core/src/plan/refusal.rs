@@ -28,7 +28,7 @@ pub enum Refusal {
     ClientSourceToLoopback,
     /// A relayed connection is a TCP connection.
     OnlyTcp,
-    /// More than [`MAX_STREAM_PORTS`]: each is a socket.
+    /// More than [`MAX_STREAM_PORTS`], and each is a socket: no `sk_lookup` leads them to one.
     TooManyPorts(usize),
     Lacks(Capability),
     /// The engine never sees the bytes it moves, and they must be deciphered or enciphered.
@@ -86,7 +86,11 @@ impl fmt::Display for Refusal {
             ),
             Self::OnlyTcp => f.write_str("relays TCP only"),
             Self::TooManyPorts(ports) => {
-                write!(f, "listens on {ports} ports, each of which is a socket; at most {MAX_STREAM_PORTS} are served")
+                write!(
+                    f,
+                    "listens on {ports} ports, each of which is a socket without sk_lookup (Linux 5.9, CAP_BPF); at most \
+                     {MAX_STREAM_PORTS} are served so"
+                )
             }
             Self::NeedsBytes(need) => write!(f, "{need}; this engine never sees the bytes"),
             Self::Lacks(capability) => write!(f, "{capability}"),
@@ -137,7 +141,7 @@ impl fmt::Display for Capability {
     }
 }
 
-/// Ports of one route where the daemon listens.
+/// Ports of one route where each has sockets.
 pub const MAX_STREAM_PORTS: usize = 1024;
 
 /// Every reason against every engine, in order of preference.
@@ -184,7 +188,7 @@ fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     refuse(transparent && from_elsewhere && to_loopback, Refusal::ClientSourceToLoopback);
     refuse(transparent && !capabilities.net_admin, Refusal::Lacks(Capability::NetAdmin));
     refuse(transparent && !capabilities.nft_socket, Refusal::Lacks(Capability::NftSocket));
-    refuse(ports > MAX_STREAM_PORTS, Refusal::TooManyPorts(ports));
+    refuse(ports > MAX_STREAM_PORTS && !capabilities.sk_lookup, Refusal::TooManyPorts(ports));
     refuse(ipv6 && !capabilities.ipv6, Refusal::Lacks(Capability::Ipv6));
     refusals
 }

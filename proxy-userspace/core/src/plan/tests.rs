@@ -70,8 +70,31 @@ fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
     let range = |last: u16| {
         format!("[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:2000-{last}\"]\nbackends = [\"10.0.1.1\"]\n")
     };
-    assert_eq!(relayed(&range(3023)).1, []);
-    assert_eq!(relayed(&range(3024)).1, [Refusal::TooManyPorts(1025)]);
+    let without = Capabilities { sk_lookup: false, ..Capabilities::all() };
+    let against_copy = |last| {
+        let plan = planned(&range(last), &without);
+        let refused = plan.routes[0].refused.iter().filter(|(engine, _)| *engine == Engine::Copy);
+        refused.map(|(_, refusal)| refusal.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(against_copy(3023), []);
+    assert_eq!(against_copy(3024), [Refusal::TooManyPorts(1025)]);
+    assert_eq!(relayed(&range(60_000)).1, [], "sk_lookup leads them to one socket");
+}
+
+#[test]
+fn a_relayed_range_says_how_its_ports_are_served() {
+    let text = |ports: &str| route("engine = \"splice\"").replace("10.0.0.1:80", &format!("10.0.0.1:{ports}"));
+    let told = |ports: &str, sk_lookup| {
+        let capabilities = Capabilities { sk_lookup, ..Capabilities::all() };
+        planned(&text(ports), &capabilities).routes[0].many_ports()
+    };
+    assert_eq!(told("1000-1015", true), None, "a handful has its own sockets");
+    assert!(told("1000-1016", true).is_some_and(|how| how.starts_with("17 ports are led to one socket")));
+    assert!(told("1000-1016", false).is_some_and(|how| how.contains("lack sk_lookup")));
+    assert_eq!(
+        planned(&route("").replace(":80\"]\nb", ":80-8000\"]\nb"), &Capabilities::all()).routes[0].many_ports(),
+        None
+    );
 }
 
 #[test]

@@ -17,7 +17,7 @@ use proxy_core::{
 };
 use tokio::sync::oneshot;
 
-use super::{Slot, Worker, engine_of};
+use super::{Slot, Worker, accept::Listener, engine_of};
 use crate::{
     control::ConnectionFilter,
     kernel::sockmap::Sockmap,
@@ -58,6 +58,8 @@ pub struct Applied {
 #[derive(Debug)]
 pub enum PortChange {
     Open(OwnedFd, Arc<Listen>),
+    /// Many ports are led to it; its own address is none of them.
+    OpenGroup(OwnedFd, Arc<Listen>),
     Update(Arc<Listen>),
     Close,
 }
@@ -129,7 +131,10 @@ impl Worker {
         }
         for (address, port) in change.ports {
             match port {
-                PortChange::Open(fd, listen) => self.listen_on(address, fd, listen),
+                PortChange::Open(fd, listen) => self.listen_on(Listener { fd, address, listen, is_group: false }),
+                PortChange::OpenGroup(fd, listen) => {
+                    self.listen_on(Listener { fd, address, listen, is_group: true });
+                }
                 PortChange::Update(listen) => self.replace_listen(address, &listen),
                 PortChange::Close => {
                     for index in self.listeners_at(address) {

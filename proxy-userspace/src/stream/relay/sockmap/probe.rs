@@ -132,7 +132,7 @@ mod tests {
             eprintln!("skipped: needs CAP_BPF");
             return;
         }
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         assert_eq!(trust_in_sockmap(), capability::Sockmap::Trusted);
         eprintln!("took {:?}", began.elapsed());
     }
