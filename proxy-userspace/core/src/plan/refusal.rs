@@ -95,9 +95,10 @@ impl fmt::Display for Refusal {
             Self::NeedsBytes(need) => write!(f, "{need}; this engine never sees the bytes"),
             Self::Lacks(capability) => write!(f, "{capability}"),
             Self::Untrusted(check) => write!(f, "not trusted on this kernel: {check}"),
-            Self::NotBetter => {
-                f.write_str("measures no better than splice and copy (docs/sockmap.md); engine = \"sockmap\" forces it")
-            }
+            Self::NotBetter => f.write_str(
+                "no better in bulk, and messages wait for a kernel thread where processors are busy (docs/sockmap.md); \
+                 engine = \"sockmap\" forces it",
+            ),
             Self::NotInThisBuild => f.write_str("not in this version of shunt"),
         }
     }
