@@ -138,7 +138,10 @@ fn certificates_are_renewed_while_clients_come_and_none_is_turned_away() -> Resu
     println!("handshakes of two clients through two renewals: {counts:?}");
     ensure!(answers.trim() == "2", "the connection that stayed: {answers}");
     let reasons = shunt.terminations("web")?;
-    ensure!(reasons.keys().all(|r| r.starts_with("finished_") || r == "challenge_answered"), "{reasons:?}");
+    // A client that has its page may leave before it has read the last words of TLS: then its kernel sends a reset.
+    let fine =
+        |reason: &str| reason.starts_with("finished_") || ["challenge_answered", "reset_by_client"].contains(&reason);
+    ensure!(reasons.keys().all(|reason| fine(reason)), "{reasons:?}");
     ensure!(Outcomes::of(&shunt)?.failed() == 0.0);
     Ok(())
 }
