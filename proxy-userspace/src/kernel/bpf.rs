@@ -1,6 +1,7 @@
 //! eBPF: the object that is part of this binary, and the probe that shows whether this kernel runs it rightly.
 
 mod error;
+pub mod handoff;
 mod packet;
 
 use std::{collections::HashMap, fmt, time::Duration};
@@ -20,7 +21,8 @@ pub use error::BpfError;
 use packet::{Expected, SyntheticPacket};
 
 /// The programs, compiled by `cargo xtask ebpf build` (docs/ebpf.md).
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../proxy-ebpf/objects/probe.bpf.o"));
+static OBJECT: &[u8] =
+    include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../proxy-ebpf/objects/probe.bpf.o"));
 
 const PROGRAM: &str = "shunt_probe";
 
