@@ -6,6 +6,7 @@ pub mod conntrack;
 pub mod memory;
 pub mod netlink;
 pub mod nft;
+pub mod repair;
 pub mod return_path;
 pub mod routing;
 pub mod sysctl;
