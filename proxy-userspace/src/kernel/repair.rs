@@ -93,6 +93,8 @@ pub struct Facts {
     pub out_of_order: u32,
 }
 
+/// The kernel takes the room for timestamps off `advmss` when they are agreed (`tcp_rcv_synsent_state_process`, v6.18).
+const TIMESTAMPS_TAKE: u32 = 12;
 const ESTABLISHED: u8 = 1;
 const OPT_TIMESTAMPS: u8 = 1;
 const OPT_SACK: u8 = 2;
@@ -161,7 +163,7 @@ pub fn facts(socket: impl AsFd) -> Result<Facts, RepairError> {
         peer_scale: scale(info.scales),
         own_scale: scale(info.scales >> 4),
         snd_mss: info.snd_mss,
-        announced_mss: info.advmss,
+        announced_mss: info.advmss + if has(OPT_TIMESTAMPS) { TIMESTAMPS_TAKE } else { 0 },
         out_of_order: info.rcv_ooopack,
     })
 }
