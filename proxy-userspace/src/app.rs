@@ -231,6 +231,7 @@ impl Daemon {
             drained: channels.relayed.0.clone(),
             lock_tables: config.kernel.lock_table && capabilities.nft_owner_persist,
             ended,
+            handoff: None,
         };
         let streams = StreamPath::start(options).map_err(refuse_streams)?;
         let (log, pressure) = (access_log(config)?, Arc::clone(&streams.reader.pressure));

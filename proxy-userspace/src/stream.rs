@@ -98,6 +98,8 @@ pub struct Options {
     pub lock_tables: bool,
     /// Told of connections that have ended, in batches.
     pub ended: mpsc::Sender<Vec<Ended>>,
+    /// `None`: every connection is relayed to its end.
+    pub handoff: Option<handover::HandoffEngine>,
 }
 
 /// What asks for connections.

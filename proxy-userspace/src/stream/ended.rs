@@ -21,6 +21,11 @@ impl StreamId {
     pub const fn number(self) -> u64 {
         self.0 & ((1 << 52) - 1)
     }
+
+    /// The whole id, as it stands beside a handed-over flow in the kernel.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
 }
 
 /// `s` and fifteen hexadecimal digits: cannot be mistaken for the id of a kernel-forwarded connection.

@@ -119,6 +119,7 @@ impl StreamPath {
             failed_dials: options.failed_dials,
             drained: options.drained,
             ended: options.ended,
+            handoff: options.handoff,
         };
         let unrouted = Arc::new(Meters::new(0, "-", workers));
         reader.meters.put(Arc::clone(&unrouted));
