@@ -3,6 +3,7 @@
 pub mod bpf;
 pub mod capability;
 pub mod conntrack;
+pub mod firewall;
 pub mod memory;
 pub mod netlink;
 pub mod nft;

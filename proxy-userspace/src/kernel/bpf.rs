@@ -20,7 +20,8 @@ pub use error::BpfError;
 use packet::{Expected, SyntheticPacket};
 
 /// The programs, compiled by `cargo xtask ebpf build` (docs/ebpf.md).
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../proxy-ebpf/objects/probe.bpf.o"));
+static OBJECT: &[u8] =
+    include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../proxy-ebpf/objects/probe.bpf.o"));
 
 const PROGRAM: &str = "shunt_probe";
 
