@@ -49,6 +49,9 @@ pub trait Streams {
     /// timeouts of the new settings.
     fn commit(&mut self, prepared: Self::Prepared);
 
+    /// Resolves when every worker serves what was committed last: who is told so finds nobody at an address that is gone.
+    fn settled(&mut self) -> impl Future<Output = ()> + Send;
+
     /// Looks at the certificates of every route now.
     fn look_at_certificates(&mut self);
 

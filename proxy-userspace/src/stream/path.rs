@@ -58,6 +58,8 @@ pub struct StreamPath {
     listens: BTreeMap<SocketAddr, Vec<u32>>,
     certificates: Watch,
     lock_tables: bool,
+    /// Workers that have yet to serve the last change.
+    settling: Vec<oneshot::Receiver<()>>,
     /// From the first route with `source_address = "client"` on: what looks after its way back.
     return_path: Option<AbortOnDrop>,
 }
@@ -140,6 +142,7 @@ impl StreamPath {
             routes: HashMap::new(),
             listens: BTreeMap::new(),
             lock_tables: options.lock_tables,
+            settling: Vec::new(),
             return_path: None,
             certificates,
         })
@@ -296,8 +299,18 @@ impl Streams for StreamPath {
             changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));
         }
         self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
+        self.settling.clear();
         for (worker, change) in self.workers.iter().zip(changes) {
-            worker.link.send(Command::Apply(change));
+            let (done, serves) = oneshot::channel();
+            worker.link.send(Command::Apply(change, done));
+            self.settling.push(serves);
+        }
+    }
+
+    async fn settled(&mut self) {
+        for serves in self.settling.drain(..) {
+            // A worker that has ended serves nothing.
+            let _ = serves.await;
         }
     }
 
