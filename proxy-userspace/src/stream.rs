@@ -7,6 +7,7 @@
 mod admission;
 pub mod ended;
 mod flow;
+pub mod handover;
 pub mod memory;
 pub mod meter;
 mod path;

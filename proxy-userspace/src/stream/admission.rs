@@ -8,7 +8,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     net::IpAddr,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::Duration,
@@ -45,6 +45,19 @@ struct Client {
 pub struct Admitted {
     /// Counted for this client.
     client: Option<IpAddr>,
+}
+
+/// A place under a route's limits, given back when dropped.
+#[derive(Debug)]
+pub struct Seat {
+    pub admission: Arc<Admission>,
+    pub admitted: Admitted,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.admission.leave(self.admitted);
+    }
 }
 
 impl Admission {
@@ -135,7 +148,7 @@ mod tests {
 
     use super::*;
 
-    fn route(extra: &str) -> std::sync::Arc<config::Route> {
+    fn route(extra: &str) -> Arc<config::Route> {
         let text =
             format!("[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:80\"]\nbackends = [\"10.0.1.1:80\"]\n{extra}\n");
         let config = config::parse(&text, Path::new("/t.toml")).unwrap_or_else(|problems| panic!("{problems}"));

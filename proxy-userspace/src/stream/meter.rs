@@ -23,7 +23,7 @@ use crate::tls;
 pub const CONNECT_BUCKETS: [f64; 10] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
 
 /// The engines that count here, in the order of their slots.
-pub const ENGINES: [Engine; 2] = [Engine::Copy, Engine::Splice];
+pub const ENGINES: [Engine; 3] = [Engine::Copy, Engine::Splice, Engine::Handoff];
 
 /// A number that one thread writes and others read.
 #[derive(Debug, Default)]
@@ -137,7 +137,7 @@ pub struct EngineMeter {
 pub struct Meters {
     pub id: u32,
     pub name: Arc<str>,
-    /// One per worker.
+    /// One per worker, and the last for the owner of what has been handed over.
     pub workers: Vec<Arc<RouteMeter>>,
     /// Open connections by backend, over all workers.
     pub backends: RwLock<Vec<(SocketAddr, Arc<AtomicU64>)>>,
@@ -190,8 +190,13 @@ fn bucket<'a>(counters: &'a [Counter], bounds: &[f64], value: Duration) -> &'a C
 
 impl Meters {
     pub fn new(id: u32, name: &str, workers: usize) -> Self {
-        let workers = (0..workers).map(|_| Arc::new(RouteMeter::default())).collect();
+        let workers = (0..=workers).map(|_| Arc::new(RouteMeter::default())).collect();
         Self { id, name: name.into(), workers, backends: RwLock::default() }
+    }
+
+    /// Written by the owner of what has been handed over, and by nobody else.
+    pub fn of_owner(&self) -> Option<&Arc<RouteMeter>> {
+        self.workers.last()
     }
 
     /// Counted so far. Exact for each number; the numbers are not of one instant.

@@ -1,0 +1,95 @@
+//! Connections that leave the stream path for the packet level: what goes with one, and to whom.
+//!
+//! A worker commits a handover only when it holds a place in the channel, so a connection whose sockets have vanished always
+//! has an owner. While the channel is full connections go on being relayed, and are tried again.
+
+mod ports;
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use proxy_core::{reason::Reason, session::Limits};
+use tokio::sync::mpsc;
+
+pub use self::ports::{RESERVED, SourcePort, SourcePorts};
+use super::{
+    StreamId,
+    meter::{Meters, RouteMeter},
+};
+pub use super::{admission::Seat, flow::Counted};
+
+/// Connections that may wait for their owner.
+pub const WAITING: usize = 4096;
+
+/// Where workers send what they have handed over, and where its owner receives it.
+pub fn channel() -> (mpsc::Sender<HandedOver>, mpsc::Receiver<HandedOver>) {
+    mpsc::channel(WAITING)
+}
+
+/// A connection whose two ends talk to each other through the eBPF program: it has no socket and no descriptor here any
+/// more. Whoever receives it owns its entries and its end, and tells of it as of a relayed connection.
+///
+/// The worker has taken it out of its own counters: `active` of the engine it came from, the connections of the route at that
+/// worker, the descriptors in use. The owner adds it to [`HandedOver::meter`]: `promoted` and `active`, then bytes and the
+/// end. A route that is gone may have its id given again when neither worker nor owner has a connection of it left.
+#[derive(Debug)]
+pub struct HandedOver {
+    /// The one it has had since it was accepted.
+    pub id: StreamId,
+    pub route_id: u32,
+    pub route: Arc<str>,
+    /// For tables and logs: as the PROXY header has it, where one was accepted.
+    pub client: SocketAddr,
+    pub ends: Ends,
+    /// The gate that both of its entries have; it is open.
+    pub gate: u32,
+    /// Payload relayed from the client before the entries began to count (their first sequence numbers) …
+    pub bytes_in: u64,
+    /// … and from the backend. The whole is this and what the entries counted.
+    pub bytes_out: u64,
+    pub accepted: Instant,
+    /// When bytes were last relayed.
+    pub active: Instant,
+    pub limits: Limits,
+    /// It was to end while its sockets were vanishing: end it at once, for this reason.
+    pub cut: Option<Reason>,
+    /// All counters of its route.
+    pub meters: Arc<Meters>,
+    pub held: Held,
+}
+
+/// The addresses in the packets of a connection that is handed over; its two entries are keyed by them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ends {
+    /// Where the client's packets come from: the proxy before us, where there is one.
+    pub client: SocketAddr,
+    /// Where they go to.
+    pub listen: SocketAddr,
+    /// Our address and port towards the backend.
+    pub source: SocketAddr,
+    pub backend: SocketAddr,
+}
+
+/// What a connection holds as long as it lives. Dropped when it has ended; the port only after its linger time.
+#[derive(Debug)]
+pub struct Held {
+    /// Its place under the route's limits.
+    pub seat: Option<Seat>,
+    /// One of its backend's connections.
+    pub counted: Option<Counted>,
+    pub port: SourcePort,
+}
+
+impl HandedOver {
+    /// The owner's own counters of the route: nobody else writes them.
+    pub fn meter(&self) -> Option<&Arc<RouteMeter>> {
+        self.meters.of_owner()
+    }
+
+    pub fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.accepted)
+    }
+}
