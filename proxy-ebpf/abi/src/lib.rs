@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod flow;
+pub mod handoff;
 pub mod outcome;
 #[cfg(feature = "pod")]
 #[expect(unsafe_code, reason = "Pod is a promise about layout that only the author of the type can make")]

@@ -1,6 +1,9 @@
 //! [`aya::Pod`] for the types that live in maps.
 
-use crate::flow::{Endpoint, FlowCounters, FlowKey, Traffic};
+use crate::{
+    flow::{Endpoint, FlowCounters, FlowKey, Traffic},
+    handoff::{HandoffEnd, HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey},
+};
 
 // SAFETY: `repr(C)`, bytes only: no padding, every bit pattern valid, no pointers.
 unsafe impl aya::Pod for Endpoint {}
@@ -10,3 +13,13 @@ unsafe impl aya::Pod for FlowKey {}
 unsafe impl aya::Pod for Traffic {}
 // SAFETY: `repr(C)`, two `Traffic`: no padding, every bit pattern valid, no pointers.
 unsafe impl aya::Pod for FlowCounters {}
+// SAFETY: `repr(C)`, bytes only: 18 + 18 + 1 + 3 of alignment 1 leave no padding.
+unsafe impl aya::Pod for HandoffKey {}
+// SAFETY: `repr(C)`, integers and bytes: 4 + 4 × 1 + 4 × 4 + 8 + 2 × 18 + 4 = 72, no padding.
+unsafe impl aya::Pod for HandoffEntry {}
+// SAFETY: `repr(C)`, integers and bytes: 3 × 8 + 7 × 4 + 2 + 2 + 8 = 64, no padding.
+unsafe impl aya::Pod for HandoffEnd {}
+// SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 40 + 64 + 2 × 64 = 256, no padding.
+unsafe impl aya::Pod for HandoffFlow {}
+// SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 4 × 8 + 2 × 4 + 40 + 8 = 112, no padding.
+unsafe impl aya::Pod for HandoffEvent {}
