@@ -107,8 +107,9 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
     let settings = Settings::default();
     // What the routes want of the kernel, not what is left of it here.
     let plan = config.map(|config| plan(config, &Capabilities { net_admin: true, ..probe.capabilities() }));
-    let routes =
-        plan.as_ref().map_or(Routes { ipv4: true, ipv6: true, relayed: true }, |plan| routes_of(plan.routes().iter()));
+    let routes = plan.as_ref().map_or(Routes { ipv4: true, ipv6: true, relayed: true, handed: false }, |plan| {
+        routes_of(plan.routes().iter())
+    });
     let mut checks = privileges::checks(&probe);
     checks.push(host::kernel_version());
     checks.extend(features::checks(&probe));

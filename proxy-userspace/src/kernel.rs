@@ -8,6 +8,7 @@ pub mod interfaces;
 pub mod memory;
 pub mod netlink;
 pub mod nft;
+pub mod readable;
 pub mod repair;
 pub mod return_path;
 pub mod routing;

@@ -27,6 +27,8 @@ pub enum InterfaceError {
     Refused { what: &'static str, errno: Errno },
     #[error(transparent)]
     TooLong(#[from] TooLong),
+    #[error("interfaces cannot be awaited: {0}")]
+    Wait(#[from] io::Error),
 }
 
 /// Asks, and hears of changes. It becomes readable on news.

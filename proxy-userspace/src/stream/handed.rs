@@ -28,9 +28,9 @@ use proxy_core::view;
 use tokio::sync::{mpsc, oneshot};
 
 pub use adopt::Remnants;
-pub use ends::Resets;
+pub use ends::{Resets, ends_of};
 
-use super::{Ended, StreamId, handover::HandedOver, route::Route, worker::Leaving};
+use super::{Ended, StreamId, handover::HandedOver, meter::Meters, route::Route, worker::Leaving};
 use crate::{
     control::ConnectionFilter,
     kernel::{bpf::handoff::HandoffStore, conntrack::forget::Forgetter, segment::Sender},
@@ -54,6 +54,16 @@ pub enum Command {
     Stop,
 }
 
+/// The table of handed-over flows, as it goes from who opened it to those who use it.
+#[derive(Clone)]
+pub struct Store(pub Arc<dyn HandoffStore>);
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Store").field(&self.0.used()).finish()
+    }
+}
+
 /// What the owner is given.
 pub struct Options {
     pub store: Arc<dyn HandoffStore>,
@@ -61,6 +71,8 @@ pub struct Options {
     pub handed: mpsc::Receiver<HandedOver>,
     /// Left by an earlier daemon.
     pub remnants: Remnants,
+    /// Counts those of no route.
+    pub unrouted: Arc<Meters>,
     pub drained: mpsc::Sender<u32>,
     pub ended: mpsc::Sender<Vec<Ended>>,
     pub gauge: Arc<Gauge>,

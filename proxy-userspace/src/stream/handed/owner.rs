@@ -7,12 +7,12 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use proxy_abi::handoff::{HandoffEvent, HandoffFlow};
+use proxy_abi::handoff::{HandoffEvent, OWNER_BYTES};
 use proxy_core::{
     config::Engine,
     handed::{Handed, Record, route_hash},
     reason::Reason,
-    session::{Action, How, Session, State, Tick},
+    session::{Action, How, Limits, Session, Tick},
     view,
     wheel::Wheel,
 };
@@ -45,7 +45,7 @@ pub struct Owner {
     pub routes: HashMap<u32, Served>,
     pub clock: Clock,
     pub gauge: Arc<Gauge>,
-    resets: Resets,
+    pub resets: Resets,
     wheel: Wheel,
     woken: Vec<u32>,
     lingering: VecDeque<Lingering>,
@@ -97,8 +97,7 @@ impl Owner {
             ends,
             handed: Handed::new(session, relayed),
             meters,
-            seat: held.seat,
-            counted: held.counted,
+            held: (held.seat, held.counted),
             port: Some(held.port),
         };
         if let Some(meter) = flow.meter() {
@@ -268,7 +267,7 @@ impl Owner {
     }
 
     /// `rearm`: its deadline may be nearer than it was. Bytes only ever move it away, and who is woken too early looks again.
-    fn act(&mut self, gate: Gate, action: Action, rearm: bool) {
+    pub fn act(&mut self, gate: Gate, action: Action, rearm: bool) {
         match action {
             Action::End { reason, how } => self.end(gate, reason, how),
             Action::WarnIdle => {
@@ -319,7 +318,10 @@ impl Owner {
         self.report(&flow, reason, age);
         let by_an_end = matches!(reason, Reason::ResetByClient | Reason::ResetByBackend);
         let entries_stay = how == How::Finished || by_an_end;
-        if !entries_stay {
+        if entries_stay {
+            // Told once: a daemon that is started while it lingers takes it for nobody's.
+            self.store.set_owner(gate, [0; OWNER_BYTES]);
+        } else {
             self.resets.send(&*self.store, &self.store.flow(gate), &flow.ends);
             // From now on the kernel answers with a reset of its own: nobody can miss ours.
             self.store.remove(gate);
@@ -378,7 +380,7 @@ impl Owner {
         let until = self.clock.now().after(DRAIN_OF_ADOPTED);
         self.routes.entry(NO_ROUTE).or_insert_with(|| Served {
             name: "-".into(),
-            limits: proxy_core::session::Limits {
+            limits: Limits {
                 initial_data: Duration::ZERO,
                 tls_handshake: Duration::ZERO,
                 connect: Duration::ZERO,
@@ -401,12 +403,4 @@ impl Owner {
         self.gauge.max.store(u64::from(max), Relaxed);
         self.gauge.open.store(self.flows.len() as u64, Relaxed);
     }
-
-    /// A flow that cannot be taken over, of an earlier daemon that died while it handed it over.
-    pub fn discard(&mut self, gate: Gate, flow: &HandoffFlow, ends: Option<super::ends::KnownEnds>) {
-        let _ = (gate, flow, ends);
-    }
 }
-
-#[expect(dead_code, reason = "")]
-fn unused(_: State) {}

@@ -28,9 +28,9 @@ pub struct Flow {
     pub ends: Ends,
     pub handed: Handed,
     pub meters: Arc<Meters>,
-    /// Counted as long as it lives.
-    pub seat: Option<Seat>,
-    pub counted: Option<Counted>,
+    /// Its place under the route's limits, and one of its backend's connections.
+    #[expect(dead_code, reason = "held: given back when it is dropped")]
+    pub held: (Option<Seat>, Option<Counted>),
     /// Until it has lingered. `None`: an earlier daemon's, from a range that is no longer reserved.
     pub port: Option<SourcePort>,
 }

@@ -68,8 +68,8 @@ impl Leaving {
         Self(Arc::new(AtomicUsize::new(workers)))
     }
 
-    /// True for the last worker.
-    fn done(&self) -> bool {
+    /// True for the last of them.
+    pub fn done(&self) -> bool {
         self.0.fetch_sub(1, AcqRel) == 1
     }
 }
