@@ -65,6 +65,7 @@ pub(super) fn status(known: &Known, uptime: Duration) -> view::Status {
         connections_total: total.chain(engines().map(|(_, engine)| engine.total)).sum(),
         reconcile: routes.reconcile.clone(),
         conntrack: flows.conntrack.clone(),
+        handoff: known.relayed.handed.status(),
         reloads_ok: routes.reloads_ok,
         reloads_failed: routes.reloads_failed,
         warnings: known.warnings().collect(),

@@ -148,6 +148,7 @@ fn answer_stream(command: StreamCommand) {
                 && filter.client_port.is_none_or(|port| port == one.client.port());
             reply.send(Ok(if wanted { vec![one] } else { Vec::new() })).expect("a listener");
         }
+        StreamCommand::Refresh { reply } => reply.send(Ok(())).expect("a listener"),
         StreamCommand::Kill { id, reply } => {
             let one = relayed_connection();
             reply

@@ -92,6 +92,18 @@ impl Admission {
         counted
     }
 
+    /// Counts a connection that is there already.
+    pub fn enter_anyway(&self, route: &config::Route, client: IpAddr) -> Admitted {
+        let client = client.to_canonical();
+        self.open.fetch_add(1, Relaxed);
+        let limits = &route.limits;
+        if limits.connections_per_client.is_none() && limits.rate_per_client.is_none() {
+            return Admitted { client: None };
+        }
+        self.with(client, |known| known.open += 1);
+        Admitted { client: Some(client) }
+    }
+
     pub fn leave(&self, admitted: Admitted) {
         self.open.fetch_sub(1, Relaxed);
         if let Some(client) = admitted.client {

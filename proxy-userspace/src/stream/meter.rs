@@ -18,6 +18,7 @@ use proxy_core::{
     reason::Reason,
 };
 
+use super::handed::Gauge;
 use crate::tls;
 
 /// Upper bounds in seconds of `shunt_connect_seconds`.
@@ -299,6 +300,7 @@ pub struct Pressure {
 pub struct Reader {
     pub meters: Registry,
     pub pressure: Arc<Pressure>,
+    pub handed: Arc<Gauge>,
     pub tls: tls::Registry,
 }
 

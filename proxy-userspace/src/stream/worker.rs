@@ -159,7 +159,8 @@ impl Worker {
             micros: shared.began.elapsed().as_micros() as u64,
             rounds: 0,
             flows: Flows::default(),
-            next_number: 0,
+            // Beyond what an earlier daemon gave: connections that it handed over live on with their ids.
+            next_number: wall().as_secs() << 20,
             wheel: Wheel::new(Tick(0)),
             woken: Vec::new(),
             queue: VecDeque::new(),
