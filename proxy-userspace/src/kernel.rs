@@ -4,6 +4,7 @@ pub mod bpf;
 pub mod capability;
 pub mod conntrack;
 pub mod firewall;
+pub mod grace;
 pub mod interfaces;
 pub mod memory;
 pub mod netlink;

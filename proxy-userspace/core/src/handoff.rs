@@ -55,13 +55,15 @@ pub enum Failure {
     Urgent,
     /// One end would send larger segments than the other takes.
     SegmentSize,
+    /// One end speaks IPv4, the other IPv6.
+    AddressFamilies,
     /// A defect in shunt: must stay 0.
     OffsetsMoved,
 }
 
 impl Failure {
     /// In the order of the documentation.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Busy,
         Self::OutOfOrder,
         Self::TableFull,
@@ -72,6 +74,7 @@ impl Failure {
         Self::Finished,
         Self::Urgent,
         Self::SegmentSize,
+        Self::AddressFamilies,
         Self::OffsetsMoved,
     ];
 
@@ -88,6 +91,7 @@ impl Failure {
             Self::Finished => "finished",
             Self::Urgent => "urgent",
             Self::SegmentSize => "segment_size",
+            Self::AddressFamilies => "address_families",
             Self::OffsetsMoved => "offsets_moved",
         }
     }
@@ -96,7 +100,12 @@ impl Failure {
     const fn passes(self) -> bool {
         match self {
             Self::Busy | Self::OutOfOrder | Self::TableFull | Self::Taken | Self::OwnerBusy | Self::Kernel => true,
-            Self::NoPort | Self::Finished | Self::Urgent | Self::SegmentSize | Self::OffsetsMoved => false,
+            Self::NoPort
+            | Self::Finished
+            | Self::Urgent
+            | Self::SegmentSize
+            | Self::AddressFamilies
+            | Self::OffsetsMoved => false,
         }
     }
 }

@@ -12,6 +12,7 @@ use std::{
 };
 
 use libc::{c_int, c_void};
+use proxy_core::handoff::Facts;
 use rustix::net::sockopt;
 
 /// A call on one of the two sockets failed.
@@ -29,8 +30,6 @@ pub struct Sequences {
     pub rcv_nxt: u32,
     /// The next byte that will be written.
     pub write_seq: u32,
-    /// The largest segment that the peer takes (`rx_opt.mss_clamp`), without options.
-    pub peer_mss: u32,
 }
 
 /// What a connection has queued in the kernel, in bytes.
@@ -70,28 +69,6 @@ struct Info {
 }
 
 const _: () = assert!(offset_of!(Info, advmss) == 84 && offset_of!(Info, rcv_ooopack) == 224);
-
-/// What was agreed when the connection began, and where it stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Facts {
-    /// Neither side has finished.
-    pub established: bool,
-    pub timestamps: bool,
-    pub sack: bool,
-    pub ecn: bool,
-    /// Timestamps count microseconds.
-    pub timestamps_in_micros: bool,
-    /// The peer's windows are to be shifted by so much; `None`: not agreed.
-    pub peer_scale: Option<u8>,
-    /// … and ours.
-    pub own_scale: Option<u8>,
-    /// The largest payload sent in one segment: what the peer takes and the path allows, less options.
-    pub snd_mss: u32,
-    /// The largest segment that was announced to the peer, without options.
-    pub announced_mss: u32,
-    /// Segments that came out of order, ever (v5.4+; 0 before).
-    pub out_of_order: u32,
-}
 
 /// The kernel takes the room for timestamps off `advmss` when they are agreed (`tcp_rcv_synsent_state_process`, v6.18).
 const TIMESTAMPS_TAKE: u32 = 12;
@@ -133,8 +110,7 @@ pub fn sequences(socket: impl AsFd) -> Result<Sequences, RepairError> {
     let (write_seq, rcv_nxt) = (of(SEND_QUEUE)?, of(RECEIVE_QUEUE)?);
     // With a queue chosen, `tcp_write_xmit` would take what is written for sent, and a read for a look.
     set(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, NO_QUEUE, "setsockopt(TCP_REPAIR_QUEUE)")?;
-    let peer_mss = get::<u32>(&socket, libc::IPPROTO_TCP, libc::TCP_MAXSEG, "getsockopt(TCP_MAXSEG)")?;
-    Ok(Sequences { rcv_nxt, write_seq, peer_mss })
+    Ok(Sequences { rcv_nxt, write_seq })
 }
 
 pub fn queued(socket: impl AsFd) -> Result<Queued, RepairError> {
@@ -150,10 +126,13 @@ pub fn unread(socket: impl AsFd) -> Result<u32, RepairError> {
     ioctl(&socket, libc::FIONREAD, "ioctl(SIOCINQ)")
 }
 
+/// What was agreed when the connection began, and where it stands. `peer_mss` is right of a connection that is held
+/// (`rx_opt.mss_clamp`); of another it is what the path allows, too.
 pub fn facts(socket: impl AsFd) -> Result<Facts, RepairError> {
+    let peer_mss = get::<u32>(&socket, libc::IPPROTO_TCP, libc::TCP_MAXSEG, "getsockopt(TCP_MAXSEG)")?;
     let info = get::<Info>(&socket, libc::IPPROTO_TCP, libc::TCP_INFO, "getsockopt(TCP_INFO)")?;
     let has = |option| info.options & option != 0;
-    let scale = |bits: u8| has(OPT_WSCALE).then_some(bits & 0xf);
+    let scale = |bits: u8| if has(OPT_WSCALE) { bits & 0xf } else { 0 };
     Ok(Facts {
         established: info.state == ESTABLISHED,
         timestamps: has(OPT_TIMESTAMPS),
@@ -165,6 +144,7 @@ pub fn facts(socket: impl AsFd) -> Result<Facts, RepairError> {
         snd_mss: info.snd_mss,
         announced_mss: info.advmss + if has(OPT_TIMESTAMPS) { TIMESTAMPS_TAKE } else { 0 },
         out_of_order: info.rcv_ooopack,
+        peer_mss,
     })
 }
 
@@ -292,8 +272,11 @@ mod tests {
         let after = [numbers(&one), numbers(&other)];
         assert_eq!(after[0].write_seq.wrapping_sub(before[0].write_seq), 7);
         assert_eq!(after[1].rcv_nxt, after[0].write_seq);
-        let facts = [facts(&one).expect("facts"), facts(&other).expect("facts")];
-        assert!(facts[0].established && facts[0].announced_mss == after[1].peer_mss, "{facts:?} {after:?}");
+        let facts = [one, other].map(|socket| {
+            hold(&socket).expect("held");
+            facts(&socket).expect("facts")
+        });
+        assert!(facts[0].established && facts[0].announced_mss == facts[1].peer_mss, "{facts:?}");
         assert_eq!((facts[0].own_scale, facts[1].own_scale), (facts[1].peer_scale, facts[0].peer_scale));
     }
 

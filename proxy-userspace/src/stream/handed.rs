@@ -128,6 +128,7 @@ impl Gauge {
             entries: self.used.load(Relaxed),
             max,
             adopted: self.adopted.load(Relaxed),
+            results: Default::default(),
         })
     }
 }

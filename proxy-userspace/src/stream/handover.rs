@@ -6,12 +6,17 @@
 mod ports;
 
 use std::{
+    fmt,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use proxy_core::{reason::Reason, session::Limits};
+use proxy_core::{
+    handoff::{Handover, When},
+    reason::Reason,
+    session::{Limits, Tick},
+};
 use tokio::sync::mpsc;
 
 pub use self::ports::{RESERVED, SourcePort, SourcePorts};
@@ -20,6 +25,10 @@ use super::{
     meter::{Meters, RouteMeter},
 };
 pub use super::{admission::Seat, flow::Counted};
+use crate::kernel::{
+    bpf::handoff::{Gate, HandoffStore},
+    grace::{Grace, Ticket},
+};
 
 /// Connections that may wait for their owner.
 pub const WAITING: usize = 4096;
@@ -27,6 +36,57 @@ pub const WAITING: usize = 4096;
 /// Where workers send what they have handed over, and where its owner receives it.
 pub fn channel() -> (mpsc::Sender<HandedOver>, mpsc::Receiver<HandedOver>) {
     mpsc::channel(WAITING)
+}
+
+/// What workers hand over with. Cheap to clone.
+#[derive(Clone)]
+pub struct HandoffEngine {
+    pub store: Arc<dyn HandoffStore>,
+    pub owner: mpsc::Sender<HandedOver>,
+    pub ports: SourcePorts,
+    pub grace: Arc<Grace>,
+    pub when: When,
+}
+
+/// When a connection is handed over: see docs/handoff.md for what was measured.
+pub const WHEN: When = When { bytes: 256 << 10, age: Duration::from_millis(20) };
+
+impl fmt::Debug for HandoffEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HandoffEngine").field("used", &self.store.used()).finish_non_exhaustive()
+    }
+}
+
+/// A relayed connection that is to be handed over: how far it is, and what it holds for it.
+#[derive(Debug)]
+pub struct Handing {
+    pub protocol: Handover,
+    /// When the backend answered.
+    pub connected: Tick,
+    pub port: Option<SourcePort>,
+    /// Its entries are in the table.
+    pub gate: Option<Gate>,
+    /// From commit on.
+    pub committed: Option<Committed>,
+}
+
+/// The gate is open.
+#[derive(Debug)]
+pub struct Committed {
+    pub ends: Ends,
+    /// Its place with the owner.
+    pub place: mpsc::OwnedPermit<HandedOver>,
+    /// Payload relayed before: up, down.
+    pub relayed: [u64; 2],
+    /// The next byte that our sockets to client and backend would write.
+    pub written: [u32; 2],
+    /// No packet is for the sockets any more since it was taken.
+    pub ticket: Option<Ticket>,
+    pub look_at: Tick,
+    /// Until then; the next wait is longer.
+    pub patience: Duration,
+    /// It was to end meanwhile.
+    pub cut: Option<Reason>,
 }
 
 /// A connection whose two ends talk to each other through the eBPF program: it has no socket and no descriptor here any
@@ -50,6 +110,8 @@ pub struct HandedOver {
     pub bytes_in: u64,
     /// … and from the backend. The whole is this and what the entries counted.
     pub bytes_out: u64,
+    /// Payload relayed after that, up and down: the entries count it with the first packet that comes behind it.
+    pub passed_on: [u64; 2],
     pub accepted: Instant,
     /// When bytes were last relayed.
     pub active: Instant,

@@ -14,6 +14,7 @@ use std::{
 use proxy_core::{
     config::Engine,
     flow::{AGE_BUCKETS, AgeHistogram},
+    handoff::Failure,
     reason::Reason,
 };
 
@@ -116,6 +117,9 @@ pub struct RouteMeter {
     pub age_micros: Counter,
     /// With the client, and with the backend.
     pub tls: [TlsMeter; 2],
+    pub handed_over: Counter,
+    /// Attempts that came to nothing, indexed by `Failure as usize`.
+    pub not_handed_over: [Counter; Failure::ALL.len()],
 }
 
 /// … by one engine. A connection is begun in the engine it starts with, active in the one it has and ended in the one it
@@ -170,6 +174,8 @@ pub struct RouteTotals {
     pub handshakes: Vec<(&'static str, u64)>,
     /// Streams that ended without `close_notify`: of clients, and of backends.
     pub truncated: [u64; 2],
+    /// Connections that were handed over, and attempts that were not to be, by the `result` label; zeros left out.
+    pub handovers: Vec<(&'static str, u64)>,
 }
 
 impl RouteMeter {
@@ -229,8 +235,16 @@ impl Meters {
             },
             backends: backends.unwrap_or_default(),
             handshakes: self.handshakes(),
+            handovers: self.handovers(),
             truncated: std::array::from_fn(|side| sum(&|w| w.tls[side].truncated.get())),
         }
+    }
+
+    fn handovers(&self) -> Vec<(&'static str, u64)> {
+        let sum = |of: &dyn Fn(&RouteMeter) -> u64| self.workers.iter().map(|w| of(w)).fold(0, u64::wrapping_add);
+        let failed = Failure::ALL.iter().map(|why| (why.label(), sum(&|w| w.not_handed_over[*why as usize].get())));
+        let done = std::iter::once(("done", sum(&|w| w.handed_over.get())));
+        done.chain(failed).filter(|(_, n)| *n > 0).collect()
     }
 
     fn handshakes(&self) -> Vec<(&'static str, u64)> {

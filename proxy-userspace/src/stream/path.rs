@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Change, Options, StreamCommand, StreamError, StreamId, Streams, handed,
-    handover::{self, SourcePorts},
+    handover::{self, HandoffEngine, SourcePorts},
     meter::{Meters, Reader, RouteMeter},
     route::{Listen, Route},
     socket,
@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     kernel::{
+        grace::Grace,
         nft::TRANSPARENT_TABLE,
         return_path::{self, ReturnPath, SetUp},
         routing::Policy,
@@ -117,17 +118,18 @@ impl StreamPath {
         let pipes = (usable / PIPE_SHARE / 2 / workers as u64).min(MAX_PIPES);
         let for_sockets = usable - pipes * 2 * workers as u64;
         reader.pressure.max.store(for_sockets / 2, Relaxed);
-        let shared = Shared {
+        let mut shared = Shared {
             open: Arc::new(AtomicU64::new(0)),
             pressure: Arc::clone(&reader.pressure),
             began: Instant::now(),
             failed_dials: options.failed_dials,
             drained: options.drained,
             ended: options.ended,
+            handoff: None,
         };
         let unrouted = Arc::new(Meters::new(0, "-", workers));
         reader.meters.put(Arc::clone(&unrouted));
-        let owner = options.handoff.map(|store| own(store, &shared, &unrouted, &reader)).transpose()?;
+        let owner = options.handoff.map(|store| own(store, &mut shared, &unrouted, &reader)).transpose()?;
         let handles = (0..workers).map(|index| {
             let meter = Arc::clone(&unrouted.workers[index]);
             spawn(index as u8, shared.clone(), meter, pipes as usize)
@@ -378,12 +380,13 @@ impl Drop for AbortOnDrop {
 /// Starts the owner of what is handed over. The ports of what an earlier daemon has left are taken before anybody dials.
 fn own(
     store: handed::Store,
-    shared: &Shared,
+    shared: &mut Shared,
     unrouted: &Arc<Meters>,
     reader: &Reader,
 ) -> Result<handed::Owner, StreamError> {
+    let failed = |error| StreamError::Start { call: "clone", error };
     let ports = SourcePorts::default();
-    let (_sender, receiver) = handover::channel();
+    let (sender, receiver) = handover::channel();
     let options = handed::Options {
         remnants: handed::Remnants::collect(&*store.0, &ports),
         store: Arc::clone(&store.0),
@@ -393,7 +396,14 @@ fn own(
         ended: shared.ended.clone(),
         gauge: Arc::clone(&reader.handed),
     };
-    handed::Owner::spawn(options).map_err(|error| StreamError::Start { call: "clone", error })
+    shared.handoff = Some(HandoffEngine {
+        store: Arc::clone(&store.0),
+        owner: sender,
+        ports,
+        grace: Grace::start().map_err(failed)?,
+        when: handover::WHEN,
+    });
+    handed::Owner::spawn(options).map_err(failed)
 }
 
 fn spawn(index: u8, shared: Shared, unrouted: Arc<RouteMeter>, pipes: usize) -> Result<Handle, StreamError> {

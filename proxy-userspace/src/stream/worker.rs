@@ -5,6 +5,7 @@ mod carry;
 mod command;
 mod dial;
 mod first;
+mod handover;
 mod handshake;
 
 use std::{
@@ -28,6 +29,7 @@ use self::{accept::Listener, command::Departure};
 use super::{
     Ended, StreamId,
     flow::{Flow, Flows},
+    handover::HandoffEngine,
     meter::{ENGINES, Pressure, RouteMeter},
     poll::{Events, Poll, Source},
     relay::{Means, Stores, buffers::Buffers, pipes::Pipes},
@@ -55,6 +57,8 @@ pub struct Shared {
     pub failed_dials: tokio::sync::mpsc::Sender<FailedDial>,
     pub drained: tokio::sync::mpsc::Sender<u32>,
     pub ended: tokio::sync::mpsc::Sender<Vec<Ended>>,
+    /// `None`: every connection is relayed to its end.
+    pub handoff: Option<HandoffEngine>,
 }
 
 #[derive(Debug)]
@@ -295,12 +299,18 @@ impl Worker {
         if flow.early.as_ref().and_then(|early| early.attempt_until).is_some_and(|until| until <= now) {
             return self.attempt_over(key, flow);
         }
-        self.step(key, flow, Event::Tick)
+        if self.step(key, flow, Event::Tick) == Fate::Over {
+            return Fate::Over;
+        }
+        self.handover_due(key, flow)
     }
 
     /// Tells the session, and does what it says.
     fn step(&mut self, key: u32, flow: &mut Flow, event: Event) -> Fate {
         let now = self.now();
+        if flow.is_handed_over() {
+            return self.while_leaving(key, flow, event);
+        }
         match flow.session.step(event, &self.slots[flow.slot].limits, now) {
             Action::Nothing => {
                 self.arm(key, flow);
@@ -330,6 +340,7 @@ impl Worker {
             flow.session.deadline(&slot.limits),
             flow.early.as_ref().and_then(|early| early.attempt_until),
             slot.leaving.as_ref().map(|leaving| leaving.until),
+            flow.handover.as_ref().and_then(|handing| self.next_look(handing)),
         ];
         let Some(due) = deadlines.into_iter().flatten().min() else { return self.wheel.clear(key) };
         if self.wheel.due(key).is_none_or(|set| set > due) {

@@ -107,6 +107,7 @@ impl Stage {
             gate: gate.0,
             bytes_in: 100,
             bytes_out: 200,
+            passed_on: [0; 2],
             accepted: now,
             active: now,
             limits: self.route.limits,
