@@ -70,6 +70,7 @@ impl Collector for Snapshots {
         connect(&mut encoder, &measured)?;
         ages(&mut encoder, &measured)?;
         backends(&mut encoder, &measured)?;
+        handovers(&mut encoder, &measured)?;
         tls(&mut encoder, &measured)?;
         self.certificates(&mut encoder)?;
         self.daemon(&mut encoder)?;
@@ -98,6 +99,8 @@ struct Measured {
     handshakes: Vec<(&'static str, u64)>,
     /// Streams of clients and of backends that ended without `close_notify`.
     truncated: [u64; 2],
+    /// Connections handed over, and attempts that came to nothing, by result.
+    handovers: Vec<(&'static str, u64)>,
 }
 
 /// A route by one engine.
@@ -137,6 +140,7 @@ fn unrouted(totals: RouteTotals) -> Measured {
         backends: Vec::new(),
         handshakes: Vec::new(),
         truncated: [0; 2],
+        handovers: Vec::new(),
     }
 }
 
@@ -161,9 +165,9 @@ impl Snapshots {
         let mut engines: Vec<_> =
             flows.routes.get(&route.name).map(|stats| (Engine::Nft.as_str(), forwarded(stats))).into_iter().collect();
         let mut ages = flows.ages.get(&route.name).copied();
-        let (mut connect, mut handshakes, mut truncated) = (None, Vec::new(), [0; 2]);
+        let (mut connect, mut handshakes, mut truncated, mut handovers) = (None, Vec::new(), [0; 2], Vec::new());
         if let Some(totals) = relayed {
-            (handshakes, truncated) = (totals.handshakes, totals.truncated);
+            (handshakes, truncated, handovers) = (totals.handshakes, totals.truncated, totals.handovers);
             ages = with(ages, totals.ages);
             connect =
                 Some((totals.connect, totals.connect_seconds)).filter(|(counts, _)| counts.iter().any(|n| *n > 0));
@@ -173,7 +177,7 @@ impl Snapshots {
             // Zeros for a route that has had no connection yet.
             engines.push((route.engine.as_str(), EngineTotals::default()));
         }
-        Measured { name: route.name.clone(), engines, ages, connect, backends, handshakes, truncated }
+        Measured { name: route.name.clone(), engines, ages, connect, backends, handshakes, truncated, handovers }
     }
 
     fn daemon(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
@@ -339,6 +343,21 @@ fn backends(encoder: &mut DescriptorEncoder, measured: &[Measured]) -> fmt::Resu
     for one in measured {
         for (name, _, open) in &one.backends {
             gauge(metric.encode_family(&one.backend(name))?, *open)?;
+        }
+    }
+    Ok(())
+}
+
+fn handovers(encoder: &mut DescriptorEncoder, measured: &[Measured]) -> fmt::Result {
+    if measured.iter().all(|one| one.handovers.is_empty()) {
+        return Ok(());
+    }
+    let help = "Connections handed over to the packet level (done), and attempts that came to nothing, by why.";
+    let mut metric = encoder.encode_descriptor("shunt_handovers", help, None, MetricType::Counter)?;
+    for one in measured {
+        for (result, count) in &one.handovers {
+            let labels: Labels<2> = [("route", &one.name), ("result", result)];
+            counter(metric.encode_family(&labels)?, *count)?;
         }
     }
     Ok(())

@@ -43,6 +43,7 @@ mod shunt;
 mod talk;
 mod topology;
 mod wait;
+pub mod wire;
 
 pub use host::Host;
 pub use process::{Running, run};
