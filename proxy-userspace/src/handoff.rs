@@ -1,4 +1,4 @@
-//! The engine `handoff` from outside: whether this kernel has it, where its maps are pinned, the interfaces its program is on,
+//! The engine `handoff` from outside: where its maps are pinned, the interfaces its program is on,
 //! and taking all of it away again.
 
 use std::{
@@ -10,15 +10,12 @@ use std::{
 };
 
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use proxy_core::{capability::Handoff, handed::route_hash, plan::Plan};
+use proxy_core::{handed::route_hash, plan::Plan};
 use tokio::io::unix::AsyncFd;
 
 use crate::{
     kernel::{
-        bpf::{
-            BpfError,
-            handoff::{HandoffError, HandoffStore, HandoffTable, Sizes},
-        },
+        bpf::handoff::{HandoffError, HandoffStore, HandoffTable, Sizes},
         interfaces::{InterfaceError, Interfaces},
         segment::Sender,
     },
@@ -29,19 +26,6 @@ use crate::{
 const SIZES: Sizes = Sizes { flows: 1 << 17, events: 1 << 20 };
 /// Where systemd mounts it.
 const BPF_FS: &str = "/sys/fs/bpf";
-
-/// Asks the kernel: some milliseconds. Nothing is attached or pinned.
-pub fn capability() -> Handoff {
-    if !Sender::open().is_open() {
-        return Handoff::NotPermitted;
-    }
-    match HandoffTable::self_probe() {
-        Ok(_) => Handoff::Works,
-        Err(HandoffError::Bpf(BpfError::NotPermitted(_))) => Handoff::NotPermitted,
-        Err(HandoffError::Attach { .. }) => Handoff::NoTc,
-        Err(error) => Handoff::ProbeFailed(error.to_string()),
-    }
-}
 
 /// Where the daemon with this admin socket pins what outlives it: in a BPF file system that is mounted in `bpf` beside the
 /// socket, where there is one, else in `/sys/fs/bpf`. A folder per network namespace and socket.
