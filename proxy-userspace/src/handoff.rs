@@ -19,7 +19,10 @@ use crate::{
         interfaces::{InterfaceError, Interfaces},
         segment::Sender,
     },
-    stream::handed::{Resets, ends_of},
+    stream::{
+        handed::{Resets, Store, ends_of},
+        handover::OnInterfaces,
+    },
 };
 
 /// 131,072 connections: 32 MiB of kernel memory at once, and some 500 bytes more for each that is there.
@@ -49,10 +52,19 @@ pub fn open(plan: &Plan, socket: &Path) -> Result<Option<Arc<HandoffTable>>, Han
     HandoffTable::open(&folder, SIZES).map(Arc::new).map(Some)
 }
 
+/// Puts the program on every interface, and goes on doing so with new ones, inside a tokio runtime.
+pub fn follow_interfaces(table: Arc<HandoffTable>) -> Result<Store, InterfaceError> {
+    let on = OnInterfaces::default();
+    tokio::spawn(Attached::new(Arc::clone(&table), on.clone())?.follow());
+    Ok(Store { table, on })
+}
+
 /// Keeps the program on every interface that connections between other machines can come from.
 #[derive(Debug)]
-pub struct Attached {
+struct Attached {
     table: Arc<HandoffTable>,
+    /// As workers are told.
+    on: OnInterfaces,
     interfaces: AsyncFd<Interfaces>,
     /// Tried, whether the kernel took the program or not.
     known: BTreeSet<u32>,
@@ -60,15 +72,15 @@ pub struct Attached {
 
 impl Attached {
     /// To those there are, inside a tokio runtime: before the first connection is handed over.
-    pub fn new(table: Arc<HandoffTable>) -> Result<Self, InterfaceError> {
+    fn new(table: Arc<HandoffTable>, on: OnInterfaces) -> Result<Self, InterfaceError> {
         let interfaces = Interfaces::open()?.into_async()?;
-        let mut attached = Self { table, interfaces, known: BTreeSet::new() };
+        let mut attached = Self { table, on, interfaces, known: BTreeSet::new() };
         attached.look()?;
         Ok(attached)
     }
 
     /// Follows new ones for as long as the task runs.
-    pub async fn follow(mut self) {
+    async fn follow(mut self) {
         loop {
             match self.interfaces.readable_mut().await {
                 Ok(mut guard) => {
@@ -96,6 +108,7 @@ impl Attached {
         }
         // An interface that goes takes the program with it; its number may come again.
         self.known = in_use;
+        self.on.set(self.table.attached().into_iter().collect());
         Ok(())
     }
 }

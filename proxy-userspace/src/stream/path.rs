@@ -388,8 +388,8 @@ fn own(
     let ports = SourcePorts::default();
     let (sender, receiver) = handover::channel();
     let options = handed::Options {
-        remnants: handed::Remnants::collect(&*store.0, &ports),
-        store: Arc::clone(&store.0),
+        remnants: handed::Remnants::collect(&*store.table, &ports),
+        store: Arc::clone(&store.table),
         handed: receiver,
         unrouted: Arc::clone(unrouted),
         drained: shared.drained.clone(),
@@ -397,10 +397,11 @@ fn own(
         gauge: Arc::clone(&reader.handed),
     };
     shared.handoff = Some(HandoffEngine {
-        store: Arc::clone(&store.0),
+        store: store.table,
         owner: sender,
         ports,
         grace: Grace::start().map_err(failed)?,
+        on: store.on,
         when: handover::WHEN,
     });
     handed::Owner::spawn(options).map_err(failed)

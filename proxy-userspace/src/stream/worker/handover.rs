@@ -32,7 +32,7 @@ use crate::{
     stream::{
         admission::Seat,
         flow::Flow,
-        handover::{Committed, Ends, HandedOver, Handing, Held, SourcePort},
+        handover::{Committed, Ends, HandedOver, Handing, Held, Paths, SourcePort},
         relay::{Means, Waiting},
         route::Route,
         socket::{self, Socket},
@@ -248,19 +248,25 @@ impl Worker {
         }
     }
 
-    fn arm_entries(&self, flow: &Flow, found: &Found, offsets: Offsets) -> Result<Gate, Failure> {
+    fn arm_entries(&mut self, flow: &Flow, found: &Found, offsets: Offsets) -> Result<Gate, Failure> {
         let engine = self.shared.handoff.as_ref().ok_or(Failure::Kernel)?;
         let ends = ends_of(flow).ok_or(Failure::Kernel)?;
         let backend = flow.backend.as_ref().ok_or(Failure::Kernel)?;
         if ends.client.is_ipv4() != ends.backend.is_ipv4() {
             return Err(Failure::AddressFamilies);
         }
+        let engine = engine.clone();
+        let paths = match &mut self.paths {
+            Some(paths) => paths,
+            none => none.insert(Paths::open(engine.on.clone()).ok_or(Failure::Kernel)?),
+        };
+        let interfaces = paths.fit(&ends)?;
         let clocks = [&flow.client, backend].map(|socket| repair::timestamp(socket).unwrap_or_default());
         let new = NewFlow {
             id: self.id(flow).bits(),
             owner: [0; OWNER_BYTES],
             entries: entries(&ends, &found.facts, offsets, clocks, monotonic_ns()),
-            interfaces: [0; 2],
+            interfaces,
         };
         engine.store.insert(&new).map_err(|error| match error {
             InsertError::Full { .. } => Failure::TableFull,
