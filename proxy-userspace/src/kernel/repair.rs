@@ -164,9 +164,11 @@ pub fn quick_ack(socket: impl AsFd) -> Result<(), RepairError> {
     set(&socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1, "setsockopt(TCP_QUICKACK)")
 }
 
-/// The largest segment that is announced and sent, without options, 88–32767; before `connect` or `listen`.
+/// The largest segment that is announced and sent, without options, 88–32767; 0: no limit but the interface's. Of use before
+/// `connect` and for what is accepted later.
 pub fn limit_segments(socket: impl AsFd, bytes: u16) -> Result<(), RepairError> {
-    set(&socket, libc::IPPROTO_TCP, libc::TCP_MAXSEG, bytes.clamp(88, 32_767).into(), "setsockopt(TCP_MAXSEG)")
+    let bytes = if bytes == 0 { 0 } else { bytes.clamp(88, 32_767) };
+    set(&socket, libc::IPPROTO_TCP, libc::TCP_MAXSEG, bytes.into(), "setsockopt(TCP_MAXSEG)")
 }
 
 /// The connection is gone from this machine and its peer hears nothing of it.

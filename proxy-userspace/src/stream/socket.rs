@@ -148,9 +148,14 @@ pub fn dial(to: SocketAddr, from: From, keepalive: bool) -> Result<Socket, Errno
         From::Port { port, segment } => bind_to_port(&fd, family(to.ip()), port, segment)?,
     }
     match connect(&fd, &to) {
-        Ok(()) | Err(Errno::INPROGRESS) => Ok(Socket::new(fd)),
-        Err(errno) => Err(errno),
+        Ok(()) | Err(Errno::INPROGRESS) => {}
+        Err(errno) => return Err(errno),
     }
+    if let From::Port { segment: Some(_), .. } = from {
+        // The SYN has said it. What the answer says would be cut to it, too (`tcp_parse_options`, v6.18).
+        let _ = repair::limit_segments(&fd, 0);
+    }
+    Ok(Socket::new(fd))
 }
 
 /// The port is chosen when it is known where to, so that as many connections are possible as to each backend.

@@ -96,11 +96,19 @@ impl Taken {
         if self.count == COUNT {
             return None;
         }
-        let index =
-            (self.next..COUNT).chain(0..self.next).find(|index| self.bits[index / 64] & 1 << (index % 64) == 0)?;
+        let index = self.free_from(self.next).or_else(|| self.free_from(0))?;
         self.next = (index + 1) % COUNT;
         self.mark(index);
         Some(*RESERVED.start() + index as u16)
+    }
+
+    /// The first free one of these and those behind them, a word at a time.
+    fn free_from(&self, first: usize) -> Option<usize> {
+        let below = |index: usize| (1 << (index % 64)) - 1;
+        let masked = |word: usize| self.bits[word] | if word == first / 64 { below(first) } else { 0 };
+        let word = (first / 64..self.bits.len()).find(|word| masked(*word) != u64::MAX)?;
+        let index = word * 64 + masked(word).trailing_ones() as usize;
+        (index < COUNT).then_some(index)
     }
 
     /// False when it was taken.

@@ -13,6 +13,7 @@ use proxy_abi::{
 use proxy_core::{
     config::Engine,
     flow::Side,
+    handed::{Record, route_hash},
     handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, Seen, Unfit},
     reason::Reason,
     session::{Event, State, Tick},
@@ -300,6 +301,7 @@ impl Worker {
             first_seq: socket.rcv_nxt,
             drained: socket.unacked == 0,
         });
+        engine.store.set_owner(gate, self.record(flow).encode());
         engine.store.open_gate(gate, at);
         handing.committed = Some(Committed {
             ends,
@@ -311,6 +313,17 @@ impl Worker {
             patience: Duration::from_millis(1),
             cut: None,
         });
+    }
+
+    /// What the next daemon must know, should this one be gone before the connection has its owner.
+    fn record(&self, flow: &Flow) -> Record {
+        let age = self.micros.saturating_sub(flow.accepted) / 1000;
+        Record {
+            route: route_hash(&self.slots[flow.slot].name),
+            client: flow.client_address,
+            began: (monotonic_ns() / 1_000_000).saturating_sub(age),
+            relayed: [flow.up.bytes, flow.down.bytes],
+        }
     }
 
     /// The connection has left the relay and its sockets are still there.
