@@ -56,7 +56,7 @@ pub fn open(plan: &Plan, socket: &Path) -> Result<Option<Arc<HandoffTable>>, Han
 pub fn follow_interfaces(table: Arc<HandoffTable>) -> Result<Store, InterfaceError> {
     let on = OnInterfaces::default();
     tokio::spawn(Attached::new(Arc::clone(&table), on.clone())?.follow());
-    Ok(Store { table, on })
+    Ok(Store { table, on: Some(on) })
 }
 
 /// Keeps the program on every interface that connections between other machines can come from.

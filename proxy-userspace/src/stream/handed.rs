@@ -64,7 +64,8 @@ pub enum Command {
 #[derive(Clone)]
 pub struct Store {
     pub table: Arc<dyn HandoffStore>,
-    pub on: OnInterfaces,
+    /// Where its program is. `None`: a table without a kernel, for which every way is the same.
+    pub on: Option<OnInterfaces>,
 }
 
 impl fmt::Debug for Store {

@@ -47,7 +47,7 @@ pub struct HandoffEngine {
     pub owner: mpsc::Sender<HandedOver>,
     pub ports: SourcePorts,
     pub grace: Arc<Grace>,
-    pub on: OnInterfaces,
+    pub on: Option<OnInterfaces>,
     pub when: When,
 }
 

@@ -33,7 +33,7 @@ use crate::{
     stream::{
         admission::Seat,
         flow::Flow,
-        handover::{Committed, Ends, HandedOver, Handing, Held, Paths, SourcePort},
+        handover::{Committed, Ends, HandedOver, Handing, Held, OnInterfaces, Paths, SourcePort},
         relay::{Means, Waiting},
         route::Route,
         socket::{self, Socket},
@@ -256,12 +256,11 @@ impl Worker {
         if ends.client.is_ipv4() != ends.backend.is_ipv4() {
             return Err(Failure::AddressFamilies);
         }
-        let engine = engine.clone();
-        let paths = match &mut self.paths {
-            Some(paths) => paths,
-            none => none.insert(Paths::open(engine.on.clone()).ok_or(Failure::Kernel)?),
+        let store = Arc::clone(&engine.store);
+        let interfaces = match engine.on.clone() {
+            Some(on) => self.paths(on)?.fit(&ends)?,
+            None => [0; 2],
         };
-        let interfaces = paths.fit(&ends)?;
         let clocks = [&flow.client, backend].map(|socket| repair::timestamp(socket).unwrap_or_default());
         let new = NewFlow {
             id: self.id(flow).bits(),
@@ -269,7 +268,7 @@ impl Worker {
             entries: entries(&ends, &found.facts, offsets, clocks, monotonic_ns()),
             interfaces,
         };
-        engine.store.insert(&new).map_err(|error| match error {
+        store.insert(&new).map_err(|error| match error {
             InsertError::Full { .. } => Failure::TableFull,
             InsertError::Taken => Failure::Taken,
             InsertError::Kernel(error) => {
@@ -277,6 +276,13 @@ impl Worker {
                 Failure::Kernel
             }
         })
+    }
+
+    fn paths(&mut self, on: OnInterfaces) -> Result<&mut Paths, Failure> {
+        match &mut self.paths {
+            Some(paths) => Ok(paths),
+            none => Ok(none.insert(Paths::open(on).ok_or(Failure::Kernel)?)),
+        }
     }
 
     /// From here on the ends talk to each other. The sockets stay held: even killed, they say nothing.
