@@ -74,8 +74,8 @@ pub mod seen {
     pub const ACK: u32 = 1 << 5;
 }
 
-/// Key of `ENTRIES`: the addresses and ports in packets of one direction, as they arrive.
-#[repr(C)]
+/// Key of `ENTRIES`: the addresses and ports in packets of one direction, as they arrive. Aligned so that the program copies words.
+#[repr(C, align(8))]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct HandoffKey {
     pub source: Endpoint,
@@ -259,7 +259,7 @@ pub struct HandoffEvent {
     pub reserved: [u8; 7],
 }
 
-const _: () = assert!(size_of::<HandoffKey>() == 40 && align_of::<HandoffKey>() == 1);
+const _: () = assert!(size_of::<HandoffKey>() == 40 && align_of::<HandoffKey>() == 8);
 const _: () = assert!(size_of::<HandoffEntry>() == 72 && align_of::<HandoffEntry>() == 8);
 const _: () = assert!(size_of::<HandoffEnd>() == 64 && align_of::<HandoffEnd>() == 8);
 const _: () = assert!(size_of::<HandoffFlow>() == 256 && align_of::<HandoffFlow>() == 8);

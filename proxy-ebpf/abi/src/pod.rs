@@ -13,7 +13,7 @@ unsafe impl aya::Pod for FlowKey {}
 unsafe impl aya::Pod for Traffic {}
 // SAFETY: `repr(C)`, two `Traffic`: no padding, every bit pattern valid, no pointers.
 unsafe impl aya::Pod for FlowCounters {}
-// SAFETY: `repr(C)`, bytes only: 18 + 18 + 1 + 3 of alignment 1 leave no padding.
+// SAFETY: `repr(C)`, bytes only: 18 + 18 + 1 + 3 = 40, a multiple of its alignment.
 unsafe impl aya::Pod for HandoffKey {}
 // SAFETY: `repr(C)`, integers and bytes: 4 + 4 × 1 + 4 × 4 + 8 + 2 × 18 + 4 = 72, no padding.
 unsafe impl aya::Pod for HandoffEntry {}

@@ -26,6 +26,8 @@ pub enum HandoffError {
     NotBpffs(PathBuf),
     #[error("{call} {}", path.display())]
     Pin { call: &'static str, path: PathBuf, source: io::Error },
+    #[error("mmap of the map FLOWS")]
+    Memory(#[source] io::Error),
     /// Pins of another version of shunt: its flows live on in them and are not understood here.
     #[error("the pins in {} have layout {pinned}, this daemon {LAYOUT}", folder.display())]
     Layout { folder: PathBuf, pinned: u32 },
@@ -49,6 +51,7 @@ impl HandoffError {
             Self::Bpf(error) => error.mend(),
             Self::NotBpffs(_) => "mount -t bpf bpf /sys/fs/bpf",
             Self::Pin { .. } => "give the daemon the right to write there; a container needs the host's /sys/fs/bpf",
+            Self::Memory(_) => "use a kernel of 5.5 or later, and allow the daemon the memory",
             Self::Layout { .. } => "let the flows of the other version end, or end them: shunt cleanup",
             Self::Interface { .. } => "the interface went away, or the process lacks CAP_NET_ADMIN",
             Self::NotEthernet { .. } => "flows over this interface are served without handoff",
