@@ -33,7 +33,7 @@ use crate::{
     handoff,
     health::Checks,
     kernel::{
-        bpf::handoff::{HandoffError, HandoffTable},
+        bpf::handoff::HandoffError,
         capability,
         conntrack::{Hear, NetlinkConntrack},
         memory,
@@ -225,7 +225,7 @@ impl Daemon {
         config: &Config,
         capabilities: &Capabilities,
         channels: &Channels,
-        handoff: Option<Arc<HandoffTable>>,
+        handoff: Option<stream::handed::Store>,
     ) -> Result<(StreamPath, JoinHandle<()>), Refusal> {
         let (ended, told) = mpsc::channel(REPORTS);
         let options = stream::Options {
@@ -234,7 +234,7 @@ impl Daemon {
             drained: channels.relayed.0.clone(),
             lock_tables: config.kernel.lock_table && capabilities.nft_owner_persist,
             ended,
-            handoff: handoff.map(|table| stream::handed::Store(table)),
+            handoff,
         };
         let streams = StreamPath::start(options).map_err(refuse_streams)?;
         let (log, pressure) = (access_log(config)?, Arc::clone(&streams.reader.pressure));
@@ -263,10 +263,7 @@ impl Daemon {
         };
         let port_id = nft.as_ref().map(KernelNft::port_id);
         let handoff = handoff::open(&plan(&config, &capabilities), &config.admin.socket).map_err(refuse_handoff)?;
-        if let Some(table) = &handoff {
-            let attached = handoff::Attached::new(Arc::clone(table));
-            tokio::spawn(attached.map_err(|e| Refusal::refused(e, None))?.follow());
-        }
+        let handoff = handoff.map(handoff::follow_interfaces).transpose().map_err(|e| Refusal::refused(e, None))?;
         let (streams, relayed_log) = Self::streams(&config, &capabilities, &channels, handoff)?;
         let adopter = streams.adopter();
         let (stream_commands, relayed) = (streams.commands.clone(), streams.reader.clone());

@@ -1,4 +1,4 @@
-//! The engine `handoff` from outside: whether this kernel has it, where its maps are pinned, the interfaces its program is on,
+//! The engine `handoff` from outside: where its maps are pinned, the interfaces its program is on,
 //! and taking all of it away again.
 
 use std::{
@@ -10,38 +10,25 @@ use std::{
 };
 
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use proxy_core::{capability::Handoff, handed::route_hash, plan::Plan};
+use proxy_core::{handed::route_hash, plan::Plan};
 use tokio::io::unix::AsyncFd;
 
 use crate::{
     kernel::{
-        bpf::{
-            BpfError,
-            handoff::{HandoffError, HandoffStore, HandoffTable, Sizes},
-        },
+        bpf::handoff::{HandoffError, HandoffStore, HandoffTable, Sizes},
         interfaces::{InterfaceError, Interfaces},
         segment::Sender,
     },
-    stream::handed::{Resets, ends_of},
+    stream::{
+        handed::{Resets, Store, ends_of},
+        handover::OnInterfaces,
+    },
 };
 
 /// 131,072 connections: 32 MiB of kernel memory at once, and some 500 bytes more for each that is there.
 const SIZES: Sizes = Sizes { flows: 1 << 17, events: 1 << 20 };
 /// Where systemd mounts it.
 const BPF_FS: &str = "/sys/fs/bpf";
-
-/// Asks the kernel: some milliseconds. Nothing is attached or pinned.
-pub fn capability() -> Handoff {
-    if !Sender::open().is_open() {
-        return Handoff::NotPermitted;
-    }
-    match HandoffTable::self_probe() {
-        Ok(_) => Handoff::Works,
-        Err(HandoffError::Bpf(BpfError::NotPermitted(_))) => Handoff::NotPermitted,
-        Err(HandoffError::Attach { .. }) => Handoff::NoTc,
-        Err(error) => Handoff::ProbeFailed(error.to_string()),
-    }
-}
 
 /// Where the daemon with this admin socket pins what outlives it: in a BPF file system that is mounted in `bpf` beside the
 /// socket, where there is one, else in `/sys/fs/bpf`. A folder per network namespace and socket.
@@ -65,10 +52,19 @@ pub fn open(plan: &Plan, socket: &Path) -> Result<Option<Arc<HandoffTable>>, Han
     HandoffTable::open(&folder, SIZES).map(Arc::new).map(Some)
 }
 
+/// Puts the program on every interface, and goes on doing so with new ones, inside a tokio runtime.
+pub fn follow_interfaces(table: Arc<HandoffTable>) -> Result<Store, InterfaceError> {
+    let on = OnInterfaces::default();
+    tokio::spawn(Attached::new(Arc::clone(&table), on.clone())?.follow());
+    Ok(Store { table, on: Some(on) })
+}
+
 /// Keeps the program on every interface that connections between other machines can come from.
 #[derive(Debug)]
-pub struct Attached {
+struct Attached {
     table: Arc<HandoffTable>,
+    /// As workers are told.
+    on: OnInterfaces,
     interfaces: AsyncFd<Interfaces>,
     /// Tried, whether the kernel took the program or not.
     known: BTreeSet<u32>,
@@ -76,15 +72,15 @@ pub struct Attached {
 
 impl Attached {
     /// To those there are, inside a tokio runtime: before the first connection is handed over.
-    pub fn new(table: Arc<HandoffTable>) -> Result<Self, InterfaceError> {
+    fn new(table: Arc<HandoffTable>, on: OnInterfaces) -> Result<Self, InterfaceError> {
         let interfaces = Interfaces::open()?.into_async()?;
-        let mut attached = Self { table, interfaces, known: BTreeSet::new() };
+        let mut attached = Self { table, on, interfaces, known: BTreeSet::new() };
         attached.look()?;
         Ok(attached)
     }
 
     /// Follows new ones for as long as the task runs.
-    pub async fn follow(mut self) {
+    async fn follow(mut self) {
         loop {
             match self.interfaces.readable_mut().await {
                 Ok(mut guard) => {
@@ -112,6 +108,7 @@ impl Attached {
         }
         // An interface that goes takes the program with it; its number may come again.
         self.known = in_use;
+        self.on.set(self.table.attached().into_iter().collect());
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 pub mod bpf;
 pub mod capability;
 pub mod conntrack;
+pub mod fib;
 pub mod firewall;
 pub mod grace;
 pub mod interfaces;

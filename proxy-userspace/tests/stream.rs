@@ -324,7 +324,8 @@ fn a_route_that_is_gone_drains_and_a_stopping_path_waits_for_it() {
 #[test]
 fn a_connection_that_is_handed_over_leaves_without_a_word() {
     let store = Arc::new(MemoryHandoffs::new(16).expect("a table"));
-    let served = serve_with(Engine::Handoff, &[echo_server()], "", 1024, Some(Store(store.clone())));
+    let served =
+        serve_with(Engine::Handoff, &[echo_server()], "", 1024, Some(Store { table: store.clone(), on: None }));
     // Loopback's segments are larger than can be asked for: what the first clients teach each worker.
     for _ in 0..16 {
         let mut stream = served.connect();

@@ -47,8 +47,9 @@ pub struct Handed {
 }
 
 impl Handed {
-    pub fn new(session: Session, relayed: [u64; 2]) -> Self {
-        Self { session, relayed, looked: Look::default() }
+    /// `relayed`: before its counters began; `passed_on`: after that, so that they have it with the next packet.
+    pub fn new(session: Session, relayed: [u64; 2], passed_on: [u64; 2]) -> Self {
+        Self { session, relayed, looked: Look { bytes: passed_on, ..Look::default() } }
     }
 
     /// Over its whole life: in and out.

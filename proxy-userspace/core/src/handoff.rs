@@ -57,13 +57,19 @@ pub enum Failure {
     SegmentSize,
     /// One end speaks IPv4, the other IPv6.
     AddressFamilies,
+    /// One end is on this machine: its packets do not come by the program.
+    OnThisMachine,
+    /// The program is not on the interface that leads to one end.
+    Interface,
+    /// Somebody's NAT changes the addresses between the wire and our socket.
+    Translated,
     /// A defect in shunt: must stay 0.
     OffsetsMoved,
 }
 
 impl Failure {
     /// In the order of the documentation.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::Busy,
         Self::OutOfOrder,
         Self::TableFull,
@@ -75,6 +81,9 @@ impl Failure {
         Self::Urgent,
         Self::SegmentSize,
         Self::AddressFamilies,
+        Self::OnThisMachine,
+        Self::Interface,
+        Self::Translated,
         Self::OffsetsMoved,
     ];
 
@@ -92,6 +101,9 @@ impl Failure {
             Self::Urgent => "urgent",
             Self::SegmentSize => "segment_size",
             Self::AddressFamilies => "address_families",
+            Self::OnThisMachine => "on_this_machine",
+            Self::Interface => "interface",
+            Self::Translated => "translated",
             Self::OffsetsMoved => "offsets_moved",
         }
     }
@@ -105,6 +117,9 @@ impl Failure {
             | Self::Urgent
             | Self::SegmentSize
             | Self::AddressFamilies
+            | Self::OnThisMachine
+            | Self::Interface
+            | Self::Translated
             | Self::OffsetsMoved => false,
         }
     }

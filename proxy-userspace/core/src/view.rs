@@ -63,6 +63,8 @@ pub struct HandoffStatus {
     pub max: u64,
     /// Taken over from an earlier daemon.
     pub adopted: u64,
+    /// Attempts to hand connections over: `done`, or what kept one in the daemon.
+    pub results: BTreeMap<String, u64>,
 }
 
 /// One of `GET /v1/routes`

@@ -1,6 +1,7 @@
 //! `/metrics`: the last snapshots of the owners, written out at every scrape. Nothing is kept between scrapes, so a route
 //! that is gone leaves no series behind. The format is OpenMetrics text 1.0.
 
+mod handoff;
 mod process;
 
 use std::fmt;
@@ -70,7 +71,8 @@ impl Collector for Snapshots {
         connect(&mut encoder, &measured)?;
         ages(&mut encoder, &measured)?;
         backends(&mut encoder, &measured)?;
-        handovers(&mut encoder, &measured)?;
+        handoff::attempts(&mut encoder, &measured)?;
+        handoff::table(&mut encoder, &self.0.relayed.handed)?;
         tls(&mut encoder, &measured)?;
         self.certificates(&mut encoder)?;
         self.daemon(&mut encoder)?;
@@ -343,21 +345,6 @@ fn backends(encoder: &mut DescriptorEncoder, measured: &[Measured]) -> fmt::Resu
     for one in measured {
         for (name, _, open) in &one.backends {
             gauge(metric.encode_family(&one.backend(name))?, *open)?;
-        }
-    }
-    Ok(())
-}
-
-fn handovers(encoder: &mut DescriptorEncoder, measured: &[Measured]) -> fmt::Result {
-    if measured.iter().all(|one| one.handovers.is_empty()) {
-        return Ok(());
-    }
-    let help = "Connections handed over to the packet level (done), and attempts that came to nothing, by why.";
-    let mut metric = encoder.encode_descriptor("shunt_handovers", help, None, MetricType::Counter)?;
-    for one in measured {
-        for (result, count) in &one.handovers {
-            let labels: Labels<2> = [("route", &one.name), ("result", result)];
-            counter(metric.encode_family(&labels)?, *count)?;
         }
     }
     Ok(())

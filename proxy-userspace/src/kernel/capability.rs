@@ -7,6 +7,7 @@
 //! The kernel may load its nf_tables modules on the way.
 
 pub mod ebpf;
+mod handoff;
 pub(crate) mod netlink;
 mod nft;
 pub mod privileges;
@@ -66,7 +67,7 @@ pub fn probe_details() -> Probe {
         nft,
         conntrack_netlink,
         ipv6,
-        handoff: Handoff::NotBuilt,
+        handoff: handoff::ask(),
         forward_filter: forward_filter(),
         scratch_namespace,
     }

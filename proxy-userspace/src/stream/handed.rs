@@ -30,7 +30,13 @@ use tokio::sync::{mpsc, oneshot};
 pub use adopt::Remnants;
 pub use ends::{Resets, ends_of};
 
-use super::{Ended, StreamId, handover::HandedOver, meter::Meters, route::Route, worker::Leaving};
+use super::{
+    Ended, StreamId,
+    handover::{HandedOver, OnInterfaces},
+    meter::Meters,
+    route::Route,
+    worker::Leaving,
+};
 use crate::{
     control::ConnectionFilter,
     kernel::{bpf::handoff::HandoffStore, conntrack::forget::Forgetter, segment::Sender},
@@ -56,11 +62,15 @@ pub enum Command {
 
 /// The table of handed-over flows, as it goes from who opened it to those who use it.
 #[derive(Clone)]
-pub struct Store(pub Arc<dyn HandoffStore>);
+pub struct Store {
+    pub table: Arc<dyn HandoffStore>,
+    /// Where its program is. `None`: a table without a kernel, for which every way is the same.
+    pub on: Option<OnInterfaces>,
+}
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Store").field(&self.0.used()).finish()
+        f.debug_struct("Store").field("used", &self.table.used()).field("on", &self.on).finish()
     }
 }
 
@@ -128,6 +138,7 @@ impl Gauge {
             entries: self.used.load(Relaxed),
             max,
             adopted: self.adopted.load(Relaxed),
+            results: Default::default(),
         })
     }
 }

@@ -3,6 +3,7 @@
 //! A worker commits a handover only when it holds a place in the channel, so a connection whose sockets have vanished always
 //! has an owner. While the channel is full connections go on being relayed, and are tried again.
 
+mod paths;
 mod ports;
 
 use std::{
@@ -19,6 +20,7 @@ use proxy_core::{
 };
 use tokio::sync::mpsc;
 
+pub use self::paths::{OnInterfaces, Paths};
 pub use self::ports::{RESERVED, SourcePort, SourcePorts};
 use super::{
     StreamId,
@@ -45,6 +47,7 @@ pub struct HandoffEngine {
     pub owner: mpsc::Sender<HandedOver>,
     pub ports: SourcePorts,
     pub grace: Arc<Grace>,
+    pub on: Option<OnInterfaces>,
     pub when: When,
 }
 

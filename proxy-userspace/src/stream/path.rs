@@ -129,13 +129,7 @@ impl StreamPath {
         };
         let unrouted = Arc::new(Meters::new(0, "-", workers));
         reader.meters.put(Arc::clone(&unrouted));
-        let owner = match options.handoff.map(|store| own(store, &shared, &unrouted, &reader)).transpose()? {
-            Some((owner, engine)) => {
-                shared.handoff = Some(engine);
-                Some(owner)
-            }
-            None => None,
-        };
+        let owner = options.handoff.map(|store| own(store, &mut shared, &unrouted, &reader)).transpose()?;
         let handles = (0..workers).map(|index| {
             let meter = Arc::clone(&unrouted.workers[index]);
             spawn(index as u8, shared.clone(), meter, pipes as usize)
@@ -386,25 +380,31 @@ impl Drop for AbortOnDrop {
 /// Starts the owner of what is handed over. The ports of what an earlier daemon has left are taken before anybody dials.
 fn own(
     store: handed::Store,
-    shared: &Shared,
+    shared: &mut Shared,
     unrouted: &Arc<Meters>,
     reader: &Reader,
-) -> Result<(handed::Owner, HandoffEngine), StreamError> {
+) -> Result<handed::Owner, StreamError> {
     let failed = |error| StreamError::Start { call: "clone", error };
     let ports = SourcePorts::default();
     let (sender, receiver) = handover::channel();
     let options = handed::Options {
-        remnants: handed::Remnants::collect(&*store.0, &ports),
-        store: Arc::clone(&store.0),
+        remnants: handed::Remnants::collect(&*store.table, &ports),
+        store: Arc::clone(&store.table),
         handed: receiver,
         unrouted: Arc::clone(unrouted),
         drained: shared.drained.clone(),
         ended: shared.ended.clone(),
         gauge: Arc::clone(&reader.handed),
     };
-    let grace = Grace::start().map_err(failed)?;
-    let engine = HandoffEngine { store: store.0, owner: sender, ports, grace, when: handover::WHEN };
-    Ok((handed::Owner::spawn(options).map_err(failed)?, engine))
+    shared.handoff = Some(HandoffEngine {
+        store: store.table,
+        owner: sender,
+        ports,
+        grace: Grace::start().map_err(failed)?,
+        on: store.on,
+        when: handover::WHEN,
+    });
+    handed::Owner::spawn(options).map_err(failed)
 }
 
 fn spawn(index: u8, shared: Shared, unrouted: Arc<RouteMeter>, pipes: usize) -> Result<Handle, StreamError> {

@@ -29,7 +29,7 @@ use self::{accept::Listener, command::Departure};
 use super::{
     Ended, StreamId,
     flow::{Flow, Flows},
-    handover::HandoffEngine,
+    handover::{HandoffEngine, Paths},
     meter::{ENGINES, Pressure, RouteMeter},
     poll::{Events, Poll, Source},
     relay::{Means, Stores, buffers::Buffers, pipes::Pipes},
@@ -91,6 +91,8 @@ pub struct Worker {
     tell_at: Option<u64>,
     /// Nothing is accepted before.
     accept_at: Option<u64>,
+    /// From the first connection that is to be handed over on.
+    paths: Option<Paths>,
     random: u64,
     gone_since_trim: usize,
     stopping: bool,
@@ -173,6 +175,7 @@ impl Worker {
             told: Vec::new(),
             tell_at: None,
             accept_at: None,
+            paths: None,
             random: 0x9e37_79b9_7f4a_7c15 ^ u64::from(index) << 32 ^ wall().as_nanos() as u64,
             gone_since_trim: 0,
             stopping: false,

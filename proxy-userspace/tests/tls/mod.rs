@@ -172,7 +172,6 @@ impl Served {
             failed_dials: mpsc::channel(16).0,
             drained: mpsc::channel(16).0,
             ended: ended_tx,
-            handoff: None,
             lock_tables: false,
             handoff: None,
         };

@@ -15,7 +15,7 @@ const LIMITS: Limits = Limits {
 
 /// Accepted at 1 s, handed over at 2 s, after 100 and 200 bytes.
 fn handed() -> Handed {
-    Handed::new(Session::established(Tick(1_000), Tick(2_000)), [100, 200])
+    Handed::new(Session::established(Tick(1_000), Tick(2_000)), [100, 200], [0, 0])
 }
 
 fn moved(bytes: [u64; 2], last: u64) -> Look {
@@ -33,6 +33,15 @@ fn bytes_are_counted_once_and_over_the_whole_life() {
     assert_eq!(flow.look(moved([10, 5], 4_000), &LIMITS, Tick(4_500)), ([0, 5], Action::Nothing));
     assert_eq!(flow.look(moved([9, 5], 4_000), &LIMITS, Tick(4_600)).0, [0, 0], "read while it was written");
     assert_eq!(flow.bytes(), [110, 205]);
+}
+
+#[test]
+fn what_was_passed_on_at_the_last_moment_is_not_counted_again() {
+    let mut flow = Handed::new(Session::established(Tick(1_000), Tick(2_000)), [100, 200], [7, 0]);
+    assert_eq!(flow.bytes(), [107, 200]);
+    assert_eq!(flow.look(moved([0, 0], 0), &LIMITS, Tick(3_000)).0, [0, 0]);
+    assert_eq!(flow.look(moved([9, 0], 3_000), &LIMITS, Tick(3_000)).0, [2, 0]);
+    assert_eq!(flow.bytes(), [109, 200]);
 }
 
 #[test]

@@ -47,6 +47,11 @@ pub(in crate::cli) fn status(status: &view::Status) -> String {
             adopted => format!(", {} taken over at start", count(adopted)),
         };
         line(&mut text, "handed over", &format!("{} open, {entries}{of_earlier}", count(handoff.connections)));
+        let results: Vec<String> =
+            handoff.results.iter().map(|(result, times)| format!("{result} {}", count(*times))).collect();
+        if !results.is_empty() {
+            line(&mut text, "handovers", &results.join(", "));
+        }
     }
     for warning in &status.warnings {
         line(&mut text, "warning", &format!("{WARN}{warning}{WARN:#}"));

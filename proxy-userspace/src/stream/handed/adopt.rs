@@ -112,7 +112,7 @@ impl Owner {
             route: id,
             client,
             ends: remnant.ends,
-            handed: Handed::new(session, relayed),
+            handed: Handed::new(session, relayed, [0; 2]),
             meters: route.as_ref().map_or_else(|| Arc::clone(unrouted), |route| Arc::clone(&route.meters)),
             held: (
                 route.as_ref().map(|route| route.seat_of(client.ip())),

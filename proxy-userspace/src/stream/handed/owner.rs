@@ -95,7 +95,7 @@ impl Owner {
             route: route_id,
             client,
             ends,
-            handed: Handed::new(session, relayed),
+            handed: Handed::new(session, relayed, handed.passed_on),
             meters,
             held: (held.seat, held.counted),
             port: Some(held.port),
@@ -103,6 +103,8 @@ impl Owner {
         if let Some(meter) = flow.meter() {
             meter.promoted.add(1);
             meter.active.add(1);
+            meter.bytes_in.add(handed.passed_on[0]);
+            meter.bytes_out.add(handed.passed_on[1]);
         }
         self.flows.insert(gate, flow);
         match cut {

@@ -33,7 +33,7 @@ use crate::{
     stream::{
         admission::Seat,
         flow::Flow,
-        handover::{Committed, Ends, HandedOver, Handing, Held, SourcePort},
+        handover::{Committed, Ends, HandedOver, Handing, Held, OnInterfaces, Paths, SourcePort},
         relay::{Means, Waiting},
         route::Route,
         socket::{self, Socket},
@@ -249,21 +249,26 @@ impl Worker {
         }
     }
 
-    fn arm_entries(&self, flow: &Flow, found: &Found, offsets: Offsets) -> Result<Gate, Failure> {
+    fn arm_entries(&mut self, flow: &Flow, found: &Found, offsets: Offsets) -> Result<Gate, Failure> {
         let engine = self.shared.handoff.as_ref().ok_or(Failure::Kernel)?;
         let ends = ends_of(flow).ok_or(Failure::Kernel)?;
         let backend = flow.backend.as_ref().ok_or(Failure::Kernel)?;
         if ends.client.is_ipv4() != ends.backend.is_ipv4() {
             return Err(Failure::AddressFamilies);
         }
+        let store = Arc::clone(&engine.store);
+        let interfaces = match engine.on.clone() {
+            Some(on) => self.paths(on)?.fit(&ends)?,
+            None => [0; 2],
+        };
         let clocks = [&flow.client, backend].map(|socket| repair::timestamp(socket).unwrap_or_default());
         let new = NewFlow {
             id: self.id(flow).bits(),
             owner: [0; OWNER_BYTES],
             entries: entries(&ends, &found.facts, offsets, clocks, monotonic_ns()),
-            interfaces: [0; 2],
+            interfaces,
         };
-        engine.store.insert(&new).map_err(|error| match error {
+        store.insert(&new).map_err(|error| match error {
             InsertError::Full { .. } => Failure::TableFull,
             InsertError::Taken => Failure::Taken,
             InsertError::Kernel(error) => {
@@ -271,6 +276,13 @@ impl Worker {
                 Failure::Kernel
             }
         })
+    }
+
+    fn paths(&mut self, on: OnInterfaces) -> Result<&mut Paths, Failure> {
+        match &mut self.paths {
+            Some(paths) => Ok(paths),
+            none => Ok(none.insert(Paths::open(on).ok_or(Failure::Kernel)?)),
+        }
     }
 
     /// From here on the ends talk to each other. The sockets stay held: even killed, they say nothing.

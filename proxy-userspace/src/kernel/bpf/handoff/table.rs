@@ -272,34 +272,3 @@ fn map_error(map: &'static str) -> impl Fn(MapError) -> BpfError {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-impl super::HandoffStore for HandoffTable {
-    fn insert(&self, _: &super::NewFlow) -> Result<super::Gate, super::InsertError> {
-        Err(super::InsertError::Full { capacity: 0 })
-    }
-    fn open_gate(&self, _: super::Gate, _: [super::Boundary; 2]) {}
-    fn leave(&self, _: super::Gate) {}
-    fn close_gate(&self, _: super::Gate) {}
-    fn flow(&self, _: super::Gate) -> proxy_abi::handoff::HandoffFlow {
-        proxy_abi::handoff::HandoffFlow::EMPTY
-    }
-    fn set_owner(&self, _: super::Gate, _: [u8; proxy_abi::handoff::OWNER_BYTES]) {}
-    fn entry(&self, _: &proxy_abi::handoff::HandoffKey) -> Option<proxy_abi::handoff::HandoffEntry> {
-        None
-    }
-    fn remove(&self, _: super::Gate) -> Option<proxy_abi::handoff::HandoffFlow> {
-        None
-    }
-    fn walk(&self) -> Vec<super::Found> {
-        Vec::new()
-    }
-    fn used(&self) -> (u32, u32) {
-        (0, 0)
-    }
-    fn next_event(&self) -> Option<proxy_abi::handoff::HandoffEvent> {
-        None
-    }
-    fn events_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        std::os::fd::AsFd::as_fd(Box::leak(Box::new(std::io::stdin())))
-    }
-}
