@@ -107,8 +107,9 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
     let settings = Settings::default();
     // What the routes want of the kernel, not what is left of it here.
     let plan = config.map(|config| plan(config, &Capabilities { net_admin: true, ..probe.capabilities() }));
-    let routes =
-        plan.as_ref().map_or(Routes { ipv4: true, ipv6: true, relayed: true }, |plan| routes_of(plan.routes().iter()));
+    let routes = plan.as_ref().map_or(Routes { ipv4: true, ipv6: true, relayed: true, handed: false }, |plan| {
+        routes_of(plan.routes().iter())
+    });
     let mut checks = privileges::checks(&probe);
     checks.push(host::kernel_version());
     checks.extend(features::checks(&probe));
@@ -118,9 +119,12 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
         checks.iter_mut().for_each(Check::not_needed);
     }
     checks.extend(forward::checks());
+    let hands_over = plan.as_ref().is_some_and(|plan| plan.routes().iter().any(|route| route.hands_over()));
+    checks.extend(forward::passed_by(probe.forward_filter.as_deref(), hands_over));
     checks.push(settings::reverse_path(&settings, config));
     checks.push(features::ebpf(&capability::ebpf::features()));
     checks.push(features::own_object(bpf::self_probe()));
+    checks.push(features::handoff(&probe.handoff));
     checks.push(host::file_limit());
     checks.extend(socket.map(host::running_daemon));
     if let (Some(config), Some(plan)) = (config, &plan) {

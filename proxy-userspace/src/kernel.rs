@@ -3,9 +3,16 @@
 pub mod bpf;
 pub mod capability;
 pub mod conntrack;
+pub mod fib;
+pub mod firewall;
+pub mod grace;
+pub mod interfaces;
 pub mod memory;
 pub mod netlink;
 pub mod nft;
+pub mod readable;
+pub mod repair;
 pub mod return_path;
 pub mod routing;
+pub mod segment;
 pub mod sysctl;

@@ -484,6 +484,13 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         Ok(true)
     }
 
+    /// Resolves when the stream path serves what it was given last.
+    pub async fn settled(&mut self) {
+        if let Some(streams) = &mut self.streams {
+            streams.settled().await;
+        }
+    }
+
     /// Files of certificates may have changed though the configuration has not.
     pub fn look_at_certificates(&mut self) {
         self.streams.iter_mut().for_each(Streams::look_at_certificates);

@@ -7,6 +7,8 @@
 mod admission;
 pub mod ended;
 mod flow;
+pub mod handed;
+pub mod handover;
 pub mod memory;
 pub mod meter;
 mod path;
@@ -48,6 +50,9 @@ pub trait Streams {
     /// Serves the change. Connections of routes that stay are not touched; they keep the backend they have and take the
     /// timeouts of the new settings.
     fn commit(&mut self, prepared: Self::Prepared);
+
+    /// Resolves when every worker serves what was committed last: who is told so finds nobody at an address that is gone.
+    fn settled(&mut self) -> impl Future<Output = ()> + Send;
 
     /// Looks at the certificates of every route now.
     fn look_at_certificates(&mut self);
@@ -97,13 +102,25 @@ pub struct Options {
     pub lock_tables: bool,
     /// Told of connections that have ended, in batches.
     pub ended: mpsc::Sender<Vec<Ended>>,
+    /// Where connections are handed over to; `None`: all of them stay in the daemon.
+    pub handoff: Option<handed::Store>,
 }
 
 /// What asks for connections.
 #[derive(Debug)]
 pub enum StreamCommand {
-    Connections { filter: ConnectionFilter, reply: Reply<Vec<view::Connection>> },
-    Kill { id: StreamId, reply: Reply<view::Killed> },
+    Connections {
+        filter: ConnectionFilter,
+        reply: Reply<Vec<view::Connection>>,
+    },
+    Kill {
+        id: StreamId,
+        reply: Reply<view::Killed>,
+    },
+    /// Has the counters of what was handed over read, unless that was done a moment ago.
+    Refresh {
+        reply: Reply<()>,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use std::{
     io::Write,
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
 
@@ -16,6 +16,7 @@ use shunt_lab::{
     wait_for, wait_until,
 };
 
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 88, 1, 1);
 const SOON: Duration = Duration::from_secs(5);
 /// What a client calls at once, on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(2);
@@ -94,6 +95,30 @@ fn a_backend_that_swallows_syns_ends_at_the_connect_timeout() -> Result<()> {
         shunt.wait_ended(relay.route(), &[("connect_timeout", CLIENTS)], SOON)
     })?;
     wait_until("no dial is left", SOON, || kernel::tcp_sockets(lab.gateway(), &["syn-sent"]).is_ok_and(|n| n == 0))
+}
+
+#[test]
+fn a_slow_backend_may_still_answer_while_another_is_asked_beside_it() -> Result<()> {
+    const DEAF: &str =
+        "add table ip t; add chain ip t i { type filter hook input priority 0; }; add rule ip t i tcp flags syn drop";
+    let lab = Lab::new()?;
+    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    lab.backend(1).sh(&format!("nft '{DEAF}'"))?;
+    link::lose(lab.backend(2), 100)?;
+    // By its weight the first is asked first.
+    let route = "[[route]]\nname = \"slow\"\nlisten = [\"10.88.1.1:80\"]\nengine = \"copy\"\n\
+                 backends = [{ address = \"10.88.2.2:80\", weight = 9 }, \"10.88.2.3:80\"]\n\
+                 timeouts = { connect = \"20s\" }\n";
+    let shunt = Shunt::start(&lab, route)?;
+    let mut stream = lab.client().connect((GATEWAY, 80))?;
+    let asked = |count| kernel::tcp_sockets(lab.gateway(), &["syn-sent"]).is_ok_and(|n| n == count);
+    wait_until("the other one is asked too", SOON, || asked(2))?;
+    // The next SYN to the first arrives.
+    lab.backend(1).sh("nft delete table ip t")?;
+    echo(&mut stream, b"here after all")?;
+    wait_until("the other one is not asked any more", SOON, || asked(0))?;
+    drop(stream);
+    shunt.wait_ended("slow", &[("finished_client_first", 1)], SOON)
 }
 
 #[test]

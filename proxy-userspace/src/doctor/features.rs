@@ -1,5 +1,7 @@
 //! What the kernel was built with.
 
+use proxy_core::capability::Handoff;
+
 use super::Check;
 use crate::kernel::{
     bpf::{BpfError, ProbeReport},
@@ -99,6 +101,21 @@ pub(super) fn own_object(probe: Result<ProbeReport, BpfError>) -> Check {
     }
 }
 
+/// Whether connections can be handed over to the packet level.
+pub(super) fn handoff(found: &Handoff) -> Check {
+    let check = Check::of("handoff", "the engine handoff: relayed connections at the cost of forwarded ones");
+    let mend = match found {
+        Handoff::Works => return check.ok("the self-probe has passed"),
+        Handoff::NotBuilt => return check.ok(found.to_string()),
+        Handoff::NotPermitted => {
+            "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW; splice serves these routes meanwhile"
+        }
+        Handoff::NoTc | Handoff::NoRedirect => "use a newer kernel; splice serves these routes meanwhile",
+        Handoff::ProbeFailed(_) => "report it with the output of uname -a; splice serves these routes meanwhile",
+    };
+    check.warn(found.to_string(), mend)
+}
+
 /// All eBPF features in one line: they are there together or not at all.
 pub(super) fn ebpf(features: &[Feature]) -> Check {
     let check = Check::of("eBPF", "the engines handoff and sockmap; the nft engine works without");
@@ -142,6 +159,8 @@ mod tests {
             nft: None,
             conntrack_netlink: Some(false),
             ipv6: false,
+            handoff: Handoff::NotPermitted,
+            forward_filter: None,
             scratch_namespace: false,
         };
         let states: Vec<_> = checks(&probe).into_iter().map(|check| (check.name, check.state)).collect();

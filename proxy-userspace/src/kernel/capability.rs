@@ -7,15 +7,17 @@
 //! The kernel may load its nf_tables modules on the way.
 
 pub mod ebpf;
+mod handoff;
 pub(crate) mod netlink;
 mod nft;
 pub mod privileges;
 
 use std::{io, path::Path};
 
+use super::firewall;
 pub use nft::NftFacts;
 use nix::sched::{CloneFlags, unshare};
-use proxy_core::capability::Capabilities;
+use proxy_core::capability::{Capabilities, Handoff};
 
 /// What the kernel answered, in more detail than a plan needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +31,9 @@ pub struct Probe {
     /// `None`: not allowed to ask.
     pub conntrack_netlink: Option<bool>,
     pub ipv6: bool,
+    pub handoff: Handoff,
+    /// A foreign chain that filters forwarded packets.
+    pub forward_filter: Option<String>,
     /// The batch went to a network namespace of its own.
     pub scratch_namespace: bool,
 }
@@ -56,7 +61,22 @@ pub fn probe_details() -> Probe {
     };
     let (nft, scratch_namespace) = if nf_tables == Some(true) { ask_nft() } else { (None, false) };
     let ipv6 = Path::new("/proc/sys/net/ipv6").exists();
-    Probe { net_admin, nf_tables, nft, conntrack_netlink, ipv6, scratch_namespace }
+    Probe {
+        net_admin,
+        nf_tables,
+        nft,
+        conntrack_netlink,
+        ipv6,
+        handoff: handoff::ask(),
+        forward_filter: forward_filter(),
+        scratch_namespace,
+    }
+}
+
+/// Unknown is as good as none: the chains of a process that may not ask cannot be passed by either.
+fn forward_filter() -> Option<String> {
+    let chains = firewall::forward_chains().unwrap_or_default();
+    chains.into_iter().find(|chain| chain.filters).map(|chain| chain.name)
 }
 
 fn ask_nft() -> (Option<NftFacts>, bool) {
@@ -90,6 +110,8 @@ impl Probe {
             nft_socket: has(|nft| nft.socket),
             conntrack_netlink: self.conntrack_netlink.unwrap_or(true),
             ipv6: self.ipv6,
+            handoff: self.handoff.clone(),
+            forward_filter: self.forward_filter.clone(),
         }
     }
 }
@@ -105,13 +127,18 @@ mod tests {
             nft: None,
             conntrack_netlink: None,
             ipv6: true,
+            handoff: Handoff::NotPermitted,
+            forward_filter: None,
             scratch_namespace: false,
         }
     }
 
     #[test]
     fn what_may_not_be_asked_counts_as_there_but_the_privilege_is_missing() {
-        assert_eq!(unprivileged().capabilities(), Capabilities { net_admin: false, ..Capabilities::all() });
+        assert_eq!(
+            unprivileged().capabilities(),
+            Capabilities { net_admin: false, handoff: Handoff::NotPermitted, ..Capabilities::all() }
+        );
     }
 
     #[test]

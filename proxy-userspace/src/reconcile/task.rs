@@ -227,6 +227,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
         let Outcome { added, changed, removed, changes, apply, effects } = outcome;
         self.forward(effects).await;
         self.watch_backends(&[added.clone(), changed.clone()].concat());
+        self.reconciler.settled().await;
         removed.iter().for_each(|route| self.checks.forget(route));
         Ok(view::Reload {
             unchanged: self.reconciler.plan().routes().len() - added.len() - changed.len(),
@@ -253,6 +254,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
             Ok(Some((view, effects))) => {
                 tracing::info!(route, backend, state = ?admin, "backend set by an operator");
                 self.forward(effects).await;
+                self.reconciler.settled().await;
                 Ok(view)
             }
         }
@@ -422,6 +424,7 @@ pub fn routes_of<'a>(routes: impl Iterator<Item = &'a Arc<RoutePlan>>) -> sysctl
         all.ipv4 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv4());
         all.ipv6 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv6());
         all.relayed |= plan.is_relayed();
+        all.handed |= plan.hands_over();
     }
     all
 }

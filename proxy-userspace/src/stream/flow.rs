@@ -18,6 +18,7 @@ use proxy_core::{
 
 use super::{
     admission::Admitted,
+    handover::{Handing, SourcePort},
     poll::{NUMBER_MASK, Source},
     relay::{Means, Way, secured::Secured},
     route::Listen,
@@ -49,6 +50,8 @@ pub struct Flow {
     pub early: Option<Box<Early>>,
     pub admitted: Option<Admitted>,
     pub counted: Option<Counted>,
+    /// On its way out of the daemon, or kept here.
+    pub handover: Option<Box<Handing>>,
     /// Its turn was over before its bytes were: it is in the worker's queue.
     pub queued: bool,
     /// Microseconds on the worker's clock when it was accepted.
@@ -60,7 +63,7 @@ pub struct Flow {
 }
 
 // An idle connection is this and its two sockets in the kernel.
-const _: () = assert!(size_of::<Flow>() <= 448);
+const _: () = assert!(size_of::<Flow>() <= 456);
 
 /// What is only needed until a backend has answered.
 #[derive(Debug)]
@@ -81,6 +84,8 @@ pub struct Early {
     pub attempt_until: Option<Tick>,
     /// The one before, which has not answered yet and still may.
     pub rival: Option<Dialled>,
+    /// Of the one asked last.
+    pub port: Option<SourcePort>,
 }
 
 /// A backend that is being connected to.
@@ -89,6 +94,7 @@ pub struct Dialled {
     pub socket: Socket,
     pub address: SocketAddr,
     pub counted: Counted,
+    pub port: Option<SourcePort>,
 }
 
 /// One connection more for a backend, as long as it lives.

@@ -40,6 +40,8 @@ impl Streams for MemoryStreams {
         }
     }
 
+    async fn settled(&mut self) {}
+
     fn look_at_certificates(&mut self) {}
 
     fn forget(&mut self, id: u32) {

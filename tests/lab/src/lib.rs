@@ -33,6 +33,7 @@ mod leftovers;
 pub mod link;
 pub mod load;
 pub mod pattern;
+mod pins;
 mod process;
 mod programs;
 pub mod proxy_header;
@@ -43,8 +44,10 @@ mod shunt;
 mod talk;
 mod topology;
 mod wait;
+pub mod wire;
 
 pub use host::Host;
+pub use pins::Pins;
 pub use process::{Running, run};
 pub use programs::Certificate;
 pub use servers::HttpFiles;

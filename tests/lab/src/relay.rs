@@ -30,12 +30,14 @@ pub enum Relay {
     Splice,
     /// The same, and the connection has carried enough to be moved: [`Self::prime`].
     Promoted,
+    /// A route with `engine = "handoff"`, and the connection has been handed over: [`Self::prime`].
+    Handoff,
 }
 
 impl Relay {
-    pub const ALL: [Self; 3] = [Self::Copy, Self::Splice, Self::Promoted];
+    pub const ALL: [Self; 4] = [Self::Copy, Self::Splice, Self::Promoted, Self::Handoff];
     /// One of each engine, for what happens before a connection carries anything.
-    pub const ENGINES: [Self; 2] = [Self::Copy, Self::Splice];
+    pub const ENGINES: [Self; 3] = [Self::Copy, Self::Splice, Self::Handoff];
 
     /// Name of its route in [`Self::routes`].
     pub fn route(self) -> &'static str {
@@ -43,6 +45,7 @@ impl Relay {
             Self::Copy => "copy",
             Self::Splice => "splice",
             Self::Promoted => "promoted",
+            Self::Handoff => "handoff",
         }
     }
 
@@ -51,6 +54,7 @@ impl Relay {
         match self {
             Self::Copy => "copy",
             Self::Splice | Self::Promoted => "splice",
+            Self::Handoff => "handoff",
         }
     }
 
@@ -95,8 +99,10 @@ impl Relay {
 
     /// Makes sure that the connection, to an echoing backend, is moved as this way says. The bytes it echoed each way.
     pub fn prime(self, shunt: &Shunt, stream: &mut TcpStream) -> Result<u64> {
-        if self != Self::Promoted {
-            return Ok(0);
+        match self {
+            Self::Copy | Self::Splice => return Ok(0),
+            Self::Handoff => return handed_over(shunt, stream).map(|()| 0),
+            Self::Promoted => {}
         }
         let mut echoed = 0;
         let (out, mut back) = (vec![0x5a; CHUNK], vec![0; CHUNK]);
@@ -114,6 +120,17 @@ impl Relay {
             (shunt.engine_of(stream).ok()?.as_deref() == Some("splice")).then_some(echoed)
         })
     }
+}
+
+/// Waits until the connection of the client's `stream` has no socket in the daemon any more. It must be quiet meanwhile.
+pub fn handed_over(shunt: &Shunt, stream: &TcpStream) -> Result<()> {
+    wait_for("the connection is handed over", Duration::from_secs(5), || {
+        (shunt.engine_of(stream).ok()?.as_deref() == Some("handoff")).then_some(())
+    })
+    .or_else(|error| {
+        let why = shunt.metrics().map(|metrics| metrics.samples("shunt_handovers_total"));
+        Err(error.context(format!("{why:?}; {:?}", shunt.connection_of(stream))))
+    })
 }
 
 /// A server on backend 1 for each way, in the order of [`Relay::ALL`].

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 use crate::{
     host::Host,
     leftovers::{self, PREFIX, ip_batch},
+    pins::Pins,
 };
 
 /// The gateway, seen by clients.
@@ -87,6 +88,8 @@ pub struct Lab {
     gateway: Host,
     backends: Vec<Host>,
     client_addresses: u8,
+    /// Before the folder it is in.
+    pins: Pins,
     dir: TempDir,
     /// Last: nothing above needs the namespaces once it runs.
     _namespaces: Namespaces,
@@ -135,6 +138,11 @@ impl Lab {
         self.dir.path()
     }
 
+    /// What the daemon has pinned in the BPF file system beside its socket.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
     fn build(spec: &LabBuilder) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let stem = format!("{PREFIX}{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -147,7 +155,9 @@ impl Lab {
             .zip(&names.backends)
             .map(|(n, name)| Host::open(name, backend_ip(n), backend_ip6(n)))
             .collect::<Result<Vec<_>>>()?;
-        let lab = Self { client, gateway, backends, client_addresses: spec.client_addresses, dir, _namespaces: names };
+        let pins = Pins::mount(dir.path())?;
+        let client_addresses = spec.client_addresses;
+        let lab = Self { client, gateway, backends, client_addresses, pins, dir, _namespaces: names };
         lab.wire(spec)?;
         Ok(lab)
     }

@@ -36,6 +36,8 @@ pub struct Listener {
     pub fd: OwnedFd,
     pub address: SocketAddr,
     pub listen: Arc<Listen>,
+    /// Clients have been told of no larger segments since a backend took no larger ones.
+    pub segment: Option<u16>,
 }
 
 impl Worker {
@@ -121,6 +123,7 @@ impl Worker {
             early: Some(Box::new(early)),
             admitted: None,
             counted: None,
+            handover: None,
             queued: false,
             accepted: self.micros,
             dialed: 0,
@@ -158,7 +161,7 @@ impl Worker {
     }
 
     pub(super) fn listen_on(&mut self, address: SocketAddr, fd: OwnedFd, listen: Arc<Listen>) {
-        let listener = Listener { fd, address, listen };
+        let listener = Listener { fd, address, listen, segment: None };
         let index = self.listeners.iter().position(Option::is_none).unwrap_or_else(|| {
             self.listeners.push(None);
             self.listeners.len() - 1

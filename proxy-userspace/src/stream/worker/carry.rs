@@ -24,6 +24,9 @@ const PROMOTE_AFTER: u64 = 4 << 20;
 impl Worker {
     /// Passes on what can be passed on, in both directions.
     pub(super) fn relay(&mut self, key: u32, flow: &mut Flow) -> Fate {
+        if flow.is_handed_over() {
+            return self.look_after(key, flow);
+        }
         let Some(backend) = flow.backend.as_mut() else {
             return self.step(key, flow, Event::Cut(Reason::InternalError));
         };
@@ -61,7 +64,7 @@ impl Worker {
                 return Fate::Over;
             }
         }
-        Fate::Lives
+        self.hand_over(key, flow)
     }
 
     fn count(&mut self, flow: &mut Flow, (up, down): (u64, u64)) {
@@ -74,7 +77,7 @@ impl Worker {
         let meter = &slot.meter.engines[meter_slot(flow.means)];
         meter.bytes_in.add(bytes_in);
         meter.bytes_out.add(bytes_out);
-        if slot.engine == Engine::Splice
+        if matches!(slot.engine, Engine::Splice | Engine::Handoff)
             && flow.means == Means::Copy
             && flow.up.bytes + flow.down.bytes >= PROMOTE_AFTER
         {
@@ -94,6 +97,7 @@ impl Worker {
         if reason == Reason::TlsHandshakeTimeout {
             self.handshake_ended(flow, Shaken::Timeout);
         }
+        self.stays(flow);
         let age = Duration::from_micros(self.micros.saturating_sub(flow.accepted));
         let slot = &mut self.slots[flow.slot];
         slot.open -= 1;

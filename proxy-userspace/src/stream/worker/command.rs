@@ -29,7 +29,8 @@ use crate::{
 
 #[derive(Debug)]
 pub enum Command {
-    Apply(Applied),
+    /// Answers when it is served.
+    Apply(Applied, oneshot::Sender<()>),
     List {
         filter: ConnectionFilter,
         reply: oneshot::Sender<Vec<Row>>,
@@ -67,8 +68,8 @@ impl Leaving {
         Self(Arc::new(AtomicUsize::new(workers)))
     }
 
-    /// True for the last worker.
-    fn done(&self) -> bool {
+    /// True for the last of them.
+    pub fn done(&self) -> bool {
         self.0.fetch_sub(1, AcqRel) == 1
     }
 }
@@ -104,7 +105,10 @@ impl Worker {
         let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Apply(change) => self.apply(change),
+                Command::Apply(change, done) => {
+                    self.apply(change);
+                    let _ = done.send(());
+                }
                 Command::List { filter, reply } => drop(reply.send(self.list(&filter))),
                 Command::Kill { number, reply } => drop(reply.send(self.kill(number))),
                 Command::Stop => self.stop(),
