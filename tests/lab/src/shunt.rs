@@ -16,7 +16,7 @@ use serde_json::Value;
 
 pub use metrics::Metrics;
 
-use crate::{host::Host, process::Running, topology::Lab, wait::wait_for};
+use crate::{host::Host, pins::Pins, process::Running, topology::Lab, wait::wait_for};
 
 const START: Duration = Duration::from_secs(20);
 
@@ -90,8 +90,11 @@ impl ShuntBuilder {
         let (config_file, socket) =
             (lab.dir().join(format!("{}.toml", self.name)), lab.dir().join(format!("{}.sock", self.name)));
         let binary = self.binary.clone().map_or_else(shunt_binary, Ok)?;
-        let mut shunt =
-            Shunt { options: self, host, dir: lab.dir().to_owned(), binary, config_file, socket, running: None };
+        // What it pins goes with it, unless the test looks after that itself.
+        let hands_over = config.contains("\"handoff\"") && !lab.dir().join("bpf").exists();
+        let pins = hands_over.then(|| Pins::mount(lab.dir())).transpose()?;
+        let dir = lab.dir().to_owned();
+        let mut shunt = Shunt { options: self, host, dir, binary, config_file, socket, running: None, _pins: pins };
         shunt.write_config(config)?;
         shunt.launch()?;
         Ok(shunt)
@@ -108,6 +111,8 @@ pub struct Shunt {
     config_file: PathBuf,
     socket: PathBuf,
     running: Option<Running>,
+    /// Last: the daemon has ended by then.
+    _pins: Option<Pins>,
 }
 
 impl Shunt {

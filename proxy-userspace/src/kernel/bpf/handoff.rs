@@ -80,6 +80,10 @@ pub trait HandoffStore: Send + Sync {
     /// Commits: from now on both directions are translated. `at`: client and backend. One store of a word after those it depends on.
     fn open_gate(&self, gate: Gate, at: [Boundary; 2]);
 
+    /// After commit the daemon itself passes on what had slipped into its sockets: of that end (0: client, 1: backend), `bytes` in all.
+    /// They count, and the other end may acknowledge them. Call it before they are written.
+    fn passed_on(&self, gate: Gate, end: usize, bytes: u64);
+
     /// Says that both sockets are about to go: nothing is for the stack any more. Call it before they are closed.
     fn leave(&self, gate: Gate);
 

@@ -364,13 +364,18 @@ impl Worker {
             let Some(committed) = &mut handing.committed else { return Ok(Action::GiveUp) };
             let Some(backend) = flow.backend.as_ref() else { return Ok(Action::GiveUp) };
             let mut sockets: Both<Seen> = Default::default();
-            let waiting = [&flow.up, &flow.down].map(|way| !matches!(way.waiting, Waiting::Nothing));
+            let held = [&flow.up, &flow.down].map(|way| match &way.waiting {
+                Waiting::Nothing => 0,
+                Waiting::Bytes(held) => held.left().len() as u32,
+                // Nothing is taken into a pipe any more, and none was loaded at commit.
+                Waiting::Pipe(loaded) => loaded.bytes as u32,
+            });
             for (index, socket) in [&flow.client, backend].into_iter().enumerate() {
                 let queued = repair::queued(socket)?;
                 sockets[index] = Seen {
                     write_seq: committed.written[index],
                     rcv_nxt: 0,
-                    unread: queued.unread + u32::from(waiting[index]),
+                    unread: queued.unread + held[index],
                     unacked: queued.unacked,
                     unsent: queued.unsent,
                     held: 0,
@@ -382,6 +387,11 @@ impl Worker {
             let event = handoff::Event::Looked { sockets, acknowledged, settled };
             match handing.protocol.step(event, &engine.when, self.now()) {
                 Action::PassOn => {
+                    for (end, socket) in sockets.iter().enumerate() {
+                        let relayed = if end == 0 { flow.up.bytes } else { flow.down.bytes };
+                        let bytes = relayed - committed.relayed[end] + u64::from(socket.unread);
+                        engine.store.passed_on(gate, end, bytes);
+                    }
                     if !self.pass_on(flow, handing)? {
                         return Ok(Action::Look);
                     }

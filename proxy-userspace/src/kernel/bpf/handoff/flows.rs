@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
     ptr::{self, NonNull},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use proxy_abi::handoff::{HandoffFlow, OWNER_BYTES, gate};
@@ -79,6 +79,16 @@ impl Flows {
             self.set(gate, flow);
             self.switch(gate, gate::OPEN);
         }
+    }
+
+    /// Raises the end's `end_seq` to `bytes` behind its first, if the program has not.
+    pub fn passed_on(&self, gate: Gate, end: usize, bytes: u64) {
+        let (Some(flow), Some(seen)) = (self.element(gate), self.get(gate)) else { return };
+        let Some(to) = seen.ends.get(end).map(|end| u64::from(end.first_seq) + bytes) else { return };
+        // SAFETY: an aligned word of an end that exists, which lives as long as `self`. The program writes it plainly, and only ever
+        // something larger: for what comes behind these bytes.
+        let word = unsafe { AtomicU64::from_ptr(&raw mut (*flow.as_ptr()).ends[end].end_seq) };
+        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now < to).then_some(to));
     }
 
     /// The one word.

@@ -80,6 +80,14 @@ impl HandoffStore for MemoryHandoffs {
         });
     }
 
+    fn passed_on(&self, gate: Gate, end: usize, bytes: u64) {
+        self.change(gate, |flow| {
+            if let Some(end) = flow.ends.get_mut(end) {
+                end.end_seq = end.end_seq.max(u64::from(end.first_seq) + bytes);
+            }
+        });
+    }
+
     fn leave(&self, gate: Gate) {
         self.change(gate, |flow| flow.gate = gate::ALONE);
     }

@@ -184,6 +184,10 @@ impl HandoffStore for HandoffTable {
         self.flows.open(gate, at);
     }
 
+    fn passed_on(&self, gate: Gate, end: usize, bytes: u64) {
+        self.flows.passed_on(gate, end, bytes);
+    }
+
     fn leave(&self, gate: Gate) {
         self.flows.switch(gate, gate::ALONE);
     }
