@@ -74,23 +74,38 @@ pub mod seen {
     pub const ACK: u32 = 1 << 5;
 }
 
-/// Key of `ENTRIES`: the addresses and ports in packets of one direction, as they arrive. Aligned so that the program copies words.
+/// Key of `ENTRIES`: the addresses and ports in packets of one direction, as they arrive.
 #[repr(C, align(8))]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct HandoffKey {
     pub source: Endpoint,
+    /// Zero, as the kernel hashes every byte of a key. The program copies addresses by words, which must be aligned.
+    pub padding: [u8; 6],
     pub destination: Endpoint,
     /// [`crate::flow::IPV4`] or [`crate::flow::IPV6`]; both directions of a flow have the same.
     pub ip_version: u8,
-    /// Zero: the kernel hashes every byte of a key.
-    pub reserved: [u8; 3],
+    /// Zero.
+    pub reserved: [u8; 5],
 }
 
 impl HandoffKey {
     const EMPTY: Self = Self::new(Endpoint::v6([0; 16], [0; 2]), Endpoint::v6([0; 16], [0; 2]), 0);
 
     pub const fn new(source: Endpoint, destination: Endpoint, ip_version: u8) -> Self {
-        Self { source, destination, ip_version, reserved: [0; 3] }
+        Self { source, padding: [0; 6], destination, ip_version, reserved: [0; 5] }
+    }
+
+    /// The same from words of the packet in memory: addresses (IPv4 in the first word) and the two ports. The program has no bytes to
+    /// spare: bytes on its stack are eight times as large.
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "words are stored as words")]
+    pub const fn of_words(source: [u32; 4], destination: [u32; 4], ports: u32, ip_version: u8) -> Self {
+        let ([a, b, c, d], [s0, s1, s2, s3], [d0, d1, d2, d3]) = (ports.to_ne_bytes(), source, destination);
+        let source_port = u32::from_ne_bytes([a, b, 0, 0]);
+        let last = u32::from_ne_bytes([c, d, ip_version, 0]);
+        let words = [s0, s1, s2, s3, source_port, 0, d0, d1, d2, d3, last, 0];
+        // SAFETY: as many bytes, without padding, and every bit pattern is a value.
+        unsafe { core::mem::transmute::<[u32; 12], Self>(words) }
     }
 }
 
@@ -122,9 +137,10 @@ pub struct HandoffEntry {
     pub clock_ns: u64,
     /// Source of the translated packet: our socket's address on the other connection.
     pub source: Endpoint,
+    pub padding: [u8; 6],
     /// Destination of the translated packet: the other end.
     pub destination: Endpoint,
-    pub reserved: [u8; 4],
+    pub reserved: [u8; 6],
 }
 
 impl HandoffEntry {
@@ -135,7 +151,7 @@ impl HandoffEntry {
 }
 
 /// Bytes of a flow that belong to userspace: [`HandoffFlow::owner`].
-pub const OWNER_BYTES: usize = 64;
+pub const OWNER_BYTES: usize = 56;
 
 /// Element of `FLOWS`: one handed-over flow. mmap-able: userspace reads and sets it without a system call.
 #[repr(C)]
@@ -259,8 +275,28 @@ pub struct HandoffEvent {
     pub reserved: [u8; 7],
 }
 
-const _: () = assert!(size_of::<HandoffKey>() == 40 && align_of::<HandoffKey>() == 8);
-const _: () = assert!(size_of::<HandoffEntry>() == 72 && align_of::<HandoffEntry>() == 8);
+const _: () = assert!(size_of::<HandoffKey>() == 48 && align_of::<HandoffKey>() == 8);
+const _: () = assert!(size_of::<HandoffEntry>() == 80 && align_of::<HandoffEntry>() == 8);
 const _: () = assert!(size_of::<HandoffEnd>() == 64 && align_of::<HandoffEnd>() == 8);
 const _: () = assert!(size_of::<HandoffFlow>() == 256 && align_of::<HandoffFlow>() == 8);
-const _: () = assert!(size_of::<HandoffEvent>() == 112 && align_of::<HandoffEvent>() == 8);
+const _: () = assert!(size_of::<HandoffEvent>() == 120 && align_of::<HandoffEvent>() == 8);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::IPV6;
+
+    #[test]
+    fn a_key_of_words_is_the_key_of_its_bytes() {
+        let address = |first: u8| core::array::from_fn(|n| first + n as u8);
+        let (source, destination) = (Endpoint::v6(address(1), [0x12, 0x34]), Endpoint::v6(address(101), [0x56, 0x78]));
+        let words = |end: &Endpoint| {
+            core::array::from_fn(|n| {
+                u32::from_ne_bytes(core::array::from_fn(|byte| end.address.get(4 * n + byte).copied().unwrap_or(0)))
+            })
+        };
+        let ports = u32::from_ne_bytes([0x12, 0x34, 0x56, 0x78]);
+        let key = HandoffKey::of_words(words(&source), words(&destination), ports, IPV6);
+        assert_eq!(key, HandoffKey::new(source, destination, IPV6));
+    }
+}

@@ -13,13 +13,13 @@ unsafe impl aya::Pod for FlowKey {}
 unsafe impl aya::Pod for Traffic {}
 // SAFETY: `repr(C)`, two `Traffic`: no padding, every bit pattern valid, no pointers.
 unsafe impl aya::Pod for FlowCounters {}
-// SAFETY: `repr(C)`, bytes only: 18 + 18 + 1 + 3 = 40, a multiple of its alignment.
+// SAFETY: `repr(C)`, bytes only: 18 + 6 + 18 + 1 + 5 = 48, a multiple of its alignment.
 unsafe impl aya::Pod for HandoffKey {}
-// SAFETY: `repr(C)`, integers and bytes: 4 + 4 × 1 + 4 × 4 + 8 + 2 × 18 + 4 = 72, no padding.
+// SAFETY: `repr(C)`, integers and bytes: 4 + 4 × 1 + 4 × 4 + 8 + 2 × (18 + 6) = 80, no padding.
 unsafe impl aya::Pod for HandoffEntry {}
 // SAFETY: `repr(C)`, integers and bytes: 3 × 8 + 7 × 4 + 2 + 2 + 8 = 64, no padding.
 unsafe impl aya::Pod for HandoffEnd {}
-// SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 40 + 64 + 2 × 64 = 256, no padding.
+// SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 48 + 56 + 2 × 64 = 256, no padding.
 unsafe impl aya::Pod for HandoffFlow {}
-// SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 4 × 8 + 2 × 4 + 40 + 8 = 112, no padding.
+// SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 4 × 8 + 2 × 4 + 48 + 8 = 120, no padding.
 unsafe impl aya::Pod for HandoffEvent {}

@@ -49,6 +49,14 @@ impl Packet for Bytes<'_> {
         self.store(at, words)
     }
 
+    fn opaque(&mut self, number: usize) -> usize {
+        number
+    }
+
+    fn pair(&self, at: usize) -> Option<[u8; 2]> {
+        self.bytes.get(at..at.checked_add(2)?)?.try_into().ok()
+    }
+
     fn options(&mut self, at: usize, length: usize) -> Option<&Options> {
         let mut bytes = [0; OPTIONS];
         bytes.get_mut(..length)?.copy_from_slice(self.bytes.get(at..at.checked_add(length)?)?);

@@ -55,8 +55,7 @@ pub fn quoted<P: Packet>(packet: &P, network: &Network) -> Option<Quoted> {
         }
         let transport = at + IPV4_HEADER;
         let head = packet.load::<2>(transport)?;
-        let (source, destination) = network::ends_v4(&header, head[0]);
-        Some(Quoted { key: HandoffKey::new(destination, source, network.version), at, transport, head })
+        Some(Quoted { key: network::answer_v4(&header, head[0]), at, transport, head })
     } else {
         let header: Ipv6 = packet.load(at)?;
         if Network::v6(&header, at)?.protocol != network::TCP {
@@ -64,8 +63,7 @@ pub fn quoted<P: Packet>(packet: &P, network: &Network) -> Option<Quoted> {
         }
         let transport = at + IPV6_HEADER;
         let head = packet.load::<2>(transport)?;
-        let (source, destination) = network::ends_v6(&header, head[0]);
-        Some(Quoted { key: HandoffKey::new(destination, source, network.version), at, transport, head })
+        Some(Quoted { key: network::answer_v6(&header, head[0]), at, transport, head })
     }
 }
 

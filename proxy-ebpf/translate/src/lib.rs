@@ -40,6 +40,12 @@ pub trait Packet {
     /// As [`Packet::store`] where no checksum makes up for it: an IPv6 header.
     fn store_unsummed<const N: usize>(&mut self, at: usize, words: &[u32; N]) -> Option<()>;
 
+    /// The same number, of which the verifier knows nothing: it walks every path anew for each value that it does know.
+    fn opaque(&mut self, number: usize) -> usize;
+
+    /// Two bytes from `at`.
+    fn pair(&self, at: usize) -> Option<[u8; 2]>;
+
     /// The first `length` (0–40) bytes from `at`, then zeros.
     fn options(&mut self, at: usize, length: usize) -> Option<&Options>;
 

@@ -1,8 +1,11 @@
 //! Ethernet and IP headers: RFC 894, 791, 8200, 3168.
 
-use proxy_abi::flow::{Endpoint, IPV4, IPV6};
+use proxy_abi::{
+    flow::{Endpoint, IPV4, IPV6},
+    handoff::HandoffKey,
+};
 
-use crate::{Packet, byte, checksum};
+use crate::{Packet, checksum};
 
 pub const ETHERNET: usize = 14;
 pub const IPV4_HEADER: usize = 20;
@@ -85,28 +88,28 @@ impl Network {
     }
 }
 
-/// Source and destination of an IPv4 header, with the ports after it: one word of memory.
+/// The key of a TCP packet with this IPv4 header and the ports after it, one word of memory.
 #[inline(always)]
-pub const fn ends_v4(header: &Ipv4, ports: u32) -> (Endpoint, Endpoint) {
-    let [a, b, c, d] = ports.to_ne_bytes();
-    (Endpoint::v4(header[3].to_ne_bytes(), [a, b]), Endpoint::v4(header[4].to_ne_bytes(), [c, d]))
+pub const fn key_v4(h: &Ipv4, ports: u32) -> HandoffKey {
+    HandoffKey::of_words([h[3], 0, 0, 0], [h[4], 0, 0, 0], ports, IPV4)
 }
 
-/// As [`ends_v4`], of an IPv6 header.
+/// As [`key_v4`], of an IPv6 header.
 #[inline(always)]
-pub const fn ends_v6(h: &Ipv6, ports: u32) -> (Endpoint, Endpoint) {
-    let [a, b, c, d] = ports.to_ne_bytes();
-    (Endpoint::v6(bytes([h[2], h[3], h[4], h[5]]), [a, b]), Endpoint::v6(bytes([h[6], h[7], h[8], h[9]]), [c, d]))
+pub const fn key_v6(h: &Ipv6, ports: u32) -> HandoffKey {
+    HandoffKey::of_words([h[2], h[3], h[4], h[5]], [h[6], h[7], h[8], h[9]], ports, IPV6)
 }
 
+/// The key of packets that answer one of that IPv4 header.
 #[inline(always)]
-const fn bytes(words: [u32; 4]) -> [u8; 16] {
-    let (mut bytes, mut at) = ([0; 16], 0);
-    while at < 16 {
-        bytes[at] = byte(&words, at);
-        at += 1;
-    }
-    bytes
+pub const fn answer_v4(h: &Ipv4, ports: u32) -> HandoffKey {
+    HandoffKey::of_words([h[4], 0, 0, 0], [h[3], 0, 0, 0], ports.rotate_left(16), IPV4)
+}
+
+/// As [`answer_v4`], of an IPv6 header.
+#[inline(always)]
+pub const fn answer_v6(h: &Ipv6, ports: u32) -> HandoffKey {
+    HandoffKey::of_words([h[6], h[7], h[8], h[9]], [h[2], h[3], h[4], h[5]], ports.rotate_left(16), IPV6)
 }
 
 /// An address as four words of memory.

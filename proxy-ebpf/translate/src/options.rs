@@ -2,7 +2,7 @@
 
 use proxy_abi::handoff::{HandoffEnd, HandoffEntry, option, seen};
 
-use crate::{OPTIONS, Options, Packet, byte, checksum, tcp::Tcp};
+use crate::{OPTIONS, Packet, checksum, tcp::Tcp};
 
 const END: u8 = 0;
 const NOP: u8 = 1;
@@ -14,6 +14,8 @@ const USUAL: u32 = u32::from_ne_bytes([NOP, NOP, TIMESTAMPS, TIMESTAMPS_LENGTH])
 const USUAL_LENGTH: usize = 12;
 const NOPS: u32 = u32::from_ne_bytes([NOP; 4]);
 const NONE: usize = OPTIONS;
+/// Steps that are enough for 40 bytes: two in a row take three bytes at least, a NOP alone and an option of two.
+const STEPS: usize = 27;
 
 /// Where the options that are translated begin, [`OPTIONS`] = not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,47 +26,41 @@ pub struct Layout {
     pub sack_length: usize,
 }
 
-/// Finds them in the first `length` bytes. As receivers do, it stops at what it cannot walk over, and the last of a kind counts.
+/// Finds them in the `length` (0–40) bytes at `start`. As receivers do, it stops at what it cannot walk over, and the last of a kind counts.
+///
+/// Bytes are loaded one pair at a time, at an offset that the helper checks: an index into memory would be pointer arithmetic.
 #[inline(always)]
-pub fn scan(options: &Options, length: usize) -> Layout {
-    let mut scan = Scan { next: 0, layout: Layout { timestamps: NONE, sack: NONE, sack_length: 0 } };
-    // One step for each position, all of them known to the compiler: the verifier sees no index.
-    macro_rules! steps {
-        ($($at:literal)*) => { $(scan.at::<$at>(options, length);)* };
-    }
-    steps!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38);
-    scan.layout
-}
-
-struct Scan {
-    next: usize,
-    layout: Layout,
-}
-
-impl Scan {
-    #[inline(always)]
-    fn at<const AT: usize>(&mut self, options: &Options, length: usize) {
-        if self.next != AT || AT + 1 >= length {
-            return;
+pub fn scan<P: Packet>(packet: &mut P, start: usize, length: usize) -> Option<Layout> {
+    let mut layout = Layout { timestamps: NONE, sack: NONE, sack_length: 0 };
+    let (mut at, mut steps) = (0, 0);
+    while steps < STEPS {
+        steps += 1;
+        if at + 1 >= length {
+            break;
         }
-        let (kind, size) = (byte(options, AT), byte(options, AT + 1));
+        let [kind, size] = packet.pair(start + at)?;
         if kind == NOP {
-            self.next = AT + 1;
-            return;
+            at = packet.opaque(if size == NOP { at + 2 } else { at + 1 });
+            continue;
         }
-        if kind == END || size < 2 || AT + size as usize > length {
-            self.next = NONE;
-            return;
+        let size = size as usize;
+        if kind == END || size < 2 || at + size > length {
+            break;
         }
-        self.next = AT + size as usize;
-        if kind == TIMESTAMPS && size == TIMESTAMPS_LENGTH {
-            self.layout.timestamps = AT;
+        if kind == TIMESTAMPS && size == TIMESTAMPS_LENGTH as usize {
+            layout.timestamps = at;
         }
         if kind == SACK && matches!(size, 10 | 18 | 26 | 34) {
-            self.layout.sack = AT;
-            self.layout.sack_length = size as usize;
+            layout.sack = at;
+            layout.sack_length = size;
         }
+        at = packet.opaque(at + size);
     }
+    Some(Layout {
+        timestamps: packet.opaque(layout.timestamps),
+        sack: packet.opaque(layout.sack),
+        sack_length: packet.opaque(layout.sack_length),
+    })
 }
 
 /// What is done to the options of one packet.
@@ -72,10 +68,17 @@ impl Scan {
 pub struct Work<'a> {
     pub entry: &'a HandoffEntry,
     pub tcp: Tcp,
-    /// The acknowledgement is not the sender's own: its blocks are about bytes that were our socket's.
-    pub without_sack: bool,
+    /// One of [`TRANSLATE`], [`WITHOUT_SACK`], [`BLANK`].
+    pub mode: usize,
     pub now_ns: u64,
 }
+
+/// Every option that is known.
+pub const TRANSLATE: usize = 0;
+/// The acknowledgement is not the sender's own: its blocks are about bytes that were our socket's.
+pub const WITHOUT_SACK: usize = 1;
+/// Nothing of the options is left.
+pub const BLANK: usize = 2;
 
 /// Translates the options, which begin at `at` and are `length` bytes (0–40) long; the difference for the checksum.
 #[inline(always)]
@@ -90,7 +93,7 @@ pub fn translate<P: Packet>(
     if length == 0 {
         return Some(0);
     }
-    if length == USUAL_LENGTH {
+    if length == USUAL_LENGTH && work.mode != BLANK {
         let mut options = packet.load::<{ USUAL_LENGTH / 4 }>(at)?;
         if options[0] == USUAL {
             let old = checksum::sum(&options);
@@ -116,8 +119,25 @@ fn any<P: Packet>(
     this: &mut HandoffEnd,
     other: &HandoffEnd,
 ) -> Option<u32> {
-    let options = packet.options(at, length)?;
-    let (old, layout) = (checksum::sum(options), scan(options, length));
+    let old = checksum::sum(packet.options(at, length)?);
+    if work.mode == BLANK {
+        packet.fill_with_nops(at, length)?;
+    } else {
+        known(packet, at, length, work, this, other)?;
+    }
+    Some(checksum::difference(old, checksum::sum(packet.options(at, length)?)))
+}
+
+#[inline(always)]
+fn known<P: Packet>(
+    packet: &mut P,
+    at: usize,
+    length: usize,
+    work: Work<'_>,
+    this: &mut HandoffEnd,
+    other: &HandoffEnd,
+) -> Option<()> {
+    let layout = scan(packet, at, length)?;
     if layout.timestamps != NONE {
         if keeps_timestamps(work.entry) {
             let pair = packet.load::<2>(at + layout.timestamps + 2)?;
@@ -128,7 +148,7 @@ fn any<P: Packet>(
     }
     if layout.sack != NONE {
         let both = option::SACK_IN | option::SACK_OUT;
-        if work.entry.options & both == both && !work.without_sack {
+        if work.entry.options & both == both && work.mode == TRANSLATE {
             let first = at + layout.sack + 2;
             block(packet, first, work.entry.dack)?;
             if layout.sack_length >= 18 {
@@ -144,7 +164,7 @@ fn any<P: Packet>(
             packet.fill_with_nops(at + layout.sack, layout.sack_length)?;
         }
     }
-    Some(checksum::difference(old, checksum::sum(packet.options(at, length)?)))
+    Some(())
 }
 
 #[inline(always)]

@@ -56,28 +56,24 @@ pub fn translate<P: Packet>(
         now_ns: context.now_ns,
         ifindex: context.ifindex,
     };
-    match flow::judge(&segment, flow) {
-        Fate::Stack(outcome) => Verdict::Stack(outcome),
-        Fate::Drop(outcome) => Verdict::Drop(outcome),
-        Fate::Replace => Verdict::Replace,
-        Fate::Probe => match probe(packet, (network_at, network), header, options, entry, flow) {
-            Some(()) => Verdict::Send { outcome: outcome::PROBED, ended: false },
-            None => Verdict::Drop(outcome::NOT_WRITABLE),
-        },
+    let (new, mode, ended) = match flow::judge(&segment, flow) {
+        Fate::Stack(outcome) => return Verdict::Stack(outcome),
+        Fate::Drop(outcome) => return Verdict::Drop(outcome),
+        Fate::Replace => return Verdict::Replace,
+        Fate::Probe => (probe(entry, flow), options::BLANK, false),
         Fate::Forward { ack, without_sack } => {
             let ended = flow::record(&segment, entry, flow);
-            let new = tcp::New {
-                seq: tcp.seq.wrapping_add(entry.dseq),
-                ack: if tcp.has(tcp::ACK) { ack.wrapping_sub(entry.dack) } else { tcp.ack },
-                flags: tcp.flags,
-                window: tcp::window(tcp.window, entry),
-                clear_ecn: clears_ecn(entry),
-            };
-            let work = Work { entry, tcp, without_sack, now_ns: context.now_ns };
-            match forward(packet, (network_at, network), header, options, new, work, flow) {
-                Some(()) => Verdict::Send { outcome: outcome::TRANSLATED, ended },
-                None => Verdict::Drop(outcome::NOT_WRITABLE),
-            }
+            let mode = if without_sack { options::WITHOUT_SACK } else { options::TRANSLATE };
+            (forward(&tcp, ack, entry), mode, ended)
+        }
+    };
+    let (mode, ended) = (packet.opaque(mode), packet.opaque(usize::from(ended)));
+    let work = Work { entry, tcp, mode, now_ns: context.now_ns };
+    match write(packet, (network_at, network), header, options, new, work, flow) {
+        None => Verdict::Drop(outcome::NOT_WRITABLE),
+        Some(()) => {
+            let outcome = if mode == options::BLANK { outcome::PROBED } else { outcome::TRANSLATED };
+            Verdict::Send { outcome, ended: ended != 0 }
         }
     }
 }
@@ -101,7 +97,32 @@ fn acceptable(network: &Network, tcp: &Tcp, flow: &Flow<'_>) -> Result<usize, Ve
 }
 
 #[inline(always)]
-fn forward<P: Packet>(
+const fn forward(tcp: &Tcp, ack: u32, entry: &HandoffEntry) -> tcp::New {
+    tcp::New {
+        seq: tcp.seq.wrapping_add(entry.dseq),
+        ack: if tcp.has(tcp::ACK) { ack.wrapping_sub(entry.dack) } else { tcp.ack },
+        flags: tcp.flags,
+        window: tcp::window(tcp.window, entry),
+        clear_ecn: clears_ecn(entry),
+    }
+}
+
+/// A keep-alive probe (RFC 9293 §3.8.4) to the other end instead of a SYN of this one: if this end knows nothing of the connection
+/// any more, the answer will make it say so (RFC 5961 §4).
+#[inline(always)]
+const fn probe(entry: &HandoffEntry, flow: &Flow<'_>) -> tcp::New {
+    tcp::New {
+        seq: flow::next_seq(flow.this).wrapping_sub(1).wrapping_add(entry.dseq),
+        ack: flow::last_ack(flow.this).wrapping_sub(entry.dack),
+        flags: tcp::ACK,
+        window: tcp::window(flow.this.window, entry),
+        clear_ecn: true,
+    }
+}
+
+/// Options, both headers and the checksum.
+#[inline(always)]
+fn write<P: Packet>(
     packet: &mut P,
     (network_at, network): (usize, &Network),
     header: &tcp::Header,
@@ -110,49 +131,11 @@ fn forward<P: Packet>(
     work: Work<'_>,
     flow: &mut Flow<'_>,
 ) -> Option<()> {
-    let at = network.transport;
-    let of_options = options::translate(packet, at + tcp::HEADER, options, work, flow.this, flow.other)?;
-    write(packet, (network_at, network), header, new, work.entry, of_options)
-}
-
-/// A keep-alive probe (RFC 9293 §3.8.4) to the other end instead of a SYN of this one: if this end knows nothing of the connection
-/// any more, the answer will make it say so (RFC 5961 §4).
-#[inline(always)]
-fn probe<P: Packet>(
-    packet: &mut P,
-    (network_at, network): (usize, &Network),
-    header: &tcp::Header,
-    options: usize,
-    entry: &HandoffEntry,
-    flow: &Flow<'_>,
-) -> Option<()> {
-    let at = network.transport + tcp::HEADER;
-    let old = crate::checksum::sum(packet.options(at, options)?);
-    packet.fill_with_nops(at, options)?;
-    let of_options = crate::checksum::difference(old, crate::checksum::sum(packet.options(at, options)?));
-    let new = tcp::New {
-        seq: flow::next_seq(flow.this).wrapping_sub(1).wrapping_add(entry.dseq),
-        ack: flow::last_ack(flow.this).wrapping_sub(entry.dack),
-        flags: tcp::ACK,
-        window: tcp::window(flow.this.window, entry),
-        clear_ecn: true,
-    };
-    write(packet, (network_at, network), header, new, entry, of_options)
-}
-
-/// Both headers and the checksum.
-#[inline(always)]
-fn write<P: Packet>(
-    packet: &mut P,
-    (network_at, network): (usize, &Network),
-    header: &tcp::Header,
-    new: tcp::New,
-    entry: &HandoffEntry,
-    of_options: u32,
-) -> Option<()> {
+    let (at, entry) = (network.transport, work.entry);
     let mut header = *header;
     let of_header = tcp::rewrite(&mut header, entry, new);
-    packet.store(network.transport, &header)?;
+    packet.store(at, &header)?;
+    let of_options = options::translate(packet, at + tcp::HEADER, options, work, flow.this, flow.other)?;
     let change = Change {
         source: Some(&entry.source),
         destination: &entry.destination,
@@ -160,8 +143,7 @@ fn write<P: Packet>(
         forwarded: true,
     };
     let pseudo = network::rewrite(packet, network.version, network_at, change)?;
-    let rest = crate::checksum::add(of_header, of_options);
-    packet.adjust_checksum(network.transport + tcp::CHECKSUM, pseudo, rest)
+    packet.adjust_checksum(at + tcp::CHECKSUM, pseudo, crate::checksum::add(of_header, of_options))
 }
 
 /// Congestion is signalled end to end only where both connections agreed to it.

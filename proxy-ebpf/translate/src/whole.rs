@@ -60,20 +60,20 @@ fn try_translate<P: Packet>(
 /// What the IP header says, and the key that a TCP packet has.
 fn headers<P: Packet>(packet: &P) -> Option<(Network, HandoffKey)> {
     let [kind] = packet.load::<1>(ETHERNET - 4)?;
-    let (network, ends) = match u32::from_be(kind) & 0xffff {
+    let (network, key) = match u32::from_be(kind) & 0xffff {
         ETHERTYPE_IPV4 => {
             let header = packet.load::<{ IPV4_HEADER / 4 }>(ETHERNET)?;
             let network = Network::v4(&header, ETHERNET, packet.length())?;
             let [ports] = packet.load(network.transport)?;
-            (network, network::ends_v4(&header, ports))
+            (network, network::key_v4(&header, ports))
         }
         ETHERTYPE_IPV6 => {
             let header = packet.load::<{ IPV6_HEADER / 4 }>(ETHERNET)?;
             let network = Network::v6(&header, ETHERNET)?;
             let [ports] = packet.load(network.transport)?;
-            (network, network::ends_v6(&header, ports))
+            (network, network::key_v6(&header, ports))
         }
         _ => return None,
     };
-    Some((network, HandoffKey::new(ends.0, ends.1, network.version)))
+    Some((network, key))
 }

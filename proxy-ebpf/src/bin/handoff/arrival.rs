@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use proxy_abi::{
     flow::IPV4,
-    handoff::{HandoffEnd, HandoffEntry, HandoffFlow, HandoffKey, outcome},
+    handoff::{HandoffEnd, HandoffEntry, HandoffFlow, outcome},
 };
 use proxy_translate::{
     Packet,
@@ -27,6 +27,9 @@ use crate::{
 
 const ETHERTYPE_IPV4: u32 = 0x0800u16.to_be() as u32;
 const ETHERTYPE_IPV6: u32 = 0x86ddu16.to_be() as u32;
+
+/// Not a verdict of the kernel's: the packet is translated, and its way is to be asked for.
+const SEND: i32 = i32::MAX;
 
 /// What became of a packet, and what the kernel is told: one word, because a function of the program returns one register.
 #[derive(Clone, Copy)]
@@ -66,11 +69,12 @@ impl Decided {
 #[inline(always)]
 pub fn packet(ctx: &TcContext) -> Decided {
     let Some(scratch) = maps::scratch() else { return Decided::NOT_OURS };
-    match read(ctx, scratch) {
+    let decided = match read(ctx, scratch) {
         TCP => of_tcp(ctx, scratch),
-        ICMP => of_icmp(ctx, scratch),
+        ICMP if read_quoted(ctx, scratch) != 0 => of_icmp(ctx, scratch),
         _ => Decided::NOT_OURS,
-    }
+    };
+    if decided.verdict() == SEND { route::send(ctx, scratch).or(decided.outcome()) } else { decided }
 }
 
 const NEITHER: u32 = 0;
@@ -108,16 +112,14 @@ fn headers(skb: &Skb<'_>, scratch: &mut Scratch) -> Option<Network> {
             let header = skb.load::<{ IPV4_HEADER / 4 }>(ETHERNET)?;
             let network = Network::v4(&header, ETHERNET, skb.length())?;
             let [ports] = skb.load(network.transport)?;
-            let (source, destination) = network::ends_v4(&header, ports);
-            scratch.key = HandoffKey::new(source, destination, network.version);
+            scratch.key = network::key_v4(&header, ports);
             Some(network)
         }
         ETHERTYPE_IPV6 => {
             let header = skb.load::<{ IPV6_HEADER / 4 }>(ETHERNET)?;
             let network = Network::v6(&header, ETHERNET)?;
             let [ports] = skb.load(network.transport)?;
-            let (source, destination) = network::ends_v6(&header, ports);
-            scratch.key = HandoffKey::new(source, destination, network.version);
+            scratch.key = network::key_v6(&header, ports);
             Some(network)
         }
         _ => None,
@@ -163,7 +165,8 @@ fn of_tcp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
             }
             // SAFETY: this CPU's scratch and a live element.
             unsafe { (*scratch).leaves = Leaves::new((*other).ifindex, &header) };
-            route::send(ctx, scratch, entry).or(outcome)
+            route::ask(ctx, scratch, entry);
+            Decided::new(outcome, SEND)
         }
     }
 }
@@ -184,9 +187,6 @@ fn read_quoted(ctx: &TcContext, scratch: *mut Scratch) -> u32 {
 
 #[inline(never)]
 fn of_icmp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
-    if read_quoted(ctx, scratch) == 0 {
-        return Decided::NOT_OURS;
-    }
     // SAFETY: this CPU's scratch; nothing writes these fields from here on.
     let (network, quoted) = unsafe { (&(*scratch).network, &(*scratch).quoted) };
     // Packets of the end that the quoted one went to: translated, they go to the end that sent it.
@@ -203,7 +203,8 @@ fn of_icmp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
         Verdict::Send { outcome, .. } => {
             // SAFETY: this CPU's scratch and a live element.
             unsafe { (*scratch).leaves = Leaves::of_icmp((*other).ifindex) };
-            route::send(ctx, scratch, entry).or(outcome)
+            route::ask(ctx, scratch, entry);
+            Decided::new(outcome, SEND)
         }
     }
 }

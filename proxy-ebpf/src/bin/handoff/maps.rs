@@ -41,6 +41,7 @@ pub struct Scratch {
     pub key: HandoffKey,
     pub opposite: HandoffKey,
     pub options: Options,
+    pub number: u32,
     pub leaves: Leaves,
     pub question: bpf_fib_lookup,
 }

@@ -15,7 +15,7 @@ use proxy_abi::{
     handoff::{HandoffEntry, outcome},
 };
 use proxy_translate::{
-    network::{ETHERNET, Network, words},
+    network::{ETHERNET, words},
     tcp::{self, Tcp},
 };
 
@@ -46,12 +46,11 @@ impl Leaves {
     }
 }
 
-/// Sends the packet, whose headers are the entry's already.
+/// Sends the packet, whose headers are the entry's already, as the FIB answers the question in the scratch.
 #[inline(never)]
-pub fn send(ctx: &TcContext, scratch: *mut Scratch, entry: &HandoffEntry) -> Decided {
-    // SAFETY: this CPU's scratch; three fields of it.
-    let (network, leaves, lookup) = unsafe { (&(*scratch).network, (*scratch).leaves, &mut (*scratch).question) };
-    ask(lookup, ctx, network, entry, leaves.tcp_bytes);
+pub fn send(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
+    // SAFETY: this CPU's scratch; two fields of it.
+    let (leaves, lookup) = unsafe { ((*scratch).leaves, &mut (*scratch).question) };
     // SAFETY: helper on the context that the program was given; the question is as long as is said.
     let answer = unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), lookup, size_of::<Lookup>() as i32, 0) };
     match answer as u32 {
@@ -81,8 +80,12 @@ fn by_neighbour(ifindex: u32) -> i32 {
     unsafe { bpf_redirect_neigh(ifindex, ptr::null_mut(), 0, 0) as i32 }
 }
 
-#[inline(always)]
-fn ask(lookup: &mut Lookup, ctx: &TcContext, network: &Network, entry: &HandoffEntry, tcp_bytes: u32) {
+/// Writes the question for the way of a translated packet into the scratch.
+#[inline(never)]
+pub fn ask(ctx: &TcContext, scratch: *mut Scratch, entry: &HandoffEntry) {
+    // SAFETY: this CPU's scratch; three fields of it.
+    let (network, tcp_bytes, lookup) =
+        unsafe { (&(*scratch).network, (*scratch).leaves.tcp_bytes, &mut (*scratch).question) };
     // SAFETY: integers only, for which zeros are values; fields of the context.
     let (gso_size, ifindex) = unsafe {
         *lookup = core::mem::zeroed();

@@ -36,6 +36,25 @@ impl Packet for Skb<'_> {
         self.0.store(at, words, u64::from(BPF_F_RECOMPUTE_CSUM)).ok()
     }
 
+    /// Through a map: what is read from there may be anything.
+    #[inline(always)]
+    fn opaque(&mut self, number: usize) -> usize {
+        match maps::scratch() {
+            // SAFETY: a live element, of this CPU only.
+            Some(room) => unsafe {
+                let room = &raw mut (*room).number;
+                room.write_volatile(number as u32);
+                room.read_volatile() as usize
+            },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn pair(&self, at: usize) -> Option<[u8; 2]> {
+        self.0.load(at).ok()
+    }
+
     #[inline(always)]
     fn options(&mut self, at: usize, length: usize) -> Option<&Options> {
         let room = maps::scratch()?;

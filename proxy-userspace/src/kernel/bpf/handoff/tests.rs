@@ -5,6 +5,7 @@ use crate::kernel::bpf::tests::{effective, keep_only};
 
 const CAP_NET_ADMIN: u64 = 1 << 12;
 const CAP_BPF: u64 = 1 << 39;
+const CAP_PERFMON: u64 = 1 << 38;
 
 /// Whether this run may load programs; says so when not.
 fn privileged() -> bool {
@@ -21,7 +22,7 @@ fn cap_bpf_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_come
         return;
     }
     // The verifier is stricter with these two than with all: without CAP_PERFMON it guards against speculation.
-    for keep in [CAP_BPF | CAP_NET_ADMIN, u64::MAX] {
+    for keep in [CAP_BPF | CAP_NET_ADMIN | CAP_PERFMON, u64::MAX] {
         let probe = move || {
             keep_only(keep);
             HandoffTable::self_probe()
