@@ -151,7 +151,7 @@ impl HandoffEntry {
 }
 
 /// Bytes of a flow that belong to userspace: [`HandoffFlow::owner`].
-pub const OWNER_BYTES: usize = 56;
+pub const OWNER_BYTES: usize = 64;
 
 /// Element of `FLOWS`: one handed-over flow. mmap-able: userspace reads and sets it without a system call.
 #[repr(C)]
@@ -169,8 +169,10 @@ pub struct HandoffFlow {
     pub key: HandoffKey,
     /// What the daemon wants to find again after a restart. Not touched by the program.
     pub owner: [u8; OWNER_BYTES],
-    /// Client and backend: indexes [`FROM_CLIENT`], [`FROM_BACKEND`].
+    /// Client and backend: indexes [`FROM_CLIENT`], [`FROM_BACKEND`]. Each in a line of the cache that the other is not in: different
+    /// CPUs write them.
     pub ends: [HandoffEnd; 2],
+    pub reserved: [u8; 8],
 }
 
 /// What is known of one end of a flow; its sequence numbers are those of the connection to this end.
@@ -202,8 +204,6 @@ pub struct HandoffEnd {
     /// The last window of this end, as on the wire, unscaled.
     pub window: u16,
     pub reserved: [u8; 2],
-    /// A line of the cache for each end: they are written by different CPUs.
-    pub padding: [u8; 8],
 }
 
 impl HandoffEnd {
@@ -223,6 +223,7 @@ impl HandoffFlow {
         key: HandoffKey::EMPTY,
         owner: [0; OWNER_BYTES],
         ends: [HandoffEnd::EMPTY; 2],
+        reserved: [0; 8],
     };
 
     /// Whether the flow has ended, whatever lingers.
@@ -245,7 +246,6 @@ impl HandoffEnd {
         ifindex: 0,
         window: 0,
         reserved: [0; 2],
-        padding: [0; 8],
     };
 }
 
@@ -277,7 +277,7 @@ pub struct HandoffEvent {
 
 const _: () = assert!(size_of::<HandoffKey>() == 48 && align_of::<HandoffKey>() == 8);
 const _: () = assert!(size_of::<HandoffEntry>() == 80 && align_of::<HandoffEntry>() == 8);
-const _: () = assert!(size_of::<HandoffEnd>() == 64 && align_of::<HandoffEnd>() == 8);
+const _: () = assert!(size_of::<HandoffEnd>() == 56 && align_of::<HandoffEnd>() == 8);
 const _: () = assert!(size_of::<HandoffFlow>() == 256 && align_of::<HandoffFlow>() == 8);
 const _: () = assert!(size_of::<HandoffEvent>() == 120 && align_of::<HandoffEvent>() == 8);
 

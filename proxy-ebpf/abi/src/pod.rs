@@ -17,9 +17,9 @@ unsafe impl aya::Pod for FlowCounters {}
 unsafe impl aya::Pod for HandoffKey {}
 // SAFETY: `repr(C)`, integers and bytes: 4 + 4 × 1 + 4 × 4 + 8 + 2 × (18 + 6) = 80, no padding.
 unsafe impl aya::Pod for HandoffEntry {}
-// SAFETY: `repr(C)`, integers and bytes: 3 × 8 + 7 × 4 + 2 + 2 + 8 = 64, no padding.
+// SAFETY: `repr(C)`, integers and bytes: 3 × 8 + 7 × 4 + 2 + 2 = 56, no padding.
 unsafe impl aya::Pod for HandoffEnd {}
-// SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 48 + 56 + 2 × 64 = 256, no padding.
+// SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 48 + 64 + 2 × 56 + 8 = 256, no padding.
 unsafe impl aya::Pod for HandoffFlow {}
 // SAFETY: `repr(C)`, integers and bytes: 2 × 4 + 2 × 8 + 4 × 8 + 2 × 4 + 48 + 8 = 120, no padding.
 unsafe impl aya::Pod for HandoffEvent {}
