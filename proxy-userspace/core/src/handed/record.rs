@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// The room there is for it.
-pub const RECORD_BYTES: usize = 56;
+pub const RECORD_BYTES: usize = 64;
 
 /// Raised with every change of what follows.
 const VERSION: u8 = 1;
