@@ -103,7 +103,8 @@ impl Unfound {
 
 /// Runs every check; with `config` also those its routes need. `socket`: where a running daemon would answer.
 pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
-    let probe = capability::probe_details();
+    let handoff = capability::handoff::ask();
+    let probe = capability::Probe { handoff: handoff.clone(), ..capability::probe_details() };
     let settings = Settings::default();
     // What the routes want of the kernel, not what is left of it here.
     let plan = config.map(|config| plan(config, &Capabilities { net_admin: true, ..probe.capabilities() }));
@@ -124,7 +125,7 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
     checks.push(settings::reverse_path(&settings, config));
     checks.push(features::ebpf(&capability::ebpf::features()));
     checks.push(features::own_object(bpf::self_probe()));
-    checks.push(features::handoff(&probe.handoff));
+    checks.push(features::handoff(&handoff));
     checks.push(host::file_limit());
     checks.extend(socket.map(host::running_daemon));
     if let (Some(config), Some(plan)) = (config, &plan) {

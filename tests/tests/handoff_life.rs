@@ -51,7 +51,7 @@ impl Stage {
 }
 
 fn config(extra: &str) -> String {
-    format!("log.format = \"json\"\n{}", TO.route_to(&[BACKEND], extra))
+    format!("[log]\nformat = \"json\"\n{}", TO.route_to(&[BACKEND], extra))
 }
 
 /// Both ends see a reset, and the flow ends for this reason.

@@ -42,8 +42,8 @@ pub enum Handoff {
     NoRedirect,
     /// The check that failed, in its own words.
     ProbeFailed(String),
-    /// This build has no program for it.
-    NotBuilt,
+    /// The daemon was started without a route that hands over: nobody has asked.
+    NotAsked,
 }
 
 impl Capabilities {

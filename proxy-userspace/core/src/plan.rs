@@ -7,7 +7,7 @@ use std::{collections::HashMap, net::SocketAddr, ops::Range, sync::Arc};
 
 use ipnet::IpNet;
 
-pub use refusal::{AUTO_HANDS_OVER, Capability, MAX_STREAM_PORTS, Need, Refusal};
+pub use refusal::{AUTO_HANDS_OVER, Capability, MAX_STREAM_PORTS, Need, Refusal, may_hand_over};
 
 use crate::{
     capability::Capabilities,

@@ -106,7 +106,7 @@ pub(super) fn handoff(found: &Handoff) -> Check {
     let check = Check::of("handoff", "the engine handoff: relayed connections at the cost of forwarded ones");
     let mend = match found {
         Handoff::Works => return check.ok("the self-probe has passed"),
-        Handoff::NotBuilt => return check.ok(found.to_string()),
+        Handoff::NotAsked => return check.ok("not asked"),
         Handoff::NotPermitted => {
             "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW; splice serves these routes meanwhile"
         }

@@ -7,7 +7,7 @@
 //! The kernel may load its nf_tables modules on the way.
 
 pub mod ebpf;
-mod handoff;
+pub(crate) mod handoff;
 pub(crate) mod netlink;
 mod nft;
 pub mod privileges;
@@ -17,7 +17,11 @@ use std::{io, path::Path};
 use super::firewall;
 pub use nft::NftFacts;
 use nix::sched::{CloneFlags, unshare};
-use proxy_core::capability::{Capabilities, Handoff};
+use proxy_core::{
+    capability::{Capabilities, Handoff},
+    config::Config,
+    plan::may_hand_over,
+};
 
 /// What the kernel answered, in more detail than a plan needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,8 +43,13 @@ pub struct Probe {
 }
 
 /// What the daemon can use here. What could not be asked for want of privilege counts as there; `net_admin` is false then.
-pub fn probe() -> Capabilities {
-    probe_details().capabilities()
+/// Whether connections can be handed over is only asked for routes that would: it takes the kernel a while to say.
+pub fn probe(config: &Config) -> Capabilities {
+    let mut capabilities = probe_details().capabilities();
+    if config.routes.iter().any(|route| may_hand_over(route)) {
+        capabilities.handoff = handoff::ask();
+    }
+    capabilities
 }
 
 /// Asks everything; some milliseconds, more when modules must be loaded.
@@ -67,7 +76,7 @@ pub fn probe_details() -> Probe {
         nft,
         conntrack_netlink,
         ipv6,
-        handoff: handoff::ask(),
+        handoff: Handoff::NotAsked,
         forward_filter: forward_filter(),
         scratch_namespace,
     }

@@ -8,6 +8,7 @@ mod adopt;
 mod clock;
 mod ends;
 mod owner;
+mod probing;
 mod table;
 mod task;
 

@@ -157,7 +157,9 @@ impl fmt::Display for Handoff {
             Self::NoTc => f.write_str("this kernel has neither tcx (Linux 6.6) nor clsact (CONFIG_NET_CLS_ACT)"),
             Self::NoRedirect => f.write_str("this kernel has no bpf_redirect_neigh (Linux 5.10)"),
             Self::ProbeFailed(check) => write!(f, "its self-probe failed on this kernel: {check}"),
-            Self::NotBuilt => f.write_str("not in this version of shunt"),
+            Self::NotAsked => f.write_str(
+                "the daemon was started without a route that hands over, and is not ready for it: restart it",
+            ),
         }
     }
 }
@@ -216,6 +218,15 @@ fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     refusals
 }
 
+/// Whether the kernel must be asked if connections can be handed over ([`Capabilities::handoff`]).
+pub fn may_hand_over(route: &Route) -> bool {
+    let stays = !encrypts(route).is_empty() || route.protocol == Protocol::Udp;
+    match route.engine {
+        EngineChoice::Forced(engine) => engine == Engine::Handoff,
+        EngineChoice::Auto => AUTO_HANDS_OVER && !stays && !needs(route).is_empty(),
+    }
+}
+
 /// Against handing over, beyond what the daemon needs to relay until then.
 fn handoff(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     let mut refusals: Vec<Refusal> = encrypts(route).into_iter().map(Refusal::NeedsBytes).collect();
@@ -229,7 +240,9 @@ fn handoff(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     let to_here = route.backends.iter().all(|backend| is_loopback(&backend.target));
     refuse(route.source_address == SourceAddress::Client, Refusal::ClientsPorts);
     refuse(from_here || to_here, Refusal::StaysOnThisMachine);
-    if capabilities.handoff != Handoff::Works {
+    // What nobody asks for is not asked of the kernel either.
+    let unasked = capabilities.handoff == Handoff::NotAsked && !may_hand_over(route);
+    if capabilities.handoff != Handoff::Works && !unasked {
         refusals.push(Refusal::CannotHandOver(capabilities.handoff.clone()));
     }
     if route.engine == EngineChoice::Auto {

@@ -10,7 +10,7 @@ use crate::kernel::{
     segment::Sender,
 };
 
-/// Runs the program on packets made for it: some milliseconds. Nothing is attached or pinned.
+/// Has the program verified, and runs it on packets made for it. Nothing is attached or pinned.
 pub fn ask() -> Handoff {
     // Resets to both ends need CAP_NET_RAW.
     if !Sender::open().is_open() {
@@ -20,6 +20,10 @@ pub fn ask() -> Handoff {
         Ok(_) => Handoff::Works,
         Err(HandoffError::Bpf(BpfError::NotPermitted(_))) => Handoff::NotPermitted,
         Err(HandoffError::Attach { .. }) => Handoff::NoTc,
+        Err(HandoffError::Bpf(BpfError::Verifier { log, .. })) => {
+            tracing::debug!(log, "handoff");
+            Handoff::ProbeFailed("its verifier refuses the program".into())
+        }
         Err(error) => Handoff::ProbeFailed(error.to_string()),
     }
 }

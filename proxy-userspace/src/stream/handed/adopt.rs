@@ -12,6 +12,7 @@ use super::{
     clock::tick_of,
     ends::{ends_of, look},
     owner::{NO_ROUTE, Owner},
+    probing::Asked,
     table::Flow,
 };
 use crate::{
@@ -113,6 +114,7 @@ impl Owner {
             client,
             ends: remnant.ends,
             handed: Handed::new(session, relayed, [0; 2]),
+            asked: [Asked::since(session.last_activity()); 2],
             meters: route.as_ref().map_or_else(|| Arc::clone(unrouted), |route| Arc::clone(&route.meters)),
             held: (
                 route.as_ref().map(|route| route.seat_of(client.ip())),

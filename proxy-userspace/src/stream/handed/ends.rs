@@ -13,7 +13,7 @@ use super::clock::tick_of;
 use crate::{
     kernel::{
         bpf::handoff::HandoffStore,
-        segment::{RST, Segment, Sender},
+        segment::{ACK, RST, Segment, Sender},
     },
     stream::handover::Ends,
 };
@@ -63,6 +63,20 @@ impl Resets {
         for sequence in expected(flow, BACKEND, &there) {
             self.0.send(ends.source, ends.backend, Segment { flags: RST, sequence, ..Segment::default() });
         }
+    }
+
+    /// Makes one end answer if it is there: a segment it has acknowledged already, as keepalive sends it.
+    pub fn ask(&self, store: &dyn HandoffStore, flow: &HandoffFlow, ends: &Ends, side: Side) {
+        let there = store.entry(&flow.key);
+        let back = there.and_then(|there| store.entry(&there.opposite_key(flow.key.ip_version)));
+        let (Some(there), Some(back)) = (there, back) else { return };
+        let (index, towards, from, to) = match side {
+            Side::Client => (CLIENT, back, ends.listen, ends.client),
+            Side::Backend => (BACKEND, there, ends.source, ends.backend),
+        };
+        let Some(next) = expected(flow, index, &towards).next() else { return };
+        let acknowledgement = flow.ends[index].end_seq as u32;
+        self.0.send(from, to, Segment { flags: ACK, sequence: next.wrapping_sub(1), acknowledgement });
     }
 }
 

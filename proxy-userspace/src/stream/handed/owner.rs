@@ -10,17 +10,19 @@ use std::{
 use proxy_abi::handoff::{HandoffEvent, OWNER_BYTES};
 use proxy_core::{
     config::Engine,
+    flow::Side,
     handed::{Handed, Record, route_hash},
     reason::Reason,
-    session::{Action, How, Limits, Session, Tick},
+    session::{Action, Event, How, Limits, Session, Tick},
     view,
     wheel::Wheel,
 };
 
 use super::{
     Gauge,
-    clock::Clock,
+    clock::{Clock, tick_of},
     ends::{Resets, look},
+    probing::{Asked, Next, Probing},
     table::{Departure, Flow, Flows, Lingering, Served},
 };
 use crate::{
@@ -46,6 +48,7 @@ pub struct Owner {
     pub clock: Clock,
     pub gauge: Arc<Gauge>,
     pub resets: Resets,
+    pub probing: Probing,
     wheel: Wheel,
     woken: Vec<u32>,
     lingering: VecDeque<Lingering>,
@@ -66,6 +69,7 @@ impl Owner {
             clock,
             gauge,
             resets,
+            probing: Probing::of_this_namespace(),
             woken: Vec::new(),
             lingering: VecDeque::new(),
             told: Vec::new(),
@@ -96,6 +100,7 @@ impl Owner {
             client,
             ends,
             handed: Handed::new(session, relayed, handed.passed_on),
+            asked: [Asked::since(session.last_activity()); 2],
             meters,
             held: (held.seat, held.counted),
             port: Some(held.port),
@@ -244,6 +249,9 @@ impl Owner {
             meter.bytes_in.add(bytes_in);
             meter.bytes_out.add(bytes_out);
         }
+        for (asked, end) in flow.asked.iter_mut().zip(&seen.ends) {
+            asked.heard(tick_of(end.last_seen_ns).min(now));
+        }
         let changed = before != flow.handed.session.state();
         self.act(gate, action, changed);
     }
@@ -264,7 +272,20 @@ impl Owner {
         if served.leaving.as_ref().is_some_and(|leaving| leaving.until <= now) {
             return self.cut(gate, Reason::Drained);
         }
-        let action = flow.handed.tick(&served.limits, now);
+        let mut action = flow.handed.tick(&served.limits, now);
+        if action == Action::Nothing && served.limits.idle.is_none() {
+            let seen = self.store.flow(gate);
+            for (asked, side) in flow.asked.iter_mut().zip([Side::Client, Side::Backend]) {
+                match asked.next(&self.probing, now) {
+                    Next::Wait => {}
+                    Next::Ask => self.resets.ask(&*self.store, &seen, &flow.ends, side),
+                    Next::Gone => action = flow.handed.session.step(Event::Reset(side), &served.limits, now),
+                }
+                if action != Action::Nothing {
+                    break;
+                }
+            }
+        }
         self.act(gate, action, true);
     }
 
@@ -290,8 +311,12 @@ impl Owner {
     pub fn arm(&mut self, gate: Gate) {
         let Some(flow) = self.flows.get(gate) else { return };
         let Some(served) = self.routes.get(&flow.route) else { return };
-        let deadlines =
-            [flow.handed.session.deadline(&served.limits), served.leaving.as_ref().map(|leaving| leaving.until)];
+        let probe = flow.asked.iter().map(|asked| asked.due(&self.probing)).min();
+        let deadlines = [
+            flow.handed.session.deadline(&served.limits),
+            served.leaving.as_ref().map(|leaving| leaving.until),
+            probe.filter(|_| served.limits.idle.is_none()),
+        ];
         match deadlines.into_iter().flatten().min() {
             Some(due) => self.wheel.set(gate.0, due),
             None => self.wheel.clear(gate.0),
@@ -318,8 +343,9 @@ impl Owner {
             meter.aged(age);
         }
         self.report(&flow, reason, age);
-        let by_an_end = matches!(reason, Reason::ResetByClient | Reason::ResetByBackend);
-        let entries_stay = how == How::Finished || by_an_end;
+        // Without its reset, an end that is called gone was not heard of any more.
+        let was_told = self.store.flow(gate).is_over();
+        let entries_stay = how == How::Finished || was_told;
         if entries_stay {
             // Told once: a daemon that is started while it lingers takes it for nobody's.
             self.store.set_owner(gate, [0; OWNER_BYTES]);

@@ -8,6 +8,7 @@ use proxy_core::{
     session::{Limits, Tick},
 };
 
+use super::probing::Asked;
 use crate::{
     kernel::bpf::handoff::Gate,
     stream::{
@@ -27,6 +28,8 @@ pub struct Flow {
     pub client: std::net::SocketAddr,
     pub ends: Ends,
     pub handed: Handed,
+    /// Client and backend.
+    pub asked: [Asked; 2],
     pub meters: Arc<Meters>,
     /// Its place under the route's limits, and one of its backend's connections.
     #[expect(dead_code, reason = "held: given back when it is dropped")]

@@ -9,7 +9,7 @@ use std::{
 
 use proxy_abi::{
     flow::{Endpoint, IPV4},
-    handoff::{FROM_BACKEND, FROM_CLIENT, HandoffEntry, HandoffKey, closing, gate as state},
+    handoff::{FROM_BACKEND, FROM_CLIENT, HandoffEntry, HandoffKey, OWNER_BYTES, closing, gate as state},
 };
 use proxy_core::{
     config::{self, Engine},
@@ -91,7 +91,7 @@ impl Stage {
             source: SocketAddr::from(([10, 0, 0, 1], port.port())),
             backend,
         };
-        let new = NewFlow { id: id.bits(), owner: [0; 64], entries: entries(&ends), interfaces: [0; 2] };
+        let new = NewFlow { id: id.bits(), owner: [0; OWNER_BYTES], entries: entries(&ends), interfaces: [0; 2] };
         let gate = self.store.insert(&new).expect("room");
         self.store.open_gate(gate, [Boundary { own_seq: 500, first_seq: 1_000, drained: false }; 2]);
         self.store.leave(gate);
