@@ -110,8 +110,8 @@ pub fn record(segment: &Segment, entry: &HandoffEntry, flow: &mut Flow<'_>) -> b
         return is_reset && over(flow, reset_by(entry), segment.now_ns, seen::RST);
     }
     let advance = end.wrapping_sub(this.end_seq as u32);
-    // Behind a FIN there is no payload, and the FIN's own number is none.
-    if own && advance as i32 > 0 && this.seen & seen::FIN == 0 {
+    // What comes after a FIN begins behind it, and carries nothing.
+    if own && *payload > 0 && advance as i32 > 0 {
         this.end_seq = this.end_seq.wrapping_add(u64::from(advance));
     }
     if own && tcp.has(FIN) {

@@ -8,7 +8,7 @@ mod offsets;
 
 use std::time::Duration;
 
-pub use self::offsets::{Facts, Offsets, Seen, Unfit, fit};
+pub use self::offsets::{Facts, Offsets, STRAGGLERS, Seen, Unfit, fit};
 use crate::session::Tick;
 
 /// When a connection is worth it.
@@ -158,7 +158,7 @@ pub type Acknowledged = Option<u32>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
-    /// Both sockets are read empty and everything read is written.
+    /// Everything that was read is written.
     Quiet { bytes: u64, age: Duration },
     /// As [`Action::Measure`] asked.
     Measured { sockets: Both<Seen>, established: bool },

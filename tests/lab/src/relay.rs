@@ -127,9 +127,9 @@ pub fn handed_over(shunt: &Shunt, stream: &TcpStream) -> Result<()> {
     wait_for("the connection is handed over", Duration::from_secs(5), || {
         (shunt.engine_of(stream).ok()?.as_deref() == Some("handoff")).then_some(())
     })
-    .or_else(|error| {
+    .map_err(|error| {
         let why = shunt.metrics().map(|metrics| metrics.samples("shunt_handovers_total"));
-        Err(error.context(format!("{why:?}; {:?}", shunt.connection_of(stream))))
+        error.context(format!("{why:?}; {:?}", shunt.connection_of(stream)))
     })
 }
 

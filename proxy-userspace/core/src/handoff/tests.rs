@@ -47,13 +47,13 @@ fn one_without_a_port_of_its_own_stays() {
 }
 
 #[test]
-fn a_byte_that_comes_between_arming_and_commit_keeps_the_gate_closed() {
+fn a_byte_that_is_in_the_daemon_keeps_the_gate_closed() {
     let mut one = Handover::new(true, Tick(0));
     one.step(WORTH, &WHEN, Tick(1));
     one.step(measured(quiet()), &WHEN, Tick(1));
     let mut busy = quiet();
     busy[1].rcv_nxt += 1;
-    busy[1].unread = 1;
+    busy[1].held = 1;
     let stays = Action::Relay { armed: false, why: Failure::Busy };
     assert_eq!(one.step(measured(busy), &WHEN, Tick(2)), stays);
     // It has been relayed meanwhile: the offsets are what they were.

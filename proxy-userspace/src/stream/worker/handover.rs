@@ -14,7 +14,7 @@ use proxy_core::{
     config::Engine,
     flow::Side,
     handed::{Record, route_hash},
-    handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, Seen, Unfit},
+    handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, STRAGGLERS, Seen, Unfit},
     reason::Reason,
     session::{Event, State, Tick},
 };
@@ -56,15 +56,11 @@ impl Flow {
         self.handover.as_ref().is_some_and(|handing| handing.committed.is_some())
     }
 
-    /// Nothing is known to be on its way through the daemon.
+    /// Nothing is held in the daemon.
     fn is_quiet(&self) -> bool {
-        let Some(backend) = &self.backend else { return false };
         let empty = |waiting: &Waiting| matches!(waiting, Waiting::Nothing);
         empty(&self.up.waiting)
             && empty(&self.down.waiting)
-            && !self.queued
-            && !self.client.readable
-            && !backend.readable
             && matches!(self.session.state(), State::Established { .. })
     }
 }
@@ -200,15 +196,19 @@ impl Worker {
         }
         // Most attempts at a busy connection end here, for two calls.
         for socket in [&flow.client, backend] {
-            if repair::unread(socket).map_err(told)? > 0 {
+            if repair::unread(socket).map_err(told)? > STRAGGLERS {
                 return Err(Failure::Busy);
             }
         }
-        let one = |socket: &Socket| -> Result<(Seen, Facts), RepairError> {
-            repair::hold(socket)?;
-            // In this order: with nothing unread afterwards, nothing has come meanwhile.
-            let numbers = repair::sequences(socket)?;
-            let queued = repair::queued(socket)?;
+        let one = |socket: &Socket| -> Result<(Seen, Facts), Failure> {
+            repair::hold(socket).map_err(told)?;
+            let before = repair::unread(socket).map_err(told)?;
+            let numbers = repair::sequences(socket).map_err(told)?;
+            let queued = repair::queued(socket).map_err(told)?;
+            if queued.unread != before {
+                // Something has come meanwhile: the numbers are not of one moment.
+                return Err(Failure::Busy);
+            }
             let seen = Seen {
                 write_seq: numbers.write_seq,
                 rcv_nxt: numbers.rcv_nxt,
@@ -217,12 +217,13 @@ impl Worker {
                 unsent: queued.unsent,
                 held: 0,
             };
-            Ok((seen, repair::facts(socket)?))
+            Ok((seen, repair::facts(socket).map_err(told)?))
         };
-        let (client, client_facts) = one(&flow.client).map_err(told)?;
-        let (backend_seen, backend_facts) = one(backend).map_err(told)?;
+        let (client, client_facts) = one(&flow.client)?;
+        let (backend_seen, backend_facts) = one(backend)?;
         for (socket, facts) in [(&flow.client, &client_facts), (backend, &backend_facts)] {
-            if facts.out_of_order > 0 && repair::receive_memory(socket).map_err(told)? > 0 {
+            let unread = repair::unread(socket).map_err(told)?;
+            if facts.out_of_order > 0 && unread == 0 && repair::receive_memory(socket).map_err(told)? > 0 {
                 return Err(Failure::OutOfOrder);
             }
         }
@@ -304,7 +305,8 @@ impl Worker {
         }
         let at = found.sockets.map(|socket| Boundary {
             own_seq: socket.write_seq,
-            first_seq: socket.rcv_nxt,
+            // What is not read yet is passed on, and counts, after this.
+            first_seq: socket.rcv_nxt.wrapping_sub(socket.unread),
             drained: socket.unacked == 0,
         });
         engine.store.set_owner(gate, self.record(flow).encode());
