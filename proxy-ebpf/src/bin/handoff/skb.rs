@@ -65,9 +65,8 @@ impl Packet for Skb<'_> {
             return Some(room);
         }
         // SAFETY: `length` bytes fit into the room, which is more than 0 and at most all of it.
-        let loaded = unsafe {
-            bpf_skb_load_bytes(self.0.skb.skb.cast(), at as u32, room.as_mut_ptr().cast(), length as u32)
-        };
+        let loaded =
+            unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), at as u32, room.as_mut_ptr().cast(), length as u32) };
         (loaded == 0).then_some(room)
     }
 

@@ -21,7 +21,9 @@ impl Opt {
     fn bytes(&self) -> Vec<u8> {
         match self {
             Self::Nops(count) => vec![1; *count],
-            Self::Timestamps(value, echo) => [vec![8, 10], value.to_be_bytes().into(), echo.to_be_bytes().into()].concat(),
+            Self::Timestamps(value, echo) => {
+                [vec![8, 10], value.to_be_bytes().into(), echo.to_be_bytes().into()].concat()
+            }
             Self::Sack(blocks) => {
                 let edges = blocks.iter().flat_map(|(left, right)| [left.to_be_bytes(), right.to_be_bytes()].concat());
                 [vec![5, 2 + 8 * blocks.len() as u8], edges.collect()].concat()
@@ -141,7 +143,8 @@ impl Packet {
 
 /// RFC 1071: the sum of 16-bit words, with carries added in.
 fn sum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
+    let mut sum: u32 =
+        bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
