@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use shunt_lab::{
     Lab, Shunt,
-    dialog::{End, echo, end_of},
+    dialog::{End, echo, end_of, turned_away},
     kernel, load,
     relay::{Relay, handed_over},
     scripted::{Behaviour, Ended, TcpServer},
@@ -151,8 +151,8 @@ fn limits_hold_until_the_real_end() -> Result<()> {
     let backend =
         |stage: &Stage| stage.shunt.route(TO.route()).map(|route| route["backends"][0]["connections_active"].clone());
     ensure!(backend(&stage)? == 1);
-    let mut second = stage.lab.client().connect(TO.listen())?;
-    ensure!(end_of(&mut second, SOON)? == End::Reset, "one too many");
+    let client_ip = stage.lab.client().ip.into();
+    ensure!(turned_away(stage.lab.client(), client_ip, TO.listen(), SOON)? == End::Reset, "one too many");
     stream.shutdown(std::net::Shutdown::Write)?;
     ensure!(end_of(&mut stream, SOON)? == End::Finished);
     wait_until("there is room again", SOON, || {
@@ -196,8 +196,8 @@ fn a_daemon_that_is_killed_is_not_noticed_and_the_next_one_goes_on() -> Result<(
     stage.shunt.restart()?;
     goes_on(&stage, &mut stream, &id, 5 + 170)?;
     let client = stream.local_addr()?.to_string();
-    let mut second = stage.lab.client().connect(TO.listen())?;
-    ensure!(end_of(&mut second, SOON)? == End::Reset, "it counts as before");
+    let client_ip = stage.lab.client().ip.into();
+    ensure!(turned_away(stage.lab.client(), client_ip, TO.listen(), SOON)? == End::Reset, "it counts as before");
     let killed = stage.shunt.cli(&["kill", &id])?;
     ensure!(killed.status.success(), "{}", String::from_utf8_lossy(&killed.stderr));
     ensure!(end_of(&mut stream, SOON)? == End::Reset);
@@ -238,8 +238,9 @@ fn cleanup_ends_what_is_left_and_leaves_nothing() -> Result<()> {
     ensure!(matches!(stage.server.wait_records(1, SOON)?[0].ended, Ended::Failed(_)));
     ensure!(stage.lab.pins().left()?.is_empty(), "{:?}", stage.lab.pins().left()?);
     ensure!(stage.lab.gateway().sysctl(reserved)?.trim().is_empty(), "the ports are given back");
-    let filters = stage.lab.gateway().sh("tc filter show dev eth0 ingress 2>&1; ip -d link show dev eth0")?;
-    ensure!(!filters.contains("bpf") && !filters.contains("prog/"), "{filters}");
+    // Links of tcx go with their pins.
+    let queues = stage.lab.gateway().sh("tc qdisc show")?;
+    ensure!(!queues.contains("clsact"), "{queues}");
     Ok(())
 }
 
@@ -251,7 +252,8 @@ fn a_client_on_the_gateway_itself_is_relayed_to_the_end() -> Result<()> {
     wait_for("it is decided", SOON, || {
         let labels = [("route", TO.route()), ("result", "on_this_machine")];
         (stage.shunt.metrics().ok()?.value("shunt_handovers_total", &labels) >= 1.0).then_some(())
-    })?;
+    })
+    .with_context(|| format!("{:?}", stage.shunt.metrics().map(|metrics| metrics.samples("shunt_handovers_total"))))?;
     echo(&mut stream, b"still relayed")?;
     ensure!(stage.shunt.engine_of(&stream)?.as_deref() != Some("handoff"));
     Ok(())
