@@ -28,6 +28,7 @@ use tokio::{
 
 use crate::{
     access_log::{self, AccessLog},
+    acme,
     admin::{self, Listeners},
     control::{Control, RouteCommand, RouteState},
     handoff,
@@ -309,6 +310,7 @@ impl Daemon {
         let (rates, relayed_rates) = watch::channel(Arc::default());
         tokio::spawn(stream::rates::sample(relayed.clone(), REPORTING, rates));
         let Channels { drained, relayed: gone, failed_dials, access } = channels;
+        let acme = acme::Handle::start(relayed.acme.clone(), relayed.tls.clone());
         let mut task = Task {
             reconciler,
             config_file: config_file.to_owned(),
@@ -318,6 +320,7 @@ impl Daemon {
             names: Names::new(resolved_tx),
             track: announcer,
             access,
+            acme,
             published,
             reloads_ok: 0,
             reloads_failed: 0,

@@ -1,6 +1,7 @@
 //! The shunt daemon: a thin shell of kernel calls around [`proxy_core`].
 
 pub mod access_log;
+pub mod acme;
 pub mod admin;
 pub mod app;
 pub mod cli;

@@ -35,6 +35,7 @@ pub use ids::TooManyRoutes;
 use relay::Sockets;
 
 use crate::{
+    acme,
     kernel::{
         memory,
         nft::{Nft, NftError},
@@ -489,6 +490,11 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         if let Some(streams) = &mut self.streams {
             streams.settled().await;
         }
+    }
+
+    /// What the routes want of the CA.
+    pub fn acme(&self) -> acme::Wanted {
+        acme::Wanted::by(self.config.acme.as_ref(), self.plan.routes().iter().map(|plan| &plan.route))
     }
 
     /// Files of certificates may have changed though the configuration has not.

@@ -17,7 +17,10 @@ use std::{
     sync::{Arc, LazyLock},
 };
 
-use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::{
+    ClientConfig,
+    crypto::{CryptoProvider, aws_lc_rs},
+};
 
 pub use certificate::Certificate;
 pub use identity::common_name;
@@ -28,7 +31,7 @@ pub use watch::{Registry, Watch};
 pub const EXPIRES_SOON: i64 = 14 * 24 * 3600;
 
 /// aws-lc-rs, which offers X25519MLKEM768 first.
-fn provider() -> Arc<CryptoProvider> {
+pub fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(aws_lc_rs::default_provider()));
     Arc::clone(&PROVIDER)
 }
@@ -85,6 +88,19 @@ impl TlsError {
             error => Self::Pem { file, why: format!("not PEM: {error}") },
         }
     }
+}
+
+/// For a client that verifies servers by the authorities in `ca`, or by those of the system.
+pub fn client_trusting(ca: Option<&Path>) -> Result<ClientConfig, TlsError> {
+    Ok(route::client_builder(ca)?.with_no_client_auth())
+}
+
+/// For what needs to be spread, not secret.
+pub fn random() -> u64 {
+    let mut bytes = [0; 8];
+    // Without, things come together that need not: nothing worse.
+    let _ = provider().secure_random.fill(&mut bytes);
+    u64::from_ne_bytes(bytes)
 }
 
 /// Seconds since the Unix epoch.

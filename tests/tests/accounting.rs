@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt, pattern,
     scripted::{Behaviour, Start, TcpServer, UdpServer},
-    wait_until,
+    wait_until, web,
 };
 
 const SOON: Duration = Duration::from_secs(6);
@@ -67,15 +67,7 @@ fn the_counters_of_a_long_connection_move_while_it_lives_and_end_exact() -> Resu
         80,
         Behaviour::Exchange { seed: 1, bytes: 3_000_000, start: Start::AfterClientFinished },
     )?;
-    let shunt = Shunt::start(
-        &lab,
-        r#"
-[[route]]
-name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
-"#,
-    )?;
+    let shunt = Shunt::start(&lab, &web(""))?;
     let mut stream = lab.client().connect("10.88.1.1:80".parse::<SocketAddr>()?)?;
     stream.set_nodelay(true)?;
     let payload = |v: &serde_json::Value, way: &str| -> Option<u64> {
@@ -114,15 +106,7 @@ backends = ["10.88.2.2:80"]
 fn under_steady_load_each_connection_and_byte_is_counted_once() -> Result<()> {
     let lab = Lab::builder().client_addresses(4).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Reply(vec![b'r'; 1000]))?;
-    let shunt = Shunt::start(
-        &lab,
-        r#"
-[[route]]
-name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
-"#,
-    )?;
+    let shunt = Shunt::start(&lab, &web(""))?;
     let to: SocketAddr = "10.88.1.1:80".parse()?;
     let began = Instant::now();
     let mut made = 0u64;

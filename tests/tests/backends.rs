@@ -8,21 +8,14 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt, kernel,
+    Lab, Shunt,
+    dialog::who,
+    kernel,
     scripted::{Behaviour, TcpServer, UdpServer},
     wait_until,
 };
 
 const SOON: Duration = Duration::from_secs(8);
-
-fn who(lab: &Lab, to: &str) -> Result<String> {
-    let mut stream = lab.client().connect_within(to.parse::<SocketAddr>()?, SOON)?;
-    stream.set_read_timeout(Some(SOON))?;
-    stream.write_all(b"\n")?;
-    let mut name = [0; 2];
-    stream.read_exact(&mut name)?;
-    Ok(String::from_utf8(name.into())?)
-}
 
 #[test]
 fn a_backend_that_fails_its_checks_gets_nothing_new_and_comes_back() -> Result<()> {
@@ -48,13 +41,13 @@ health = { check = "tcp", interval = "200ms", timeout = "200ms", rise = 2, fall 
     wait_until("the dead one is down", SOON, || !up("10.88.2.3:80"))?;
     println!("down after {:?}", began.elapsed());
     for _ in 0..20 {
-        assert_eq!(who(&lab, "10.88.1.1:80")?, "b1");
+        assert_eq!(who(lab.client(), "10.88.1.1:80")?, "b1");
     }
     let reason = shunt.route("web")?["backends"][1]["reason"].to_string();
     ensure!(reason.contains("refused"), "why it is down: {reason}");
     let _two = TcpServer::start(lab.backend(2), 80, Behaviour::Tagged("b2".into()))?;
     wait_until("it is back", SOON, || up("10.88.2.3:80"))?;
-    let answers: Vec<String> = (0..4).map(|_| who(&lab, "10.88.1.1:80")).collect::<Result<_>>()?;
+    let answers: Vec<String> = (0..4).map(|_| who(lab.client(), "10.88.1.1:80")).collect::<Result<_>>()?;
     ensure!(answers.contains(&"b2".to_owned()), "{answers:?}");
     Ok(())
 }
@@ -105,7 +98,7 @@ backends = ["10.88.2.2:80", "10.88.2.3:80"]
         (0..2).map(|_| lab.client().connect(SocketAddr::from(([10, 88, 1, 1], 80)))).collect::<Result<_, _>>()?;
     ensure!(shunt.cli(&["backend", "web", "10.88.2.3:80", "drain"])?.status.success());
     for _ in 0..10 {
-        assert_eq!(who(&lab, "10.88.1.1:80")?, "b1");
+        assert_eq!(who(lab.client(), "10.88.1.1:80")?, "b1");
     }
     for stream in &mut held {
         stream.set_read_timeout(Some(SOON))?;
@@ -121,7 +114,7 @@ listen = ["10.88.1.1:80", "10.88.1.1:81"]
 backends = ["10.88.2.2:80", "10.88.2.3:80"]
 "#,
     )?;
-    assert_eq!(who(&lab, "10.88.1.1:81")?, "b1");
+    assert_eq!(who(lab.client(), "10.88.1.1:81")?, "b1");
     let wrong = shunt.cli(&["backend", "web", "10.88.2.9:80", "down"])?;
     assert_eq!(wrong.status.code(), Some(1));
     ensure!(String::from_utf8_lossy(&wrong.stderr).contains("10.88.2.9:80"));
@@ -188,7 +181,7 @@ backends = ["localhost.invalid:80", "10.88.2.2:80"]
         shunt.route("web").is_ok_and(|r| r["backends"][0]["up"] == false && r["backends"][1]["up"] == true)
     })?;
     for _ in 0..4 {
-        assert_eq!(who(&lab, "10.88.1.1:80")?, "b1");
+        assert_eq!(who(lab.client(), "10.88.1.1:80")?, "b1");
     }
     Ok(())
 }
@@ -207,14 +200,14 @@ backends = ["10.88.2.2:80", "10.88.2.3:80"]
 "#,
     )?;
     wait_until("three refused connections take it out", SOON, || {
-        who(&lab, "10.88.1.1:80").ok();
+        who(lab.client(), "10.88.1.1:80").ok();
         shunt.route("web").is_ok_and(|r| r["backends"][1]["up"] == false)
     })?;
     for _ in 0..10 {
-        assert_eq!(who(&lab, "10.88.1.1:80")?, "b1");
+        assert_eq!(who(lab.client(), "10.88.1.1:80")?, "b1");
     }
     let _two = TcpServer::start(lab.backend(2), 80, Behaviour::Tagged("b2".into()))?;
     wait_until("it is tried again", Duration::from_secs(20), || {
-        who(&lab, "10.88.1.1:80").is_ok_and(|name| name == "b2")
+        who(lab.client(), "10.88.1.1:80").is_ok_and(|name| name == "b2")
     })
 }

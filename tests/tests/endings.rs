@@ -9,33 +9,19 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use shunt_lab::{
-    Lab, Shunt, kernel, pattern,
+    Lab, Shunt,
+    dialog::echo,
+    kernel, pattern,
     scripted::{Behaviour, Start, TcpServer},
-    wait_for, wait_until,
+    wait_for, wait_until, web,
 };
 
 const SOON: Duration = Duration::from_secs(5);
 /// A connection that ended silently is noticed by a dump, and its bytes are final a dump later.
 const REPORTED: Duration = Duration::from_secs(12);
 
-const WEB: &str = r#"
-[[route]]
-name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
-"#;
-
 fn to() -> SocketAddr {
     SocketAddr::from(([10, 88, 1, 1], 80))
-}
-
-fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<()> {
-    stream.set_read_timeout(Some(SOON))?;
-    stream.write_all(text)?;
-    let mut back = vec![0; text.len()];
-    stream.read_exact(&mut back)?;
-    ensure!(back == text, "came back different");
-    Ok(())
 }
 
 fn reason(shunt: &Shunt, reason: &str, count: u64) -> Result<()> {
@@ -56,7 +42,7 @@ fn both_orders_of_finishing_and_both_resets_have_their_reason() -> Result<()> {
     ];
     for (behaviour, expected) in cases {
         let _server = TcpServer::start(lab.backend(1), 80, behaviour)?;
-        let mut shunt = Shunt::start(&lab, WEB)?;
+        let mut shunt = Shunt::start(&lab, &web(""))?;
         let mut stream = lab.client().connect(to())?;
         stream.set_read_timeout(Some(SOON))?;
         stream.write_all(b"x")?;
@@ -73,7 +59,7 @@ fn both_orders_of_finishing_and_both_resets_have_their_reason() -> Result<()> {
         ensure!(shunt.cli(&["cleanup"])?.status.success());
     }
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, WEB)?;
+    let shunt = Shunt::start(&lab, &web(""))?;
     let stream = socket2_reset(lab.client().connect(to())?)?;
     drop(stream);
     reason(&shunt, "reset_by_client", 1)
@@ -89,16 +75,7 @@ fn socket2_reset(stream: TcpStream) -> Result<TcpStream> {
 #[test]
 fn a_closed_port_and_a_silent_backend_are_told_apart() -> Result<()> {
     let lab = Lab::new()?;
-    let shunt = Shunt::start(
-        &lab,
-        r#"
-[[route]]
-name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
-timeouts = { connect = "1s" }
-"#,
-    )?;
+    let shunt = Shunt::start(&lab, &web(r#"timeouts = { connect = "1s" }"#))?;
     let refused = lab.client().connect_within(to(), SOON).expect_err("nobody listens");
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     reason(&shunt, "connect_refused", 1)?;
@@ -112,7 +89,7 @@ timeouts = { connect = "1s" }
 fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
     let lab = Lab::new()?;
     let server = TcpServer::start(lab.backend(1), 80, Behaviour::Reply(b"bye".to_vec()))?;
-    let shunt = Shunt::start(&lab, WEB)?;
+    let shunt = Shunt::start(&lab, &web(""))?;
     let from = SocketAddr::from(([10, 88, 1, 2], 40_000));
     for nth in 1..=5u64 {
         // The backend closes first, so the client's side has no TIME_WAIT and its port is free at once.
@@ -137,7 +114,7 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
     let lab = Lab::new()?;
     for start in [Start::AfterClientFinished, Start::AtOnce] {
         let server = TcpServer::start(lab.backend(1), 80, Behaviour::Exchange { seed: 7, bytes: BYTES, start })?;
-        let _shunt = Shunt::start(&lab, WEB)?;
+        let _shunt = Shunt::start(&lab, &web(""))?;
         let mut stream = lab.client().connect(to())?;
         stream.set_read_timeout(Some(SOON))?;
         let (received, sent) = if start == Start::AfterClientFinished {
@@ -203,16 +180,7 @@ timeouts = { idle = "1s" }
 fn a_busy_connection_past_its_lifetime_ends_with_that_reason() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(
-        &lab,
-        r#"
-[[route]]
-name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
-timeouts = { lifetime = "2s" }
-"#,
-    )?;
+    let shunt = Shunt::start(&lab, &web(r#"timeouts = { lifetime = "2s" }"#))?;
     let mut stream = lab.client().connect(to())?;
     let began = Instant::now();
     let ended = wait_for("the connection to be cut", Duration::from_secs(10), || echo(&mut stream, b"busy").err())?;
@@ -225,7 +193,7 @@ timeouts = { lifetime = "2s" }
 fn a_killed_connection_is_reset_and_counted_once() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, WEB)?;
+    let shunt = Shunt::start(&lab, &web(""))?;
     let mut doomed = lab.client().connect(to())?;
     let mut other = lab.client().connect(to())?;
     echo(&mut doomed, b"hello")?;
@@ -263,7 +231,7 @@ fn the_access_log_says_what_the_sender_sent() -> Result<()> {
     }
     let exchange = Behaviour::Exchange { seed: 9, bytes: 200_000, start: Start::AfterClientFinished };
     let _server = TcpServer::start(lab.backend(1), 80, exchange)?;
-    let shunt = Shunt::start(&lab, &format!("[log]\nformat = \"json\"\n{WEB}"))?;
+    let shunt = Shunt::start(&lab, &format!("[log]\nformat = \"json\"\n{}", web("")))?;
     let mut stream = lab.client().connect(to())?;
     let client = stream.local_addr()?.to_string();
     let id = wait_for("the connection is listed", SOON, || {
@@ -297,7 +265,7 @@ fn the_access_log_says_what_the_sender_sent() -> Result<()> {
 fn a_stopping_daemon_leaves_bytes_in_flight_alone_and_exits_at_once() -> Result<()> {
     let lab = Lab::new()?;
     let server = TcpServer::start(lab.backend(1), 80, Behaviour::sink())?;
-    let mut shunt = Shunt::start(&lab, WEB)?;
+    let mut shunt = Shunt::start(&lab, &web(""))?;
     let mut stream = lab.client().connect(to())?;
     let sender = std::thread::spawn(move || -> Result<pattern::Digested> {
         let sent = pattern::send(&mut stream, 5, 200 << 20)?;
@@ -319,7 +287,7 @@ fn a_stopping_daemon_leaves_bytes_in_flight_alone_and_exits_at_once() -> Result<
 fn a_removed_route_drains_and_then_is_cut() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &format!("{WEB}timeouts = {{ drain = \"2s\" }}\n"))?;
+    let shunt = Shunt::start(&lab, &web("timeouts = { drain = \"2s\" }"))?;
     let mut stream = lab.client().connect(to())?;
     echo(&mut stream, b"before")?;
     let began = Instant::now();

@@ -1,8 +1,8 @@
 //! Routes of both kinds in one daemon: forwarded by the kernel, relayed by the daemon, and moved between the two.
 
 use std::{
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    io::Read,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -14,29 +14,17 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use shunt_lab::{
     Lab, Shunt,
+    dialog::echo,
     scripted::{Behaviour, TcpServer},
-    wait_until,
+    wait_until, web,
 };
 
 const SOON: Duration = Duration::from_secs(10);
-
-fn web(more: &str) -> String {
-    format!("[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:80\"]\nbackends = [\"10.88.2.2:80\"]\n{more}\n")
-}
 
 const COPY: &str = "engine = \"copy\"\ntimeouts = { drain = \"2s\" }";
 
 fn to() -> SocketAddr {
     SocketAddr::from(([10, 88, 1, 1], 80))
-}
-
-fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<()> {
-    stream.set_read_timeout(Some(SOON))?;
-    stream.write_all(text)?;
-    let mut back = vec![0; text.len()];
-    stream.read_exact(&mut back)?;
-    ensure!(back == text, "came back different");
-    Ok(())
 }
 
 /// The engines of the route's open connections, sorted.

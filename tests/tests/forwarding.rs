@@ -7,28 +7,15 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use shunt_lab::{
     Host, Lab, Shunt,
+    dialog::who,
     scripted::{Behaviour, TcpServer, UdpServer},
     wait_until,
 };
 
 const SOON: Duration = Duration::from_secs(5);
-
-/// Connects, and reads the name a tagged server says.
-fn who(client: &Host, to: &str) -> Result<String> {
-    let to: SocketAddr = to.parse()?;
-    let mut stream = client.connect_within(to, SOON).with_context(|| format!("connect {to}"))?;
-    stream.set_read_timeout(Some(SOON))?;
-    stream.write_all(b"\n")?;
-    let mut name = Vec::new();
-    let mut byte = [0];
-    while stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
-        name.push(byte[0]);
-    }
-    Ok(String::from_utf8(name)?)
-}
 
 fn tagged(lab: &Lab, port: u16) -> Result<Vec<TcpServer>> {
     (0..lab.backends().len())

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use shunt_lab::{
     Lab, Shunt,
     scripted::{Behaviour, TcpServer},
-    wait_until,
+    wait_until, web,
 };
 
 const SOON: Duration = Duration::from_secs(5);
@@ -50,16 +50,7 @@ deny = ["10.88.1.3/32"]
 fn at_the_connection_limit_the_next_is_refused_and_the_old_ones_live() -> Result<()> {
     let lab = Lab::builder().client_addresses(3).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(
-        &lab,
-        r#"
-[[route]]
-name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
-limits = { connections = 4, connections_per_client = 3 }
-"#,
-    )?;
+    let shunt = Shunt::start(&lab, &web("limits = { connections = 4, connections_per_client = 3 }"))?;
     let to: SocketAddr = "10.88.1.1:80".parse()?;
     let mut held: Vec<_> = (0..3)
         .map(|_| lab.client().connect_from(SocketAddr::from(([10, 88, 1, 2], 0)), to))
@@ -88,16 +79,7 @@ limits = { connections = 4, connections_per_client = 3 }
 fn short_connections_one_after_another_are_not_counted_as_many_at_once() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Reply(b"ok".to_vec()))?;
-    let shunt = Shunt::start(
-        &lab,
-        r#"
-[[route]]
-name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
-limits = { connections_per_client = 100 }
-"#,
-    )?;
+    let shunt = Shunt::start(&lab, &web("limits = { connections_per_client = 100 }"))?;
     let to: SocketAddr = "10.88.1.1:80".parse()?;
     for _ in 0..300 {
         use std::io::{Read, Write};
@@ -115,16 +97,7 @@ limits = { connections_per_client = 100 }
 fn a_client_above_its_rate_is_refused_and_another_is_not() -> Result<()> {
     let lab = Lab::builder().client_addresses(2).build()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
-    let shunt = Shunt::start(
-        &lab,
-        r#"
-[[route]]
-name = "web"
-listen = ["10.88.1.1:80"]
-backends = ["10.88.2.2:80"]
-limits = { rate_per_client = "5/hour" }
-"#,
-    )?;
+    let shunt = Shunt::start(&lab, &web(r#"limits = { rate_per_client = "5/hour" }"#))?;
     for nth in 1..=5 {
         ensure!(!refused(&lab, 2, "10.88.1.1:80")?, "connection {nth} of 5");
     }

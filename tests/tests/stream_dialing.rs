@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt,
-    dialog::{End, echo, end_of, reset, turned_away},
+    dialog::{End, echo, end_of, read_some, reset, turned_away},
     kernel, link, pattern,
     relay::{Relay, on_each, servers},
     scripted::{Behaviour, Start, TcpServer},
@@ -95,6 +95,23 @@ fn a_backend_that_swallows_syns_ends_at_the_connect_timeout() -> Result<()> {
         shunt.wait_ended(relay.route(), &[("connect_timeout", CLIENTS)], SOON)
     })?;
     wait_until("no dial is left", SOON, || kernel::tcp_sockets(lab.gateway(), &["syn-sent"]).is_ok_and(|n| n == 0))
+}
+
+#[test]
+fn a_backend_that_speaks_first_need_not_wait_for_the_client() -> Result<()> {
+    // After this the kernel sends a delayed acknowledgement by itself (`TCP_DELACK_MAX`).
+    const DELAYED: Duration = Duration::from_millis(200);
+    let lab = Lab::new()?;
+    let _servers = servers(&lab, &Behaviour::Tagged("220 ready".into()))?;
+    let _shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    on_each(&Relay::ENGINES, |relay| {
+        // The machine may be busy: once is enough.
+        wait_until("it is greeted sooner than that", SOON, || {
+            let began = Instant::now();
+            let greeted = lab.client().connect(relay.listen()).is_ok_and(|mut s| read_some(&mut s, 9).is_ok());
+            greeted && began.elapsed() < DELAYED
+        })
+    })
 }
 
 #[test]

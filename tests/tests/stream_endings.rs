@@ -2,7 +2,7 @@
 
 use std::{
     io::{ErrorKind, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr},
     thread,
     time::{Duration, Instant},
 };
@@ -10,10 +10,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use shunt_lab::{
-    Lab, Shunt,
+    Lab, Shunt, Stream,
     dialog::{End, echo, end_of, read_to_end, reset, turned_away},
     kernel, pattern,
-    relay::{Relay, on_each, on_every_relay, servers},
+    relay::{Relay, on_each, servers, servers_with_tls},
     scripted::{Behaviour, Start},
     wait_for, wait_until,
 };
@@ -56,12 +56,11 @@ fn a_thousand_clients_that_say_nothing_and_leave_are_gone_within_two_seconds() -
 #[test]
 fn what_was_held_for_connections_is_given_back() -> Result<()> {
     let lab = Lab::new()?;
-    let _servers = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let _servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
     let round = |count: usize| -> Result<()> {
-        on_every_relay(|relay| {
-            let mut held: Vec<TcpStream> =
-                (0..count).map(|_| Ok(lab.client().connect(relay.listen())?)).collect::<Result<_>>()?;
+        on_each(&Relay::WITH_TLS, |relay| {
+            let mut held: Vec<Stream> = (0..count).map(|_| relay.open(&lab)).collect::<Result<_>>()?;
             held.iter_mut().try_for_each(|stream| echo(stream, b"hello"))?;
             relay.prime(&shunt, &mut held[0])?;
             Ok(())
@@ -92,7 +91,7 @@ fn what_was_held_for_connections_is_given_back() -> Result<()> {
 fn a_reset_by_the_backend_is_a_reset_for_the_client() -> Result<()> {
     let lab = Lab::new()?;
     let mut at_once = servers(&lab, &Behaviour::ResetAtOnce)?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
     on_each(&Relay::ENGINES, |relay| {
         for n in 0..20 {
             let end = turned_away(lab.client(), lab.client().ip.into(), relay.listen(), AT_ONCE)
@@ -102,10 +101,10 @@ fn a_reset_by_the_backend_is_a_reset_for_the_client() -> Result<()> {
         shunt.wait_ended(relay.route(), &[("reset_by_backend", 20)], SOON)
     })?;
     at_once.clear();
-    let echoing = servers(&lab, &Behaviour::Echo)?;
-    on_every_relay(|relay| {
+    let echoing = servers_with_tls(&lab, &Behaviour::Echo)?;
+    on_each(&Relay::WITH_TLS, |relay| {
         let mut stream = wait_for("a connection through the backend that was dead for a moment", SOON, || {
-            relay.connect(&lab, &shunt).ok()
+            relay.begin(&lab, &shunt).ok()
         })?;
         let before = shunt.terminations(relay.route())?.get("reset_by_backend").copied().unwrap_or(0);
         echoing[relay as usize].end_all(true);
@@ -120,10 +119,10 @@ fn a_reset_by_the_backend_is_a_reset_for_the_client() -> Result<()> {
 #[test]
 fn a_reset_by_the_client_reaches_the_backend_as_one() -> Result<()> {
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    on_every_relay(|relay| {
-        reset(relay.connect(&lab, &shunt)?)?;
+    let servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+    on_each(&Relay::WITH_TLS, |relay| {
+        reset(relay.begin(&lab, &shunt)?)?;
         let record = servers[relay as usize].wait_records(1, AT_ONCE)?.remove(0);
         let reset = shunt_lab::scripted::Ended::Failed(ErrorKind::ConnectionReset);
         ensure!(record.ended == reset, "the backend saw {:?}", record.ended);
@@ -134,14 +133,14 @@ fn a_reset_by_the_client_reaches_the_backend_as_one() -> Result<()> {
 #[test]
 fn whoever_finishes_first_is_the_reason() -> Result<()> {
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    on_every_relay(|relay| {
-        let mut stream = relay.connect(&lab, &shunt)?;
+    let servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+    on_each(&Relay::WITH_TLS, |relay| {
+        let mut stream = relay.begin(&lab, &shunt)?;
         stream.shutdown(Shutdown::Write)?;
         ensure!(end_of(&mut stream, AT_ONCE)? == End::Finished, "a clean end is passed on as one");
         shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)?;
-        let mut stream = relay.connect(&lab, &shunt)?;
+        let mut stream = relay.begin(&lab, &shunt)?;
         servers[relay as usize].end_all(false);
         ensure!(end_of(&mut stream, AT_ONCE)? == End::Finished, "a clean end is passed on as one");
         drop(stream);
@@ -152,9 +151,9 @@ fn whoever_finishes_first_is_the_reason() -> Result<()> {
 #[test]
 fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::Reply(b"bye".to_vec()))?;
-    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes("")))?;
-    on_each(&Relay::ENGINES, |relay| {
+    let servers = servers_with_tls(&lab, &Behaviour::Reply(b"bye".to_vec()))?;
+    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes_with_tls(&lab, "")?))?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
         let from = SocketAddr::from(([10, 88, 1, 2], 40_000 + relay as u16));
         for nth in 1..=5u64 {
             // The backend closes first, so the client's side has no TIME_WAIT and its port is free as soon as the last ACK
@@ -163,8 +162,8 @@ fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
                 Err(error) if error.kind() == ErrorKind::AddrNotAvailable => None,
                 outcome => Some(outcome),
             };
-            let mut stream =
-                wait_for("the port is free", SOON, connect)?.with_context(|| format!("connection {nth}"))?;
+            let tcp = wait_for("the port is free", SOON, connect)?.with_context(|| format!("connection {nth}"))?;
+            let mut stream = relay.secure(&lab, tcp)?;
             stream.write_all(b"x")?;
             let (answer, end) = read_to_end(&mut stream, SOON)?;
             ensure!(answer == b"bye" && end == End::Finished, "connection {nth} got {answer:?}, {end:?}");
@@ -188,11 +187,11 @@ fn the_same_client_port_again_at_once_is_a_second_connection() -> Result<()> {
 fn all_ends_at_once_are_one_end() -> Result<()> {
     const CONNECTIONS: usize = 200;
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes("timeouts = { idle = \"3s\" }")))?;
-    on_each(&Relay::ENGINES, |relay| {
-        let mut streams: Vec<TcpStream> =
-            (0..CONNECTIONS).map(|_| Ok(lab.client().connect(relay.listen())?)).collect::<Result<_>>()?;
+    let servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let routes = Relay::routes_with_tls(&lab, "timeouts = { idle = \"3s\" }")?;
+    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{routes}"))?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
+        let mut streams: Vec<Stream> = (0..CONNECTIONS).map(|_| relay.open(&lab)).collect::<Result<_>>()?;
         let due = Instant::now() + Duration::from_secs(3);
         streams.iter_mut().try_for_each(|stream| echo(stream, b"x"))?;
         // Just when the idle limit of the first ones comes: both ends close, by FIN or by RST.
@@ -234,10 +233,10 @@ fn all_ends_at_once_are_one_end() -> Result<()> {
 fn the_access_log_says_what_the_sender_sent() -> Result<()> {
     let lab = Lab::new()?;
     let exchange = Behaviour::Exchange { seed: 9, bytes: 24_000_001, start: Start::AfterClientFinished };
-    let _servers = servers(&lab, &exchange)?;
-    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes("")))?;
-    on_every_relay(|relay| {
-        let mut stream = lab.client().connect(relay.listen())?;
+    let _servers = servers_with_tls(&lab, &exchange)?;
+    let shunt = Shunt::start(&lab, &format!("{JSON_LOG}{}", Relay::routes_with_tls(&lab, "")?))?;
+    on_each(&Relay::WITH_TLS, |relay| {
+        let mut stream = relay.open(&lab)?;
         let client = stream.local_addr()?.to_string();
         let listed = wait_for("it is listed", SOON, || shunt.connection_of(&stream).ok().flatten())?;
         let id = listed["id"].as_str().context("an id")?.to_owned();
@@ -269,11 +268,11 @@ fn the_access_log_says_what_the_sender_sent() -> Result<()> {
 #[test]
 fn a_killed_connection_ends_for_both_sides_and_is_counted_once() -> Result<()> {
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    on_every_relay(|relay| {
-        let mut doomed = relay.connect(&lab, &shunt)?;
-        let mut other = relay.connect(&lab, &shunt)?;
+    let servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+    on_each(&Relay::WITH_TLS, |relay| {
+        let mut doomed = relay.begin(&lab, &shunt)?;
+        let mut other = relay.begin(&lab, &shunt)?;
         let client = doomed.local_addr()?.to_string();
         let id = shunt.connection_of(&doomed)?.context("it is listed")?["id"].as_str().context("id")?.to_owned();
         let explained = shunt.cli_json(&["explain", &id])?;

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr},
     thread,
     time::Duration,
 };
@@ -10,10 +10,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use shunt_lab::{
-    Lab, Shunt,
+    Lab, Shunt, Stream,
     dialog::{End, end_of, read_some, read_to_end},
     pattern,
-    relay::{Relay, on_every_relay, servers},
+    relay::{Relay, on_each, on_every_relay, servers, servers_with_tls},
     scripted::{Behaviour, Start},
     wait_until,
 };
@@ -27,11 +27,11 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
     const BYTES: u64 = 24 << 20;
     for start in [Start::AfterClientFinished, Start::AtOnce] {
         let lab = Lab::new()?;
-        let servers = servers(&lab, &Behaviour::Exchange { seed: 7, bytes: BYTES, start })?;
-        let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-        on_every_relay(|relay| {
+        let servers = servers_with_tls(&lab, &Behaviour::Exchange { seed: 7, bytes: BYTES, start })?;
+        let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+        on_each(&Relay::WITH_TLS, |relay| {
             let bytes = if relay == Relay::Splice { 1000 } else { BYTES };
-            let mut stream = lab.client().connect(relay.listen())?;
+            let mut stream = relay.open(&lab)?;
             stream.set_read_timeout(Some(SOON))?;
             let (received, sent) = if start == Start::AfterClientFinished {
                 let sent = pattern::send(&mut stream, 3, bytes)?;
@@ -63,15 +63,15 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
 #[test]
 fn a_fin_goes_on_at_once_and_the_other_direction_stays_open() -> Result<()> {
     let lab = Lab::new()?;
-    let listeners: Vec<_> = Relay::ALL
+    let listeners: Vec<_> = Relay::WITH_TLS
         .iter()
         .map(|r| lab.backend(1).listen(SocketAddr::from(([0, 0, 0, 0], r.backend_port()))))
         .collect::<Result<_, _>>()?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    on_every_relay(|relay| {
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+    on_each(&Relay::WITH_TLS, |relay| {
         for client_first in [true, false] {
-            let mut client = lab.client().connect(relay.listen())?;
-            let (mut backend, _) = listeners[relay as usize].accept()?;
+            let mut client = relay.open(&lab)?;
+            let mut backend = relay.accept(&lab, &listeners[relay as usize])?;
             if relay == Relay::Promoted {
                 promote(&shunt, &mut client, &mut backend)?;
             }
@@ -103,7 +103,7 @@ fn a_fin_goes_on_at_once_and_the_other_direction_stays_open() -> Result<()> {
 }
 
 /// Moves bytes towards the backend until the connection is spliced.
-fn promote(shunt: &Shunt, client: &mut TcpStream, backend: &mut TcpStream) -> Result<()> {
+fn promote(shunt: &Shunt, client: &mut Stream, backend: &mut Stream) -> Result<()> {
     let (chunk, mut sink) = (vec![1; 1 << 20], vec![0; 1 << 20]);
     for _ in 0..64 {
         thread::scope(|scope| -> Result<()> {
@@ -146,9 +146,19 @@ fn urgent_data_holds_nothing_up() -> Result<()> {
 
 /// Of the servers at hand the one that does not mind a client that has finished: nginx takes it for one that has gone.
 const HTTP_SERVER: &str = r#"
-import functools, http.server
-serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory="www")
-http.server.ThreadingHTTPServer(("0.0.0.0", PORT), serve).serve_forever()
+import functools, http.server, ssl
+class Serve(http.server.SimpleHTTPRequestHandler):
+    def finish(self):
+        super().finish()
+        if pair:
+            self.connection.unwrap()
+pair = "PAIR"
+server = http.server.ThreadingHTTPServer(("0.0.0.0", PORT), functools.partial(Serve, directory="www"))
+if pair:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair + ".pem", pair + ".key")
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+server.serve_forever()
 "#;
 
 #[test]
@@ -159,14 +169,16 @@ fn an_http_response_streams_on_after_the_request_side_has_closed() -> Result<()>
     pattern::Pattern::new(4).fill(&mut page);
     std::fs::create_dir(lab.dir().join("www"))?;
     std::fs::write(lab.dir().join("www/page"), &page)?;
+    let pair = lab.tls()?.pki.file("web");
     let server = |relay: &Relay| {
         let port = relay.backend_port();
-        lab.python(lab.backend(1), "http", &HTTP_SERVER.replace("PORT", &port.to_string()), port)
+        let pair = if *relay == Relay::Again { pair.as_str() } else { "" };
+        lab.python(lab.backend(1), "http", &HTTP_SERVER.replace("PORT", &port.to_string()).replace("PAIR", pair), port)
     };
-    let _servers = Relay::ALL.iter().map(server).collect::<Result<Vec<_>>>()?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    on_every_relay(|relay| {
-        let mut stream = lab.client().connect(relay.listen())?;
+    let _servers = Relay::WITH_TLS.iter().map(server).collect::<Result<Vec<_>>>()?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+    on_each(&Relay::WITH_TLS, |relay| {
+        let mut stream = relay.open(&lab)?;
         stream.write_all(b"GET /page HTTP/1.0\r\nHost: x\r\n\r\n")?;
         stream.shutdown(Shutdown::Write)?;
         let (answer, end) = read_to_end(&mut stream, Duration::from_secs(30))?;

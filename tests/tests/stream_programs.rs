@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Host, Lab, Shunt, Talk,
     relay::{Relay, on_each},
+    tls::NAME,
     wait_until,
 };
 
@@ -24,6 +25,20 @@ fn routes(port: u16, rest: &str) -> String {
         )
     };
     Relay::ENGINES.map(route).concat()
+}
+
+/// … and one of each way through TLS; the backend of [`Relay::Again`] listens one port further.
+fn routes_with_tls(lab: &Lab, port: u16, rest: &str) -> Result<String> {
+    let pki = &lab.tls()?.pki;
+    let ends = pki.terminate(&["web"], "");
+    let route = |relay: Relay, port: u16, again: &str| {
+        let (name, listen) = (relay.route(), relay.listen());
+        format!(
+            "[[route]]\nname = \"{name}\"\nlisten = [\"{listen}\"]\nbackends = [\"10.88.2.2:{port}\"]\n{rest}\n{ends}{again}"
+        )
+    };
+    let tls = [route(Relay::Terminated, port, ""), route(Relay::Again, port + 1, &pki.again(NAME))];
+    Ok(format!("{}{}", routes(port, rest), tls.concat()))
 }
 
 /// The arguments of a client that say where the server is.
@@ -109,22 +124,29 @@ fn a_subscriber_gets_a_message_after_a_quiet_time() -> Result<()> {
 }
 
 const WEBSOCKET_SERVER: &str = r#"
-import asyncio, websockets
+import asyncio, ssl, websockets
+tls = None
+if "PAIR":
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain("PAIR.pem", "PAIR.key")
 async def serve(socket, *_):
     async for message in socket:
         await socket.send(message[::-1])
         await asyncio.sleep(0.2)
         await socket.send("pushed")
 async def main():
-    async with websockets.serve(serve, "0.0.0.0", 8765, ping_interval=None, max_size=2**26):
+    async with websockets.serve(serve, "0.0.0.0", PORT, ssl=tls, ping_interval=None, max_size=2**26):
         await asyncio.Future()
 asyncio.run(main())
 "#;
 
 const WEBSOCKET_CLIENT: &str = r#"
-import asyncio, sys, websockets
+import asyncio, ssl, sys, websockets
+tls = {}
+if sys.argv[2:]:
+    tls = {"ssl": ssl.create_default_context(cafile=sys.argv[2]), "server_hostname": "web.example"}
 async def main():
-    async with websockets.connect(sys.argv[1], ping_interval=None, max_size=2**26) as socket:
+    async with websockets.connect(sys.argv[1], ping_interval=None, max_size=2**26, **tls) as socket:
         print("open", flush=True)
         for line in sys.stdin:
             what, size = line.split()
@@ -140,11 +162,20 @@ asyncio.run(main())
 #[test]
 fn a_websocket_carries_messages_both_ways_after_being_idle() -> Result<()> {
     let lab = Lab::new()?;
-    let _server = lab.python(lab.backend(1), "websocket", WEBSOCKET_SERVER, 8765)?;
-    let shunt = Shunt::start(&lab, &routes(8765, ""))?;
-    on_each(&Relay::ENGINES, |relay| {
+    let pki = &lab.tls()?.pki;
+    let server = |port: u16, pair: &str| {
+        let script = WEBSOCKET_SERVER.replace("PAIR", pair).replace("PORT", &port.to_string());
+        lab.python(lab.backend(1), "websocket", &script, port)
+    };
+    let _servers = [server(8765, "")?, server(8766, &pki.file("web"))?];
+    let shunt = Shunt::start(&lab, &routes_with_tls(&lab, 8765, "")?)?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
         let mut command = lab.client().command("/usr/bin/python3");
-        command.args(["-u", "-c", WEBSOCKET_CLIENT, &format!("ws://{}/", relay.listen())]);
+        let scheme = if Relay::TLS.contains(&relay) { "wss" } else { "ws" };
+        command.args(["-u", "-c", WEBSOCKET_CLIENT, &format!("{scheme}://{}/", relay.listen())]);
+        if Relay::TLS.contains(&relay) {
+            command.arg(pki.file("ca.pem"));
+        }
         let mut client = Talk::start(command)?;
         ensure!(client.hear(SOON)? == "open");
         for size in [1, 100, 12 << 20, 3] {
@@ -208,12 +239,20 @@ fn events_arrive_one_by_one_as_they_are_sent() -> Result<()> {
 #[test]
 fn http_load_over_keep_alive_and_over_new_connections_has_no_error() -> Result<()> {
     let lab = Lab::new()?;
-    let _nginx = lab.nginx(lab.backend(1), 80, &[("page", vec![b'x'; 10_000])])?;
-    let shunt = Shunt::start(&lab, &routes(80, ""))?;
-    on_each(&Relay::ENGINES, |relay| {
+    let page = "x".repeat(3000);
+    let pair = lab.tls()?.pki.file("web");
+    let server = |port: u16, tls: &str| {
+        let server = format!("http {{ access_log off; server {{ listen {port} {tls}; return 200 '{page}'; }} }}");
+        lab.nginx_with(lab.backend(1), &server, port)
+    };
+    let tls = format!("ssl; ssl_certificate {pair}.pem; ssl_certificate_key {pair}.key");
+    let _servers = [server(80, "")?, server(81, &tls)?];
+    let shunt = Shunt::start(&lab, &routes_with_tls(&lab, 80, "")?)?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
+        let scheme = if Relay::TLS.contains(&relay) { "https" } else { "http" };
         for header in ["Connection: keep-alive", "Connection: close"] {
             let to = relay.listen();
-            let report = lab.client().sh(&format!("wrk -t1 -c20 -d2s -H '{header}' http://{to}/page"))?;
+            let report = lab.client().sh(&format!("wrk -t1 -c20 -d2s -H '{header}' {scheme}://{to}/page"))?;
             let requests = report.lines().find(|l| l.contains("requests in")).context("no requests")?;
             println!("{relay:?} {header}: {}", requests.trim());
             ensure!(!report.contains("Socket errors") && !report.contains("Non-2xx"), "{header}: {report}");

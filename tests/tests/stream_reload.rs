@@ -13,11 +13,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt,
+    Lab, Shunt, Stream,
     dialog::{echo, read_to_end},
     hello::Hello,
     pattern,
-    relay::{Relay, on_each, on_every_relay, servers},
+    relay::{Relay, on_each, on_every_relay, servers, servers_with_tls},
     scripted::{Behaviour, TcpServer},
     wait_until,
 };
@@ -281,12 +281,12 @@ fn a_listen_address_that_is_taken_changes_nothing_and_says_who() -> Result<()> {
 fn a_stopping_daemon_delivers_what_is_in_flight_and_exits_when_it_is_through() -> Result<()> {
     const BYTES: u64 = 64 << 20;
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::sink())?;
-    let mut shunt = Shunt::start(&lab, &Relay::routes("timeouts = { drain = \"20s\" }"))?;
-    let senders: Vec<_> = Relay::ENGINES
+    let servers = servers_with_tls(&lab, &Behaviour::sink())?;
+    let mut shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "timeouts = { drain = \"20s\" }")?)?;
+    let senders: Vec<_> = Relay::ENGINES_AND_TLS
         .iter()
         .map(|relay| {
-            let mut stream = lab.client().connect(relay.listen())?;
+            let mut stream = relay.open(&lab)?;
             Ok(std::thread::spawn(move || -> Result<pattern::Digested> {
                 let sent = pattern::send(&mut stream, 5, BYTES)?;
                 stream.shutdown(Shutdown::Write)?;
@@ -295,12 +295,14 @@ fn a_stopping_daemon_delivers_what_is_in_flight_and_exits_when_it_is_through() -
             }))
         })
         .collect::<Result<_>>()?;
-    wait_until("bytes are flowing", SOON, || Relay::ENGINES.iter().all(|r| servers[*r as usize].received() > 1 << 20))?;
+    wait_until("bytes are flowing", SOON, || {
+        Relay::ENGINES_AND_TLS.iter().all(|r| servers[*r as usize].received() > 1 << 20)
+    })?;
     let began = Instant::now();
     let status = shunt.terminate(Duration::from_secs(22))?;
     println!("exit after {:?}", began.elapsed());
     ensure!(status.success(), "{status}");
-    for (sender, relay) in senders.into_iter().zip(Relay::ENGINES) {
+    for (sender, relay) in senders.into_iter().zip(Relay::ENGINES_AND_TLS) {
         let sent = sender.join().expect("sender")?;
         let record = servers[relay as usize].wait_records(1, SOON)?.remove(0);
         ensure!(record.received == sent, "{relay:?}: {:?} of {sent:?}", record.received);
@@ -312,9 +314,9 @@ fn a_stopping_daemon_delivers_what_is_in_flight_and_exits_when_it_is_through() -
 #[test]
 fn a_stopping_daemon_cuts_what_is_not_through_in_time() -> Result<()> {
     let lab = Lab::new()?;
-    let _servers = servers(&lab, &Behaviour::Echo)?;
-    let mut shunt = Shunt::start(&lab, &Relay::routes("timeouts = { drain = \"1s\" }"))?;
-    let streams: Vec<TcpStream> = Relay::ALL.iter().map(|r| r.connect(&lab, &shunt)).collect::<Result<_>>()?;
+    let _servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let mut shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "timeouts = { drain = \"1s\" }")?)?;
+    let streams: Vec<Stream> = Relay::WITH_TLS.iter().map(|r| r.begin(&lab, &shunt)).collect::<Result<_>>()?;
     let log = shunt.process()?.log_path().to_owned();
     let began = Instant::now();
     let status = shunt.terminate(Duration::from_secs(4))?;
@@ -324,7 +326,10 @@ fn a_stopping_daemon_cuts_what_is_not_through_in_time() -> Result<()> {
         read_to_end(&mut stream, AT_ONCE)?;
     }
     let said = std::fs::read_to_string(log)?;
-    ensure!(said.matches("reason=drained").count() == 3, "the last lines of the access log: {said}");
+    ensure!(
+        said.matches("reason=drained").count() == Relay::WITH_TLS.len(),
+        "the last lines of the access log: {said}"
+    );
     Ok(())
 }
 
@@ -363,16 +368,16 @@ fn living_connections_take_the_timeouts_of_the_new_file() -> Result<()> {
 #[test]
 fn a_killed_daemon_is_followed_by_one_that_serves_at_once() -> Result<()> {
     let lab = Lab::new()?;
-    let _servers = servers(&lab, &Behaviour::Echo)?;
-    let mut shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    let streams: Vec<TcpStream> = Relay::ALL.iter().map(|r| r.connect(&lab, &shunt)).collect::<Result<_>>()?;
+    let _servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let mut shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+    let streams: Vec<Stream> = Relay::WITH_TLS.iter().map(|r| r.begin(&lab, &shunt)).collect::<Result<_>>()?;
     shunt.kill9();
     for mut stream in streams {
         read_to_end(&mut stream, AT_ONCE).context("what a dead daemon relayed ends")?;
     }
     shunt.restart()?;
-    on_every_relay(|relay| {
-        drop(relay.connect(&lab, &shunt)?);
+    on_each(&Relay::WITH_TLS, |relay| {
+        drop(relay.begin(&lab, &shunt)?);
         shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)
     })
 }

@@ -1,20 +1,22 @@
 //! How long a relayed connection may take, and that every state has its own limit (A16, B1, B4, B5, C1, C3).
 
 use std::{
-    io::Write,
-    net::{Shutdown, TcpStream},
+    io::{Read, Write},
+    net::Shutdown,
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use shunt_lab::{
-    Lab, Shunt,
+    Lab, Shunt, Stream,
     dialog::{echo, read_to_end},
     hello::Hello,
     link,
-    relay::{Relay, on_each, on_every_relay, servers},
+    relay::{Relay, on_each, servers, servers_with_tls},
     scripted::{Behaviour, TcpServer},
+    tls::NAME,
     wait_for, wait_until,
 };
 
@@ -28,7 +30,7 @@ fn pause(time: Duration) -> Result<()> {
 }
 
 /// Waits for the end of `stream`; it must come `after` so long since `since`, and not much later.
-fn ends_after(stream: &mut TcpStream, since: Instant, after: Duration) -> Result<()> {
+fn ends_after(stream: &mut (impl Read + AsFd), since: Instant, after: Duration) -> Result<()> {
     read_to_end(stream, (after + LATE).saturating_sub(since.elapsed()))?;
     let took = since.elapsed();
     // Timers are rounded to a tick.
@@ -41,10 +43,10 @@ fn ends_after(stream: &mut TcpStream, since: Instant, after: Duration) -> Result
 fn an_idle_connection_ends_at_the_limit_and_every_byte_starts_it_over() -> Result<()> {
     const LIMIT: Duration = Duration::from_millis(1500);
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1500ms\" }"))?;
-    on_every_relay(|relay| {
-        let mut stream = relay.connect(&lab, &shunt)?;
+    let servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "timeouts = { idle = \"1500ms\" }")?)?;
+    on_each(&Relay::WITH_TLS, |relay| {
+        let mut stream = relay.begin(&lab, &shunt)?;
         for _ in 0..4 {
             // Just before the limit.
             pause(LIMIT * 2 / 3)?;
@@ -60,10 +62,10 @@ fn an_idle_connection_ends_at_the_limit_and_every_byte_starts_it_over() -> Resul
 fn a_byte_in_one_direction_alone_keeps_a_connection_alive() -> Result<()> {
     const LIMIT: Duration = Duration::from_millis(1500);
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::sink())?;
-    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1500ms\" }"))?;
-    on_each(&Relay::ENGINES, |relay| {
-        let mut stream = lab.client().connect(relay.listen())?;
+    let servers = servers_with_tls(&lab, &Behaviour::sink())?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "timeouts = { idle = \"1500ms\" }")?)?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
+        let mut stream = relay.open(&lab)?;
         for n in 1..=5 {
             stream.write_all(b".")?;
             wait_until("it arrives", SOON, || servers[relay as usize].received() == n)?;
@@ -78,21 +80,29 @@ fn a_byte_in_one_direction_alone_keeps_a_connection_alive() -> Result<()> {
 fn keepalive_multiplies_the_idle_limit_or_lifts_it() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    let tls = lab.tls()?;
+    let _tls = TcpServer::start_tls(lab.backend(1), 443, Behaviour::Echo, tls.acceptor.clone())?;
     let kinds = [("standard", 1), ("extended", 6), ("immortal", 0)];
+    let backend = |relay: Relay| if relay == Relay::Again { 443 } else { 80 };
     let route = |(nth, (kind, _)): (usize, &(&str, u32)), relay: Relay| {
         format!(
-            "[[route]]\nname = \"{kind}-{relay}\"\nlisten = [\"10.88.1.1:{port}\"]\nbackends = [\"10.88.2.2:80\"]\n\
-             engine = \"{relay}\"\nkeepalive = \"{kind}\"\ntimeouts = {{ idle = \"1s\" }}\n",
-            relay = relay.engine(),
+            "[[route]]\nname = \"{kind}-{relay}\"\nlisten = [\"10.88.1.1:{port}\"]\nbackends = [\"10.88.2.2:{backend}\"]\n\
+             engine = \"{engine}\"\nkeepalive = \"{kind}\"\ntimeouts = {{ idle = \"1s\" }}\n{ends}{again}",
+            relay = relay.route(),
+            engine = relay.engine(),
             port = 7000 + 10 * nth + relay as usize,
+            backend = backend(relay),
+            ends = if Relay::TLS.contains(&relay) { tls.pki.terminate(&["web"], "") } else { String::new() },
+            again = if relay == Relay::Again { tls.pki.again(NAME) } else { String::new() },
         )
     };
     let routes: String =
-        kinds.iter().enumerate().flat_map(|nth| Relay::ENGINES.map(|relay| route(nth, relay))).collect();
+        kinds.iter().enumerate().flat_map(|nth| Relay::ENGINES_AND_TLS.map(|relay| route(nth, relay))).collect();
     let shunt = Shunt::start(&lab, &routes)?;
-    on_each(&Relay::ENGINES, |relay| {
-        let open = |nth: usize| -> Result<TcpStream> {
-            let mut stream = lab.client().connect(([10, 88, 1, 1], (7000 + 10 * nth + relay as usize) as u16))?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
+        let open = |nth: usize| -> Result<Stream> {
+            let tcp = lab.client().connect(([10, 88, 1, 1], (7000 + 10 * nth + relay as usize) as u16))?;
+            let mut stream = relay.secure(&lab, tcp)?;
             echo(&mut stream, b"morning")?;
             Ok(stream)
         };
@@ -100,33 +110,39 @@ fn keepalive_multiplies_the_idle_limit_or_lifts_it() -> Result<()> {
         let since = Instant::now();
         // Where nothing else ends it, the kernel asks both ends now and then whether they are there.
         let port = immortal.local_addr()?.port();
-        let probed = |filter: String| -> Result<bool> {
-            Ok(lab.gateway().sh(&format!("ss -Htno state established '{filter}'"))?.contains("timer:(keepalive"))
+        let probed = |filter: &str| {
+            let seen = lab.gateway().sh(&format!("ss -Htno state established '{filter}'"));
+            seen.is_ok_and(|seen| seen.contains("timer:(keepalive"))
         };
-        let backend = shunt.connection_of(&immortal)?.context("listed")?["backend"].as_str().map(str::to_owned);
-        ensure!(backend.as_deref() == Some("10.88.2.2:80"), "{backend:?}");
-        ensure!(probed(format!("( dport = :{port} )"))?, "the client of an immortal connection is not probed");
-        ensure!(probed("( dst 10.88.2.2:80 )".into())?, "the backend of an immortal connection is not probed");
+        let there = format!("10.88.2.2:{}", backend(relay));
+        ensure!(shunt.connection_of(&immortal)?.context("listed")?["backend"] == there, "not at {there}");
+        // While bytes are on their way, another timer is shown.
+        let probes = |whom: &str, filter: String| {
+            wait_until(&format!("the {whom} of an immortal connection is probed"), SOON, || probed(&filter))
+        };
+        probes("client", format!("( dport = :{port} )"))?;
+        probes("backend", format!("( dst {there} )"))?;
         let other = extended.local_addr()?.port();
-        ensure!(!probed(format!("( dport = :{other} )"))?, "a connection with an idle limit needs no probes");
+        ensure!(!probed(&format!("( dport = :{other} )")), "a connection with an idle limit needs no probes");
         ends_after(&mut standard, since, Duration::from_secs(1))?;
         ends_after(&mut extended, since, Duration::from_secs(6))?;
         let warned = format!("client={}", extended.local_addr()?);
         ensure!(shunt.log().lines().any(|line| line.contains("idle for long") && line.contains(&warned)), "no warning");
         pause(Duration::from_secs(1))?;
         echo(&mut immortal, b"evening")?;
-        shunt.wait_ended(&format!("standard-{}", relay.engine()), &[("idle_timeout", 1)], SOON)?;
-        shunt.wait_ended(&format!("extended-{}", relay.engine()), &[("idle_timeout", 1)], SOON)
+        shunt.wait_ended(&format!("standard-{}", relay.route()), &[("idle_timeout", 1)], SOON)?;
+        shunt.wait_ended(&format!("extended-{}", relay.route()), &[("idle_timeout", 1)], SOON)
     })
 }
 
 #[test]
 fn a_half_closed_connection_whose_other_side_is_idle_ends_at_its_own_limit() -> Result<()> {
     let lab = Lab::new()?;
-    let servers = servers(&lab, &Behaviour::Hold)?;
-    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1s\", half_closed = \"3s\" }"))?;
-    on_each(&Relay::ENGINES, |relay| {
-        let mut stream = lab.client().connect(relay.listen())?;
+    let servers = servers_with_tls(&lab, &Behaviour::Hold)?;
+    let limits = "timeouts = { idle = \"1s\", half_closed = \"3s\" }";
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, limits)?)?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
+        let mut stream = relay.open(&lab)?;
         wait_until("it has reached the backend", SOON, || servers[relay as usize].open() == 1)?;
         stream.shutdown(Shutdown::Write)?;
         ends_after(&mut stream, Instant::now(), Duration::from_secs(3))?;
@@ -137,13 +153,16 @@ fn a_half_closed_connection_whose_other_side_is_idle_ends_at_its_own_limit() -> 
 #[test]
 fn a_half_closed_connection_that_still_moves_bytes_is_not_idle() -> Result<()> {
     let lab = Lab::new()?;
-    let listeners: Vec<_> =
-        Relay::ALL.iter().map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port()))).collect::<Result<_, _>>()?;
-    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1s\", half_closed = \"1500ms\" }"))?;
-    on_each(&Relay::ENGINES, |relay| {
-        let mut client = lab.client().connect(relay.listen())?;
+    let listeners: Vec<_> = Relay::WITH_TLS
+        .map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port())))
+        .into_iter()
+        .collect::<Result<_, _>>()?;
+    let limits = "timeouts = { idle = \"1s\", half_closed = \"1500ms\" }";
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, limits)?)?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
+        let mut client = relay.open(&lab)?;
         client.shutdown(Shutdown::Write)?;
-        let (mut backend, _) = listeners[relay as usize].accept()?;
+        let mut backend = relay.accept(&lab, &listeners[relay as usize])?;
         for _ in 0..4 {
             pause(Duration::from_secs(1))?;
             backend.write_all(b"more")?;
@@ -158,11 +177,11 @@ fn a_half_closed_connection_that_still_moves_bytes_is_not_idle() -> Result<()> {
 #[test]
 fn a_busy_connection_past_its_lifetime_ends_with_that_reason() -> Result<()> {
     let lab = Lab::new()?;
-    let _servers = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { lifetime = \"2s\" }"))?;
-    on_every_relay(|relay| {
+    let _servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "timeouts = { lifetime = \"2s\" }")?)?;
+    on_each(&Relay::WITH_TLS, |relay| {
         let began = Instant::now();
-        let mut stream = relay.connect(&lab, &shunt)?;
+        let mut stream = relay.begin(&lab, &shunt)?;
         wait_for("the connection is cut", SOON, || echo(&mut stream, b"busy").err())?;
         let took = began.elapsed();
         ensure!(took > Duration::from_millis(1850) && took < Duration::from_secs(4), "cut after {took:?}");
@@ -241,13 +260,15 @@ fn every_state_is_visible_with_a_limit_of_its_own() -> Result<()> {
 #[test]
 fn a_long_quiet_connection_is_alive_both_ways_when_it_is_needed() -> Result<()> {
     let lab = Lab::new()?;
-    let listeners: Vec<_> =
-        Relay::ALL.iter().map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port()))).collect::<Result<_, _>>()?;
+    let listeners: Vec<_> = Relay::WITH_TLS
+        .map(|r| lab.backend(1).listen(([0, 0, 0, 0], r.backend_port())))
+        .into_iter()
+        .collect::<Result<_, _>>()?;
     // A day at a limit of an hour and pings every half hour, a hundred thousand times as fast would be less than a tick.
-    let shunt = Shunt::start(&lab, &Relay::routes("timeouts = { idle = \"1s\" }"))?;
-    on_each(&Relay::ENGINES, |relay| {
-        let mut client = lab.client().connect(relay.listen())?;
-        let (mut backend, _) = listeners[relay as usize].accept()?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "timeouts = { idle = \"1s\" }")?)?;
+    on_each(&Relay::ENGINES_AND_TLS, |relay| {
+        let mut client = relay.open(&lab)?;
+        let mut backend = relay.accept(&lab, &listeners[relay as usize])?;
         for n in 0..16 {
             pause(Duration::from_millis(500))?;
             let (from, to) = if n % 2 == 0 { (&mut client, &mut backend) } else { (&mut backend, &mut client) };

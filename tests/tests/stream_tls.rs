@@ -1,59 +1,16 @@
 //! TLS that ends and begins in the daemon, with the clients and servers people use: curl, openssl, nginx, HAProxy, wrk.
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt, Talk, run,
+    Lab, Shunt, Talk,
+    pki::Pki,
     scripted::{Behaviour, TcpServer},
     wait_for, wait_until,
 };
 
 const SOON: Duration = Duration::from_secs(10);
-
-/// An authority and what it has signed, in a folder of the lab.
-struct Pki(PathBuf);
-
-impl Pki {
-    fn new(lab: &Lab) -> Result<Self> {
-        let pki = Self(lab.dir().join("pki"));
-        fs::create_dir_all(&pki.0)?;
-        pki.sh("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=lab-ca \
-                -out ca.pem -keyout ca.key")?;
-        Ok(pki)
-    }
-
-    /// `kind`: `ec` or `rsa`.
-    fn issue(&self, stem: &str, kind: &str, name: &str) -> Result<()> {
-        let key = match kind {
-            "ec" => "ec -pkeyopt ec_paramgen_curve:prime256v1",
-            _ => "rsa:2048",
-        };
-        self.sh(&format!(
-            "openssl req -newkey {key} -nodes -subj /CN={name} -addext subjectAltName=DNS:{name} -keyout {stem}.key -out {stem}.csr \
-             && openssl x509 -req -in {stem}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -copy_extensions copy -days 1 -out {stem}.pem"
-        ))?;
-        Ok(())
-    }
-
-    fn sh(&self, line: &str) -> Result<String> {
-        run(Command::new("bash").args(["-c", line]).current_dir(&self.0))
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.0.join(name).display().to_string()
-    }
-
-    /// `[route.tls]` with these pairs.
-    fn terminate(&self, stems: &[&str], more: &str) -> String {
-        let pair = |stem: &&str| {
-            let (cert, key) = (self.file(&format!("{stem}.pem")), self.file(&format!("{stem}.key")));
-            format!("{{ cert = \"{cert}\", key = \"{key}\" }}")
-        };
-        let pairs: Vec<String> = stems.iter().map(pair).collect();
-        format!("[route.tls]\nmode = \"terminate\"\ncertificates = [{}]\n{more}\n", pairs.join(", "))
-    }
-}
 
 fn route(name: &str, port: u16, backend: u16, more: &str) -> String {
     format!(

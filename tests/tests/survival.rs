@@ -1,7 +1,6 @@
 //! The daemon dies, the table is flushed, the file changes: connections go on (E2, E3, E4).
 
 use std::{
-    io::{Read, Write},
     net::{SocketAddr, TcpStream},
     sync::{
         Arc,
@@ -13,7 +12,9 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt, kernel,
+    Lab, Shunt,
+    dialog::echo,
+    kernel,
     scripted::{Behaviour, TcpServer},
     wait_until,
 };
@@ -29,15 +30,6 @@ backends = ["10.88.2.2:80", "10.88.2.3:80"]
 
 fn to() -> SocketAddr {
     SocketAddr::from(([10, 88, 1, 1], 80))
-}
-
-fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<()> {
-    stream.set_read_timeout(Some(SOON))?;
-    stream.write_all(text)?;
-    let mut back = vec![0; text.len()];
-    stream.read_exact(&mut back)?;
-    ensure!(back == text, "came back different");
-    Ok(())
 }
 
 /// Connects, echoes and closes in a loop, and echoes on one connection that stays, until told to stop.

@@ -54,6 +54,9 @@ pub struct Options {
     /// Only shunt with 10 to 50,000 routes
     #[arg(long)]
     scale_only: bool,
+    /// Also TLS ended in shunt, HAProxy and nginx
+    #[arg(long)]
+    tls: bool,
     /// Only TLS ended in shunt, HAProxy and nginx
     #[arg(long)]
     tls_only: bool,
@@ -68,8 +71,8 @@ pub struct Options {
 /// Builds, measures, prints, writes.
 pub fn run(options: &Options) -> Result<()> {
     let paths = chosen(&options.paths, &PathKind::ALL);
-    let needs_shunt =
-        paths.iter().any(|path| path.is_shunt()) || options.scale || options.scale_only || options.tls_only;
+    let (scale, tls) = (options.scale || options.scale_only, options.tls || options.tls_only);
+    let needs_shunt = paths.iter().any(|path| path.is_shunt()) || scale || tls;
     if !options.no_build {
         setup::ensure_done()?;
         if needs_shunt {
@@ -84,15 +87,9 @@ pub fn run(options: &Options) -> Result<()> {
     let rounds = if options.quick { 1 } else { options.rounds };
     let lab = Lab::builder().client_addresses(CLIENT_ADDRESSES).build()?;
     let services = Services::start(&lab)?;
-    if options.tls_only {
-        let binary = cargo::daemon_release();
-        let rows = tls::measure(&lab, &binary, duration, rounds)?;
-        println!("{}", tls::table(&rows));
-        return write_tls(&rows, &cargo::workspace().join(&options.out));
-    }
 
     let background = background_percent()?;
-    let samples = if options.scale_only {
+    let samples = if options.scale_only || options.tls_only {
         results::Samples::default()
     } else {
         let groups = chosen(&options.only, &Group::ALL);
@@ -100,7 +97,12 @@ pub fn run(options: &Options) -> Result<()> {
             .run(rounds, &groups, &paths)?
     };
     let scale = match &binary {
-        Some(binary) if options.scale || options.scale_only => scale::measure(&lab, binary, duration, options.quick)?,
+        Some(binary) if scale => scale::measure(&lab, binary, duration, options.quick)?,
+        _ => Vec::new(),
+    };
+
+    let tls = match &binary {
+        Some(binary) if tls => tls::measure(&lab, binary, duration, rounds)?,
         _ => Vec::new(),
     };
 
@@ -110,6 +112,7 @@ pub fn run(options: &Options) -> Result<()> {
         seconds: duration.as_secs(),
         rows: Report::rows(samples.cells()),
         scale,
+        tls,
     };
     println!("{}", report.tables());
     write(&report, &cargo::workspace().join(&options.out))
@@ -174,19 +177,12 @@ fn in_turn(paths: &[PathKind], round: usize) -> Vec<PathKind> {
     paths
 }
 
-fn write_tls(rows: &[tls::Row], dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
-    let json = dir.join("tls.json");
-    fs::write(&json, serde_json::to_vec_pretty(rows)?).with_context(|| format!("write {}", json.display()))?;
-    root::give_back(dir)?;
-    root::give_back(&json)
-}
-
 fn write(report: &Report, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     let (json, svg) = (dir.join("results.json"), dir.join("results.svg"));
     fs::write(&json, serde_json::to_vec_pretty(report)?).with_context(|| format!("write {}", json.display()))?;
-    ensure!(!report.rows.is_empty() || !report.scale.is_empty(), "nothing was measured");
+    let measured = !report.rows.is_empty() || !report.scale.is_empty() || !report.tls.is_empty();
+    ensure!(measured, "nothing was measured");
     if !report.rows.is_empty() {
         plot::write(report, &svg)?;
         root::give_back(&svg)?;

@@ -14,7 +14,7 @@ use clap::Args;
 use crate::{cargo, root, ui};
 
 /// Name of the package, and what it is for.
-const PACKAGES: [(&str, &str); 25] = [
+const PACKAGES: [(&str, &str); 27] = [
     ("gcc", "links"),
     ("libc6-dev", "links"),
     ("g++", "compiles libFuzzer"),
@@ -30,6 +30,7 @@ const PACKAGES: [(&str, &str); 25] = [
     ("procps", "sysctl, ps"),
     ("curl", "HTTP client"),
     ("wrk", "HTTP load"),
+    ("nghttp2-client", "HTTP/2 load"),
     ("iperf3", "bulk traffic"),
     ("socat", "echo servers"),
     ("nginx", "HTTP server, and a peer in the benchmark"),
@@ -39,6 +40,7 @@ const PACKAGES: [(&str, &str); 25] = [
     ("postgresql", "a real protocol with long connections and much data"),
     ("python3", "small servers"),
     ("python3-websockets", "WebSocket, both ends"),
+    ("pebble", "an ACME CA, of Let's Encrypt, for tests"),
     ("openssl", "certificates, TLS client and server"),
 ];
 

@@ -12,7 +12,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::config::Route;
+use crate::config::{Certificates, Route};
 
 /// The routes that share a listen address and what tells them apart.
 #[derive(Debug)]
@@ -30,6 +30,8 @@ pub struct Port {
     /// Networks whose clients may belong to a route that needs a ClientHello.
     readers: HashSet<Option<IpNet>>,
     accept_from: Vec<IpNet>,
+    /// The first member that gets the certificate for a name from a CA, which comes here to see whose the name is.
+    provers: HashMap<Box<str>, usize>,
 }
 
 /// What is known of the first bytes, after the PROXY header where there is one.
@@ -81,6 +83,7 @@ impl Port {
             takers: HashMap::new(),
             prefixes: Prefixes::default(),
             readers: HashSet::new(),
+            provers: HashMap::new(),
             accept_from: members.first().map(|r| r.proxy_protocol.accept_from.clone()).unwrap_or_default(),
         };
         for (index, route) in members.iter().enumerate() {
@@ -109,6 +112,13 @@ impl Port {
         let names = or(names, Sni(0));
         let protocols = or(protocols, Alpn(0));
         let clients = or(matches.client.iter().map(|net| Some(net.trunc())).collect(), None);
+        if let Some(Certificates::Acme(certificates)) = route.tls.as_ref().map(|tls| &tls.certificates) {
+            for certificate in certificates {
+                self.provers.entry(certificate.name.as_str().into()).or_insert(index);
+            }
+            // Nobody knows where a CA looks from.
+            self.readers.insert(None);
+        }
         for client in clients {
             self.prefixes.note(client);
             if self.needs_hello[index] {
@@ -138,6 +148,11 @@ impl Port {
     /// Networks whose connections must begin with a PROXY header: the same for every route here.
     pub fn accept_from(&self) -> &[IpNet] {
         &self.accept_from
+    }
+
+    /// The member that answers a CA for `name`, whatever else it or its clients are told apart by.
+    pub fn prover(&self, name: &str) -> Option<usize> {
+        self.provers.get(name).copied()
     }
 
     fn reader(&self, client: IpAddr, sni: Option<&str>, alpn: &[&[u8]]) -> Option<usize> {

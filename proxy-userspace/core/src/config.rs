@@ -1,5 +1,6 @@
 //! The configuration file: text in, [`Config`] out, or every problem at once.
 
+mod acme;
 mod address;
 mod choice;
 mod fingerprint;
@@ -20,10 +21,12 @@ use std::{collections::HashMap, net::SocketAddr, path::Path, sync::Arc};
 
 use toml::de::DeTable;
 
+pub use acme::{Acme, Eab, HmacKey, Secret, hmac_key};
 pub use problem::{Problem, Problems};
 pub use schema::schema;
 pub use types::*;
 
+use acme::Known;
 use overlap::Overlaps;
 use reader::{Field, Section};
 use sections::Defaults;
@@ -52,11 +55,13 @@ fn config(source: &Source<'_>, table: &DeTable<'_>) -> Option<Config> {
     let log = sections::log(&root.child("log")?);
     let kernel = sections::kernel(&root.child("kernel")?);
     let defaults = sections::defaults(&root.child("defaults")?)?;
-    let routes = routes(&root, &defaults, admin.as_ref().and_then(|admin| admin.listen));
-    Some(Config { admin: admin?, log: log?, kernel: kernel?, routes: routes.into_iter().map(Arc::new).collect() })
+    let acme = acme::section(&root);
+    let routes = routes(&root, &defaults, acme.as_known(), admin.as_ref().and_then(|admin| admin.listen));
+    let routes = routes.into_iter().map(Arc::new).collect();
+    Some(Config { admin: admin?, log: log?, kernel: kernel?, acme: acme.into_option().map(Arc::new), routes })
 }
 
-fn routes(root: &Section<'_>, defaults: &Defaults, admin: Option<SocketAddr>) -> Vec<Route> {
+fn routes(root: &Section<'_>, defaults: &Defaults, acme: Known<&Acme>, admin: Option<SocketAddr>) -> Vec<Route> {
     let source = root.source;
     let mut routes = Vec::new();
     let mut labels = Vec::new();
@@ -64,7 +69,7 @@ fn routes(root: &Section<'_>, defaults: &Defaults, admin: Option<SocketAddr>) ->
     let mut names: HashMap<RouteName, usize> = HashMap::new();
     let mut read = |field: &Field<'_>| {
         let section = field.section()?;
-        let route = route::route(&section, routes.len(), defaults, &mut claims)?;
+        let route = route::route(&section, routes.len(), defaults, acme, &mut claims)?;
         let line = source.line(section.offset);
         if let Some(name) = section.given("name").filter(|name| name.is_text(route.name.as_str())) {
             match names.get(&route.name) {

@@ -18,6 +18,7 @@ pub mod handoff;
 pub mod plan;
 pub mod pool;
 pub mod reason;
+pub mod renewal;
 pub mod ruleset;
 pub mod session;
 pub mod sniff;

@@ -48,6 +48,10 @@ reasons! {
     TlsHandshakeFailed => "tls_handshake_failed",
     /// The TLS handshake did not end within `timeouts.tls_handshake`.
     TlsHandshakeTimeout => "tls_handshake_timeout",
+    /// The certificate for the name that was asked for has not been issued yet.
+    CertificatePending => "certificate_pending",
+    /// It was the CA, which has been shown that the name is this machine's (TLS-ALPN-01, RFC 8737).
+    ChallengeAnswered => "challenge_answered",
     /// A trusted peer sent no valid PROXY header.
     ProxyHeaderInvalid => "proxy_header_invalid",
     /// The client is in `deny`, or not in `allow`.

@@ -27,8 +27,23 @@ pub struct Status {
     pub handoff: Option<HandoffStatus>,
     pub reloads_ok: u64,
     pub reloads_failed: u64,
+    /// The names whose certificates come from a CA, in their order.
+    #[serde(default)]
+    pub acme: Vec<AcmeCertificate>,
     /// Things an operator should know now, one sentence each; empty when all is well.
     pub warnings: Vec<String>,
+}
+
+/// A name whose certificate comes from the CA of `[acme]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AcmeCertificate {
+    pub name: String,
+    /// Seconds since the Unix epoch; `None`: none has been issued yet.
+    pub expires: Option<i64>,
+    /// Until the next order: the first, the renewal, or another attempt.
+    pub next_order_seconds: i64,
+    /// Why the last order failed, and how that is mended.
+    pub problem: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -80,6 +80,7 @@ pub(super) fn status(known: &Known, uptime: Duration) -> view::Status {
         }),
         reloads_ok: routes.reloads_ok,
         reloads_failed: routes.reloads_failed,
+        acme: known.relayed.acme.views(),
         warnings: known.warnings().collect(),
     }
 }

@@ -24,6 +24,7 @@ use super::{
     merge::{self, Known},
 };
 use crate::{
+    acme::Outcome,
     control::{AGE_BUCKETS, AgeHistogram, RouteState},
     stream::{
         meter::{CONNECT_BUCKETS, EngineTotals, RouteTotals},
@@ -75,6 +76,7 @@ impl Collector for Snapshots {
         handoff::table(&mut encoder, &self.0.relayed.handed)?;
         tls(&mut encoder, &measured)?;
         self.certificates(&mut encoder)?;
+        self.orders(&mut encoder)?;
         self.daemon(&mut encoder)?;
         self.conntrack(&mut encoder)
     }
@@ -226,6 +228,20 @@ impl Snapshots {
         for (result, count) in [("ok", ok), ("failed", failed)] {
             let labels: Labels<1> = [("result", result)];
             counter(metric.encode_family(&labels)?, count)?;
+        }
+        Ok(())
+    }
+
+    fn orders(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        let acme = &self.0.relayed.acme;
+        if !acme.is_used() {
+            return Ok(());
+        }
+        let help = "Orders for certificates at the ACME CA that ended, by how; all but ok are tried again.";
+        let mut metric = encoder.encode_descriptor("shunt_acme_orders", help, None, MetricType::Counter)?;
+        for outcome in Outcome::ALL {
+            let labels: Labels<1> = [("result", outcome.label())];
+            counter(metric.encode_family(&labels)?, acme.orders(outcome))?;
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use super::{
     render, top,
 };
 use crate::{
+    acme,
     app::{self, Refusal},
     doctor,
     kernel::capability,
@@ -76,9 +77,13 @@ fn check(file: &Path) -> Result<Exit, Failure> {
     let config = load(file)?;
     let loaded = config.routes.iter().map(|route| (&route.name, RouteTls::load(route)));
     let bad: Vec<_> = loaded.filter_map(|(name, tls)| Some((name, tls.err()?))).collect();
-    if let Some((_, first)) = bad.first() {
-        let mend = first.mend();
-        let told: Vec<String> = bad.iter().map(|(route, error)| format!("route \"{route}\": {error}")).collect();
+    let mut mend: Vec<String> = bad.iter().map(|(_, error)| error.mend()).collect();
+    let mut told: Vec<String> = bad.iter().map(|(route, error)| format!("route \"{route}\": {error}")).collect();
+    if let Some(error) = config.acme.as_ref().and_then(|acme| acme::check(acme).err()) {
+        mend.push(error.mend());
+        told.push(error.to_string());
+    }
+    if let Some(mend) = mend.into_iter().next() {
         return Err(Failure::new(told.join("\n"), mend));
     }
     print(&format!("{}: fine, {}\n", file.display(), render::routes_counted(config.routes.len())))

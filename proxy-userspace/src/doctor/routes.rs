@@ -1,30 +1,35 @@
 //! What the routes of a configuration need beyond the common.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, io::ErrorKind, net::IpAddr, os::unix::fs::PermissionsExt, sync::Arc};
 
 use nix::ifaddrs::getifaddrs;
 use proxy_core::{
     capability::Capabilities,
-    config::{Config, Listen, Route},
+    config::{AcmeCertificate, Config, Listen, Route},
     plan::Plan,
 };
 
 use super::Check;
 use crate::{
+    acme,
     kernel::{return_path, sysctl::Settings},
-    tls::{EXPIRES_SOON, RouteTls, now},
+    tls::{Certificate, EXPIRES_SOON, RouteTls, now},
 };
 
 pub(super) fn checks(config: &Config, capabilities: &Capabilities) -> Vec<Check> {
     let mut checks = vec![listen_addresses(config), features(config, capabilities)];
     checks.extend(certificates(config));
+    checks.extend(acme(config));
     checks
 }
 
 /// `None`: no route has any.
 fn certificates(config: &Config) -> Option<Check> {
     let loaded: Vec<_> = config.routes.iter().map(|route| (route, RouteTls::load(route))).collect();
-    let loaded: Vec<_> = loaded.into_iter().filter(|(_, tls)| !matches!(tls, Ok(None))).collect();
+    // Those that a CA issues are a matter of their own.
+    let from_files =
+        |tls: &Result<Option<RouteTls>, _>| !matches!(tls, Ok(tls) if tls.as_ref().is_none_or(RouteTls::is_by_acme));
+    let loaded: Vec<_> = loaded.into_iter().filter(|(_, tls)| from_files(tls)).collect();
     if loaded.is_empty() {
         return None;
     }
@@ -57,6 +62,62 @@ fn certificates(config: &Config) -> Option<Check> {
         (false, _) => check.warn(some_of(&soon), "renew them: the daemon takes new files by itself"),
         (true, Some(days)) => check.ok(format!("good; the first one expires in {days} days")),
         (true, None) => check.ok("good"),
+    })
+}
+
+/// `None`: no route has certificates from a CA.
+fn acme(config: &Config) -> Option<Check> {
+    let section = config.acme.as_deref()?;
+    let routes: Vec<_> = config.routes.iter().filter(|route| !acme::names(route).is_empty()).collect();
+    let wanted: BTreeSet<_> = routes.iter().flat_map(|route| acme::names(route)).collect();
+    if wanted.is_empty() {
+        return None;
+    }
+    let check =
+        Check::of("certificates from the CA", "a name without one is not served, and what is kept of them is secret");
+    if let Err(error) = acme::check(section) {
+        return Some(check.missing(error.to_string(), error.mend()));
+    }
+    let cache = &section.cache;
+    match std::fs::metadata(cache) {
+        Ok(found) if found.permissions().mode() & 0o077 != 0 => {
+            let cache = cache.display();
+            return Some(check.warn(format!("others may look into {cache}"), format!("chmod 700 {cache}")));
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => {
+            let mend = "name another folder with acme.cache, or let shunt's user have this one";
+            return Some(check.missing(format!("{}: {error}", cache.display()), mend));
+        }
+    }
+    let lacking =
+        |one: &&&AcmeCertificate| !Certificate::load_whole(&one.file).is_ok_and(|found| found.expires > now());
+    let lacking: Vec<String> = wanted.iter().filter(lacking).map(|one| one.name.clone()).collect();
+    // Where else a CA looks is for others to arrange.
+    let reached = |route: &&&Arc<Route>| {
+        route.listen.iter().any(|listen| (listen.ports.first..=listen.ports.last).contains(&443))
+    };
+    let elsewhere: Vec<String> =
+        routes.iter().filter(|route| !reached(route)).map(|route| route.name.to_string()).collect();
+    Some(match (lacking.is_empty(), elsewhere.is_empty()) {
+        (true, _) => {
+            check.ok(format!("{} names, every one has a certificate in {}", wanted.len(), section.folder().display()))
+        }
+        (false, false) => check.warn(
+            format!(
+                "{} of {} names have none yet ({}), and not on port 443: {}",
+                lacking.len(),
+                wanted.len(),
+                some_of(&lacking),
+                some_of(&elsewhere)
+            ),
+            "the CA looks at port 443 of the name: listen there, or have it led to the route's port",
+        ),
+        (false, true) => check.warn(
+            format!("{} of {} names have none yet: {}", lacking.len(), wanted.len(), some_of(&lacking)),
+            "the daemon gets them; `shunt status` says how it goes",
+        ),
     })
 }
 

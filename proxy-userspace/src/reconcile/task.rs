@@ -19,6 +19,7 @@ use tokio::{
 
 use super::{Carrier, Effect, Outcome, Prepared, ReconcileError, Reconciler, announce::Announcer};
 use crate::{
+    acme,
     control::{Reply, RouteCommand, RouteState},
     health::{Checks, Report},
     kernel::{
@@ -61,6 +62,7 @@ pub struct Task<N, S> {
     pub track: Announcer,
     /// `log.access`, for the log of relayed connections.
     pub access: watch::Sender<config::AccessLog>,
+    pub acme: acme::Handle,
     pub published: watch::Sender<Arc<RouteState>>,
     pub reloads_ok: u64,
     pub reloads_failed: u64,
@@ -113,6 +115,8 @@ impl<N: Nft, S: Streams> Task<N, S> {
             false => tracing::info!("stopping"),
         }
         self.publish_as(false);
+        // The CA would not be answered.
+        self.acme.stop();
         let Some(streams) = self.reconciler.take_streams() else { return };
         let bound = self.reconciler.longest_drain() + STOP_GRACE;
         let micros = u32::try_from(bound.as_micros()).unwrap_or(u32::MAX);
@@ -156,6 +160,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
         let routes: Vec<RouteName> = self.reconciler.plan().routes().iter().map(|r| r.route.name.clone()).collect();
         self.forward(effects).await;
         self.watch_backends(&routes);
+        self.acme.want(self.reconciler.acme());
         self.count().await;
         self.reconciler.take_unpublished();
         self.publish();
@@ -217,6 +222,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
         };
         let outcome = serve(&mut self.reconciler, &mut self.track, prepared).await.map_err(|e| failure(&e))?;
         self.reconciler.look_at_certificates();
+        self.acme.want(self.reconciler.acme());
         if let Err(error) = self.log.apply(&log) {
             tracing::warn!(%error, "the log stays as it was");
         }

@@ -15,6 +15,7 @@ use proxy_core::{
     sniff::hello::{Hello, HelloReader},
     sniff::proxy::Header,
 };
+use rustls::ServerConfig;
 
 use super::{
     admission::Admitted,
@@ -76,6 +77,8 @@ pub struct Early {
     pub header_expected: bool,
     pub reader: HelloReader,
     pub hello: Option<Hello>,
+    /// The client is a CA that looks whose the name is, and gets to see this.
+    pub challenge: Option<Arc<ServerConfig>>,
     /// Endpoints of the route that have been dialled.
     pub tried: Vec<SocketAddr>,
     /// Why the last of them was not reached.

@@ -19,7 +19,7 @@ use proxy_core::{
 };
 
 use super::handed::Gauge;
-use crate::tls;
+use crate::{acme, tls};
 
 /// Upper bounds in seconds of `shunt_connect_seconds`.
 pub const CONNECT_BUCKETS: [f64; 10] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
@@ -302,6 +302,7 @@ pub struct Reader {
     pub pressure: Arc<Pressure>,
     pub handed: Arc<Gauge>,
     pub tls: tls::Registry,
+    pub acme: acme::Told,
 }
 
 impl Reader {
@@ -319,6 +320,7 @@ impl Reader {
             .into_iter()
             .chain((unlogged > 0).then_some(slow))
             .chain(self.tls.warnings())
+            .chain(self.acme.warnings())
             .collect()
     }
 }

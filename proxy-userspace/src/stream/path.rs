@@ -126,6 +126,7 @@ impl StreamPath {
             drained: options.drained,
             ended: options.ended,
             handoff: None,
+            challenges: reader.acme.challenges.clone(),
         };
         let unrouted = Arc::new(Meters::new(0, "-", workers));
         reader.meters.put(Arc::clone(&unrouted));

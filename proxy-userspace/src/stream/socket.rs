@@ -36,11 +36,22 @@ pub struct Socket {
     /// Urgent data has come. A read stops at its mark, so a short one need not have emptied the queue (`tcp_recvmsg_locked`),
     /// and a splice does not get past it (`tcp_read_sock`).
     pub urgent: bool,
+    /// The peer has been told in its own words why this is the end; a reset might overtake them.
+    pub told: bool,
 }
 
 impl Socket {
     pub fn new(fd: OwnedFd) -> Self {
-        Self { fd, readable: false, writable: false, finished: false, hung_up: false, failed: false, urgent: false }
+        Self {
+            fd,
+            readable: false,
+            writable: false,
+            finished: false,
+            hung_up: false,
+            failed: false,
+            urgent: false,
+            told: false,
+        }
     }
 
     pub fn note(&mut self, events: EventFlags) {
@@ -65,8 +76,16 @@ impl Socket {
         let _ = sockopt::set_socket_keepalive(&self.fd, true);
     }
 
-    /// Closing it will send a reset, and throws away what is not sent.
+    /// Sends the acknowledgement that is due, if one is.
+    pub fn acknowledge(&self) {
+        let _ = sockopt::set_tcp_quickack(&self.fd, true);
+    }
+
+    /// Closing it will send a reset, and throws away what is not sent; unless the peer knows already.
     pub fn reset_on_close(&self) {
+        if self.told {
+            return;
+        }
         let _ = sockopt::set_socket_linger(&self.fd, Some(Duration::ZERO));
     }
 }
@@ -142,6 +161,9 @@ pub fn dial(to: SocketAddr, from: From, keepalive: bool) -> Result<Socket, Errno
     if keepalive {
         sockopt::set_socket_keepalive(&fd, true)?;
     }
+    // The acknowledgement of the backend's SYN goes with the first bytes, a segment less for each connection
+    // (`tcp_rcv_synsent_state_process`). Who has none to send asks for it: `Socket::acknowledge`.
+    sockopt::set_tcp_quickack(&fd, false)?;
     match from {
         From::Anywhere => {}
         From::Address(source) => bind_to_foreign(&fd, source)?,

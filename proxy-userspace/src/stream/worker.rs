@@ -12,6 +12,7 @@ use std::{
     collections::{HashMap, VecDeque},
     io,
     os::fd::OwnedFd,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::AtomicU64, mpsc},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -19,7 +20,7 @@ use std::{
 use proxy_core::{
     config::Engine,
     flow::Side,
-    session::{Action, Event, Limits, State, Tick},
+    session::{Action, Event, How, Limits, State, Tick},
     wheel::Wheel,
 };
 use rustix::event::epoll::EventFlags;
@@ -35,7 +36,7 @@ use super::{
     relay::{Means, Stores, buffers::Buffers, pipes::Pipes},
     route::Route,
 };
-use crate::{kernel::memory, track::FailedDial};
+use crate::{acme::Challenges, kernel::memory, track::FailedDial};
 
 /// Ended connections are told together, at most so many …
 const TOLD_TOGETHER: usize = 256;
@@ -59,6 +60,8 @@ pub struct Shared {
     pub ended: tokio::sync::mpsc::Sender<Vec<Ended>>,
     /// `None`: every connection is relayed to its end.
     pub handoff: Option<HandoffEngine>,
+    /// What is answered to a CA that looks whose a name is.
+    pub challenges: Challenges,
 }
 
 #[derive(Debug)]
@@ -273,7 +276,13 @@ impl Worker {
     /// Does something with a flow; one that is over is gone afterwards.
     fn with(&mut self, key: u32, act: impl FnOnce(&mut Self, &mut Flow) -> Fate) {
         let Some(mut flow) = self.flows.take(key) else { return };
-        match act(self, &mut flow) {
+        // What a stranger sends goes through code of others too. A defect there is the end of that connection, not of all.
+        let fate = catch_unwind(AssertUnwindSafe(|| act(self, &mut flow)));
+        let fate = fate.unwrap_or_else(|_| {
+            tracing::error!(client = %flow.client_address, route = %self.slots[flow.slot].name, "a defect ends a connection");
+            self.end(&mut flow, proxy_core::reason::Reason::InternalError, How::Reset)
+        });
+        match fate {
             Fate::Lives => self.flows.put(key, flow),
             Fate::Over => {
                 self.wheel.clear(key);

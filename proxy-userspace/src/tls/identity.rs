@@ -9,6 +9,7 @@ pub(super) struct Identity {
     /// In lower case, also wildcards.
     pub names: Vec<String>,
     /// Seconds since the Unix epoch.
+    pub begins: i64,
     pub expires: i64,
 }
 
@@ -28,7 +29,8 @@ pub(super) fn identity(certificate: &CertificateDer<'_>) -> Result<Identity, Str
         // As old certificates have it; clients do not take it for a name any more (RFC 9525 §2).
         names.extend(common_name(certificate).map(|name| name.to_ascii_lowercase()));
     }
-    Ok(Identity { names, expires: parsed.validity().not_after.timestamp() })
+    let validity = parsed.validity();
+    Ok(Identity { names, begins: validity.not_before.timestamp(), expires: validity.not_after.timestamp() })
 }
 
 /// The common name of the subject.

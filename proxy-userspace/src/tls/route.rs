@@ -1,16 +1,19 @@
 //! The TLS of one route: made of its files, and made again when they change.
 
 use std::{
+    collections::HashSet,
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
-use proxy_core::config::{BackendTls, Route, RouteName, Tls, TlsMode, TlsVersion};
+use proxy_core::config::{
+    AcmeCertificate, BackendTls, CertificateFiles, Certificates, Route, RouteName, Tls, TlsMode, TlsVersion,
+};
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
-    client::Resumption,
+    ClientConfig, ConfigBuilder, RootCertStore, ServerConfig, SupportedProtocolVersion,
+    client::{Resumption, WantsClientCert},
     crypto::aws_lc_rs::Ticketer,
     server::{NoServerSessionStorage, ProducesTickets, WebPkiClientVerifier},
     version,
@@ -37,6 +40,8 @@ struct Live {
     server: Option<Arc<ServerConfig>>,
     client: Option<Arc<ClientConfig>>,
     certificates: Vec<Certificate>,
+    /// The names that a CA has issued a certificate for.
+    issued: HashSet<String>,
     tickets: Option<Tickets>,
     /// Why newer files are not in force.
     problem: Option<String>,
@@ -107,6 +112,21 @@ impl RouteTls {
         self.terminate.is_some()
     }
 
+    /// Its certificates are issued while the daemon runs.
+    pub fn is_by_acme(&self) -> bool {
+        self.terminate.as_ref().is_some_and(|tls| matches!(tls.certificates, Certificates::Acme(_)))
+    }
+
+    /// The certificate for `name` has not been issued yet.
+    pub fn lacks(&self, name: Option<&str>) -> bool {
+        if !self.is_by_acme() {
+            return false;
+        }
+        let issued = &self.live.read().unwrap_or_else(PoisonError::into_inner).issued;
+        // Without a name any will do.
+        name.map_or(issued.is_empty(), |name| !issued.contains(name))
+    }
+
     pub fn encrypts_again(&self) -> bool {
         self.backend.is_some()
     }
@@ -161,9 +181,23 @@ impl RouteTls {
 }
 
 fn build(terminate: Option<&Tls>, backend: Option<&BackendTls>, before: Option<&Live>) -> Result<Live, TlsError> {
-    let mut live = Live { server: None, client: None, certificates: Vec::new(), tickets: None, problem: None };
+    let mut live = Live {
+        server: None,
+        client: None,
+        certificates: Vec::new(),
+        issued: HashSet::new(),
+        tickets: None,
+        problem: None,
+    };
     if let Some(tls) = terminate {
-        live.certificates = tls.certificates.iter().map(Certificate::load).collect::<Result<_, _>>()?;
+        live.certificates = match &tls.certificates {
+            Certificates::Files(files) => files.iter().map(Certificate::load).collect::<Result<_, _>>()?,
+            Certificates::Acme(wanted) => {
+                let issued: Vec<_> = wanted.iter().filter_map(|one| Some((&one.name, issued(one, before)?))).collect();
+                live.issued = issued.iter().map(|(name, _)| (*name).clone()).collect();
+                issued.into_iter().map(|(_, certificate)| certificate).collect()
+            }
+        };
         let tickets = tickets(tls, before.and_then(|before| before.tickets.as_ref()))?;
         live.server = Some(Arc::new(server(tls, &live.certificates, &tickets)?));
         live.tickets = Some(tickets);
@@ -172,6 +206,18 @@ fn build(terminate: Option<&Tls>, backend: Option<&BackendTls>, before: Option<&
         live.client = Some(Arc::new(client(tls)?));
     }
     Ok(live)
+}
+
+/// What the CA has issued. A file that is not there, or cannot be used, is no reason not to serve the others; what was
+/// read of it before stays.
+fn issued(wanted: &AcmeCertificate, before: Option<&Live>) -> Option<Certificate> {
+    match Certificate::load_whole(&wanted.file) {
+        Ok(certificate) => Some(certificate),
+        Err(error) => {
+            tracing::debug!(name = wanted.name, %error, "no certificate from the CA");
+            before?.certificates.iter().find(|one| one.file == wanted.file).cloned()
+        }
+    }
 }
 
 fn tickets(tls: &Tls, before: Option<&Tickets>) -> Result<Tickets, TlsError> {
@@ -207,18 +253,11 @@ fn server(tls: &Tls, certificates: &[Certificate], tickets: &Tickets) -> Result<
 }
 
 fn client(tls: &BackendTls) -> Result<ClientConfig, TlsError> {
-    let roots: RootCertStore = match &tls.ca {
-        Some(file) => certificate::authorities(file)?,
-        None => certificate::system_authorities()?,
-    };
-    let builder = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&version::TLS13, &version::TLS12])
-        .map_err(TlsError::Settings)?
-        .with_root_certificates(roots);
+    let builder = client_builder(tls.ca.as_deref())?;
     let mut config = match (&tls.cert, &tls.key) {
         (Some(cert), Some(key)) => {
             // Checked as a pair first: the builder would not say which file is wrong.
-            Certificate::load(&proxy_core::config::CertificateFiles { cert: cert.clone(), key: key.clone() })?;
+            Certificate::load(&CertificateFiles { cert: cert.clone(), key: key.clone() })?;
             let (chain, secret) = (certificate::chain(cert)?, certificate::key(key)?);
             builder.with_client_auth_cert(chain, secret).map_err(TlsError::Settings)?
         }
@@ -228,9 +267,23 @@ fn client(tls: &BackendTls) -> Result<ClientConfig, TlsError> {
     Ok(config)
 }
 
+pub(super) fn client_builder(ca: Option<&Path>) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, TlsError> {
+    let roots: RootCertStore = match ca {
+        Some(file) => certificate::authorities(file)?,
+        None => certificate::system_authorities()?,
+    };
+    Ok(ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&version::TLS13, &version::TLS12])
+        .map_err(TlsError::Settings)?
+        .with_root_certificates(roots))
+}
+
 fn files<'a>(terminate: Option<&'a Tls>, backend: Option<&'a BackendTls>) -> Vec<&'a Path> {
-    let pairs = terminate.into_iter().flat_map(|tls| &tls.certificates);
-    let mut files: Vec<&Path> = pairs.flat_map(|pair| [pair.cert.as_path(), pair.key.as_path()]).collect();
+    let mut files: Vec<&Path> = match terminate.map(|tls| &tls.certificates) {
+        Some(Certificates::Files(pairs)) => pairs.iter().flat_map(|pair| [&*pair.cert, &*pair.key]).collect(),
+        Some(Certificates::Acme(wanted)) => wanted.iter().map(|one| &*one.file).collect(),
+        None => Vec::new(),
+    };
     files.extend(terminate.and_then(|tls| tls.client_ca.as_deref()));
     let of_backend = |tls: &'a BackendTls| [&tls.ca, &tls.cert, &tls.key].into_iter().flatten();
     files.extend(backend.into_iter().flat_map(of_backend).map(PathBuf::as_path));

@@ -118,3 +118,36 @@ fn a_symlink_that_leads_elsewhere_is_a_change_and_a_bad_pair_keeps_the_old_one()
     assert!(matches!(tls.look(true), Looked::Renewed));
     assert_eq!((name().as_str(), tls.problem()), ("two.example", None));
 }
+
+#[test]
+fn what_a_ca_issues_is_served_when_it_is_there_and_kept_when_it_is_broken() {
+    let folder = Folder::new("issued");
+    let text = format!(
+        "[acme]\ndirectory = \"https://ca.example/\"\ncache = {:?}\n[[route]]\nname = \"web\"\nlisten = [\"127.0.0.1:443\"]\n\
+         backends = [\"127.0.0.1:80\"]\nmatch.sni = [\"a.example\", \"b.example\"]\n\
+         tls = {{ mode = \"terminate\", certificates = \"acme\" }}\n",
+        folder.0
+    );
+    let config = config::parse(&text, Path::new("/t.toml")).unwrap_or_else(|problems| panic!("{problems}"));
+    let tls = RouteTls::load(&config.routes[0]).expect("nothing is wrong with it yet").expect("it terminates");
+    assert!(tls.lacks(Some("a.example")) && tls.lacks(None) && tls.certificates().is_empty());
+    let issued = |name: &str| {
+        let pair = folder.pair("new", &[name]);
+        let whole = [fs::read(&pair.key).expect("read"), fs::read(&pair.cert).expect("read")].concat();
+        let file = config.acme.as_ref().expect("there").certificate(name);
+        fs::create_dir_all(file.parent().expect("a folder")).expect("made");
+        fs::write(&file, whole).expect("written");
+        file
+    };
+    let file = issued("a.example");
+    assert!(matches!(tls.look(true), Looked::Renewed));
+    assert!(!tls.lacks(Some("a.example")) && tls.lacks(Some("b.example")) && !tls.lacks(None));
+    fs::write(&file, "half").expect("written");
+    issued("b.example");
+    assert!(matches!(tls.look(true), Looked::Renewed), "the other one is good");
+    assert!(!tls.lacks(Some("a.example")) && !tls.lacks(Some("b.example")));
+    assert_eq!(tls.certificates().len(), 2);
+    fs::remove_file(&file).expect("removed");
+    assert!(matches!(tls.look(true), Looked::Renewed));
+    assert!(!tls.lacks(Some("a.example")), "as long as the daemon lives");
+}

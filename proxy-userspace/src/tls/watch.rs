@@ -51,7 +51,11 @@ impl Registry {
 
     /// By file; two routes may have the same. The second is seconds since the Unix epoch.
     pub fn expiries(&self) -> BTreeMap<String, i64> {
-        let all = self.all().into_iter().flat_map(|tls| tls.certificates());
+        self.expiries_of(|_| true)
+    }
+
+    fn expiries_of(&self, wanted: impl Fn(&RouteTls) -> bool) -> BTreeMap<String, i64> {
+        let all = self.all().into_iter().filter(|tls| wanted(tls)).flat_map(|tls| tls.certificates());
         all.map(|certificate| (certificate.file.display().to_string(), certificate.expires)).collect()
     }
 
@@ -64,27 +68,36 @@ impl Registry {
         };
         let mut warnings: Vec<String> = self.all().iter().filter_map(bad).collect();
         let now = now();
-        warnings.extend(self.expiries().into_iter().filter(|(_, at)| at - now <= EXPIRES_SOON).map(
-            |(file, at)| match at - now {
+        // Those that a CA issues are renewed, or it is said why not ([`crate::acme`]).
+        let looked_after = self.expiries_of(|tls| !tls.is_by_acme());
+        warnings.extend(looked_after.into_iter().filter(|(_, at)| at - now <= EXPIRES_SOON).map(|(file, at)| {
+            match at - now {
                 ..=0 => format!("{file}: the certificate has expired"),
                 left => format!("{file}: the certificate expires in {} days", left / 86_400),
-            },
-        ));
+            }
+        }));
         warnings
     }
 
+    /// The CA has issued something: it is taken at once, being complete.
+    pub fn look_at_issued(&self) {
+        self.all().iter().filter(|tls| tls.is_by_acme()).for_each(|tls| self.look_at(tls, true));
+    }
+
     fn look(&self, at_once: bool) {
-        for tls in self.all() {
-            match tls.look(at_once) {
-                Looked::Same | Looked::Changing => {}
-                Looked::Renewed => {
-                    self.0.renewed.fetch_add(1, Relaxed);
-                    tracing::info!(route = %tls.route, "certificates reloaded");
-                }
-                Looked::Bad(error) => {
-                    self.0.refused.fetch_add(1, Relaxed);
-                    tracing::error!(route = %tls.route, %error, mend = error.mend(), "certificates not reloaded: the old ones stay");
-                }
+        self.all().iter().for_each(|tls| self.look_at(tls, at_once));
+    }
+
+    fn look_at(&self, tls: &RouteTls, at_once: bool) {
+        match tls.look(at_once) {
+            Looked::Same | Looked::Changing => {}
+            Looked::Renewed => {
+                self.0.renewed.fetch_add(1, Relaxed);
+                tracing::info!(route = %tls.route, "certificates reloaded");
+            }
+            Looked::Bad(error) => {
+                self.0.refused.fetch_add(1, Relaxed);
+                tracing::error!(route = %tls.route, %error, mend = error.mend(), "certificates not reloaded: the old ones stay");
             }
         }
     }

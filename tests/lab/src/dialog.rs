@@ -2,11 +2,12 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{IpAddr, SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use socket2::SockRef;
 
 use crate::host::Host;
@@ -21,11 +22,13 @@ pub enum End {
     Finished,
     /// RST.
     Reset,
+    /// FIN, without the `close_notify` of TLS before it.
+    Cut,
 }
 
 /// Sends `text` and expects it back.
-pub fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+pub fn echo(stream: &mut (impl Read + Write + AsFd), text: &[u8]) -> Result<()> {
+    SockRef::from(&*stream).set_read_timeout(Some(PATIENCE))?;
     stream.write_all(text)?;
     let mut back = vec![0; text.len()];
     stream.read_exact(&mut back)?;
@@ -33,8 +36,22 @@ pub fn echo(stream: &mut TcpStream, text: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Connects, and reads the name that a [`Behaviour::Tagged`](crate::scripted::Behaviour::Tagged) server says.
+pub fn who(client: &Host, to: &str) -> Result<String> {
+    let to: SocketAddr = to.parse()?;
+    let mut stream = client.connect_within(to, PATIENCE).with_context(|| format!("connect {to}"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"\n")?;
+    let mut name = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
+        name.push(byte[0]);
+    }
+    Ok(String::from_utf8(name)?)
+}
+
 /// Closes with RST instead of FIN.
-pub fn reset(stream: TcpStream) -> Result<()> {
+pub fn reset(stream: impl AsFd) -> Result<()> {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
     Ok(())
 }
@@ -43,17 +60,18 @@ pub fn reset(stream: TcpStream) -> Result<()> {
 ///
 /// # Errors
 /// When it has not ended after `within`.
-pub fn read_to_end(stream: &mut TcpStream, within: Duration) -> Result<(Vec<u8>, End)> {
+pub fn read_to_end(stream: &mut (impl Read + AsFd), within: Duration) -> Result<(Vec<u8>, End)> {
     let deadline = Instant::now() + within;
     let (mut all, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         ensure!(!left.is_zero(), "the connection has not ended after {within:?}; {} bytes came", all.len());
-        stream.set_read_timeout(Some(left))?;
+        SockRef::from(&*stream).set_read_timeout(Some(left))?;
         match stream.read(&mut buffer) {
             Ok(0) => return Ok((all, End::Finished)),
             Ok(n) => all.extend_from_slice(&buffer[..n]),
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok((all, End::Reset)),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok((all, End::Cut)),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => bail!("reading: {error}"),
         }
@@ -61,7 +79,7 @@ pub fn read_to_end(stream: &mut TcpStream, within: Duration) -> Result<(Vec<u8>,
 }
 
 /// Waits for the end of a connection on which nothing more shall come.
-pub fn end_of(stream: &mut TcpStream, within: Duration) -> Result<End> {
+pub fn end_of(stream: &mut (impl Read + AsFd), within: Duration) -> Result<End> {
     let (bytes, end) = read_to_end(stream, within)?;
     ensure!(bytes.is_empty(), "{:?} came before the end", String::from_utf8_lossy(&bytes));
     Ok(end)
@@ -78,8 +96,8 @@ pub fn turned_away(host: &Host, from: IpAddr, to: SocketAddr, within: Duration) 
 }
 
 /// Reads exactly `count` bytes, or what came until there were no more.
-pub fn read_some(stream: &mut TcpStream, count: usize) -> Result<Vec<u8>> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+pub fn read_some(stream: &mut (impl Read + AsFd), count: usize) -> Result<Vec<u8>> {
+    SockRef::from(&*stream).set_read_timeout(Some(PATIENCE))?;
     let mut all = Vec::new();
     Read::take(stream, count as u64).read_to_end(&mut all)?;
     Ok(all)

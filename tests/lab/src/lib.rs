@@ -25,6 +25,7 @@
 //! # Ok(()) }
 //! ```
 
+mod acme;
 pub mod dialog;
 pub mod hello;
 mod host;
@@ -34,24 +35,31 @@ pub mod link;
 pub mod load;
 pub mod pattern;
 mod pins;
+pub mod pki;
 mod process;
 mod programs;
 pub mod proxy_header;
+#[cfg(feature = "tls")]
 pub mod relay;
 pub mod scripted;
 mod servers;
 mod shunt;
+pub mod stream;
 mod talk;
+#[cfg(feature = "tls")]
+pub mod tls;
 mod topology;
 mod wait;
 pub mod wire;
 
+pub use acme::{AcmeCa, AcmeOptions};
 pub use host::Host;
 pub use pins::Pins;
 pub use process::{Running, run};
 pub use programs::Certificate;
 pub use servers::HttpFiles;
-pub use shunt::{Metrics, Shunt, ShuntBuilder, shunt_binary};
+pub use shunt::{Metrics, Shunt, ShuntBuilder, shunt_binary, web};
+pub use stream::Stream;
 pub use talk::Talk;
 pub use topology::{BACKEND_SIDE, BACKEND_SIDE6, CLIENT, CLIENT6, GATEWAY, GATEWAY6, Lab, LabBuilder};
 pub use wait::{wait_for, wait_until};

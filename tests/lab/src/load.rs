@@ -139,6 +139,11 @@ pub fn ping_pong(client: &Host, to: SocketAddr, duration: Duration) -> Result<La
     let mut stream = client.connect(to).with_context(|| format!("connect {to}"))?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
+    ping_pong_on(&mut stream, duration)
+}
+
+/// … on a connection that is there.
+pub fn ping_pong_on(stream: &mut (impl Read + Write), duration: Duration) -> Result<Latencies> {
     let mut latencies = Histogram::new(3)?;
     let mut message = [7; 64];
     let begin = Instant::now();

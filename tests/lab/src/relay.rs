@@ -2,17 +2,21 @@
 
 use std::{
     io::{Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd,
     panic, thread,
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use socket2::SockRef;
 
 use crate::{
     dialog::echo,
     scripted::{Behaviour, TcpServer},
     shunt::Shunt,
+    stream::{Accept as _, Stream},
+    tls::NAME,
     topology::{GATEWAY, Lab},
     wait::wait_for,
 };
@@ -32,10 +36,21 @@ pub enum Relay {
     Promoted,
     /// A route with `engine = "handoff"`, and the connection has been handed over: [`Self::prime`].
     Handoff,
+    /// TLS with the client ends in the daemon.
+    Terminated,
+    /// … and begins again towards the backend.
+    Again,
 }
 
 impl Relay {
     pub const ALL: [Self; 4] = [Self::Copy, Self::Splice, Self::Promoted, Self::Handoff];
+    /// The ways that pass through TLS.
+    pub const TLS: [Self; 2] = [Self::Terminated, Self::Again];
+    /// Every way, TLS or not.
+    pub const WITH_TLS: [Self; 6] =
+        [Self::Copy, Self::Splice, Self::Promoted, Self::Handoff, Self::Terminated, Self::Again];
+    /// One of each engine, and TLS.
+    pub const ENGINES_AND_TLS: [Self; 5] = [Self::Copy, Self::Splice, Self::Handoff, Self::Terminated, Self::Again];
     /// One of each engine, for what happens before a connection carries anything.
     pub const ENGINES: [Self; 3] = [Self::Copy, Self::Splice, Self::Handoff];
 
@@ -46,13 +61,15 @@ impl Relay {
             Self::Splice => "splice",
             Self::Promoted => "promoted",
             Self::Handoff => "handoff",
+            Self::Terminated => "terminated",
+            Self::Again => "again",
         }
     }
 
     /// `engine` of its route.
     pub fn engine(self) -> &'static str {
         match self {
-            Self::Copy => "copy",
+            Self::Copy | Self::Terminated | Self::Again => "copy",
             Self::Splice | Self::Promoted => "splice",
             Self::Handoff => "handoff",
         }
@@ -71,6 +88,16 @@ impl Relay {
     /// A `[[route]]` for each way to a port of backend 1; `rest` is what all of them have besides.
     pub fn routes(rest: &str) -> String {
         Self::routes_to(&[Ipv4Addr::new(10, 88, 2, 2)], rest)
+    }
+
+    /// As [`Self::routes`], and the ways through TLS.
+    pub fn routes_with_tls(lab: &Lab, rest: &str) -> Result<String> {
+        let backend = [Ipv4Addr::new(10, 88, 2, 2)];
+        let pki = &lab.tls()?.pki;
+        let (ends, again) = (pki.terminate(&["web"], ""), pki.again(NAME));
+        let terminated = Self::Terminated.route_to(&backend, &format!("{rest}\n{ends}"));
+        let again = Self::Again.route_to(&backend, &format!("{rest}\n{ends}{again}"));
+        Ok(format!("{}{terminated}{again}", Self::routes(rest)))
     }
 
     /// … to the same port of several backends.
@@ -97,16 +124,47 @@ impl Relay {
         Ok(stream)
     }
 
-    /// Makes sure that the connection, to an echoing backend, is moved as this way says. The bytes it echoed each way.
-    pub fn prime(self, shunt: &Shunt, stream: &mut TcpStream) -> Result<u64> {
+    /// Connects a client to its route, by TLS where the way has it.
+    pub fn open(self, lab: &Lab) -> Result<Stream> {
+        let tcp = lab.client().connect(self.listen())?;
+        self.secure(lab, tcp)
+    }
+
+    /// Makes a client's connection to its route what its clients speak.
+    pub fn secure(self, lab: &Lab, tcp: TcpStream) -> Result<Stream> {
+        match Self::TLS.contains(&self) {
+            true => Ok(crate::tls::connect(&lab.tls()?.client, NAME, tcp)?),
+            false => Ok(tcp.into()),
+        }
+    }
+
+    /// As [`Self::connect`], also by TLS.
+    pub fn begin(self, lab: &Lab, shunt: &Shunt) -> Result<Stream> {
+        let mut stream = self.open(lab)?;
+        echo(&mut stream, b"hello")?;
+        self.prime(shunt, &mut stream)?;
+        Ok(stream)
+    }
+
+    /// The next connection of its route to `listener`, by TLS where the way has it.
+    pub fn accept(self, lab: &Lab, listener: &TcpListener) -> Result<Stream> {
+        let (tcp, _) = listener.accept()?;
         match self {
-            Self::Copy | Self::Splice => return Ok(0),
+            Self::Again => Ok(lab.tls()?.acceptor.accept(tcp)?),
+            Self::Copy | Self::Splice | Self::Promoted | Self::Handoff | Self::Terminated => Ok(tcp.into()),
+        }
+    }
+
+    /// Makes sure that the connection, to an echoing backend, is moved as this way says. The bytes it echoed each way.
+    pub fn prime(self, shunt: &Shunt, stream: &mut (impl Read + Write + AsFd)) -> Result<u64> {
+        match self {
+            Self::Copy | Self::Splice | Self::Terminated | Self::Again => return Ok(0),
             Self::Handoff => return handed_over(shunt, stream).map(|()| 0),
             Self::Promoted => {}
         }
         let mut echoed = 0;
         let (out, mut back) = (vec![0x5a; CHUNK], vec![0; CHUNK]);
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        SockRef::from(&*stream).set_read_timeout(Some(Duration::from_secs(10)))?;
         while echoed < SURELY_PROMOTED {
             stream.write_all(&out).context("priming")?;
             stream.read_exact(&mut back).context("priming")?;
@@ -123,7 +181,7 @@ impl Relay {
 }
 
 /// Waits until the connection of the client's `stream` has no socket in the daemon any more. It must be quiet meanwhile.
-pub fn handed_over(shunt: &Shunt, stream: &TcpStream) -> Result<()> {
+pub fn handed_over(shunt: &Shunt, stream: &impl AsFd) -> Result<()> {
     wait_for("the connection is handed over", Duration::from_secs(5), || {
         (shunt.engine_of(stream).ok()?.as_deref() == Some("handoff")).then_some(())
     })
@@ -136,6 +194,15 @@ pub fn handed_over(shunt: &Shunt, stream: &TcpStream) -> Result<()> {
 /// A server on backend 1 for each way, in the order of [`Relay::ALL`].
 pub fn servers(lab: &Lab, behaviour: &Behaviour) -> Result<Vec<TcpServer>> {
     Relay::ALL.iter().map(|r| TcpServer::start(lab.backend(1), r.backend_port(), behaviour.clone())).collect()
+}
+
+/// … and of [`Relay::WITH_TLS`].
+pub fn servers_with_tls(lab: &Lab, behaviour: &Behaviour) -> Result<Vec<TcpServer>> {
+    let mut all = servers(lab, behaviour)?;
+    all.push(TcpServer::start(lab.backend(1), Relay::Terminated.backend_port(), behaviour.clone())?);
+    let acceptor = lab.tls()?.acceptor.clone();
+    all.push(TcpServer::start_tls(lab.backend(1), Relay::Again.backend_port(), behaviour.clone(), acceptor)?);
+    Ok(all)
 }
 
 /// Does `work` for each of `relays` at the same time; every failure is told, not only the first.

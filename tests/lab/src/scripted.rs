@@ -8,7 +8,7 @@ mod udp;
 use std::{
     collections::HashMap,
     io,
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener},
     os::fd::AsRawFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -23,7 +23,12 @@ use nix::sys::socket;
 
 pub use udp::UdpServer;
 
-use crate::{host::Host, pattern::Digested, wait::wait_for};
+use crate::{
+    host::Host,
+    pattern::Digested,
+    stream::{Accept, Stream},
+    wait::wait_for,
+};
 
 /// What a [`TcpServer`] does with each connection.
 #[derive(Debug, Clone)]
@@ -96,9 +101,22 @@ impl TcpServer {
 
     /// Listens on one address of `host`.
     pub fn start_on(host: &Host, address: impl Into<SocketAddr>, behaviour: Behaviour) -> Result<Self> {
-        let address = address.into();
+        Self::start_with(host, address.into(), behaviour, None)
+    }
+
+    /// As [`Self::start`], by TLS.
+    pub fn start_tls(host: &Host, port: u16, behaviour: Behaviour, tls: Arc<dyn Accept>) -> Result<Self> {
+        Self::start_with(host, SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), port), behaviour, Some(tls))
+    }
+
+    fn start_with(
+        host: &Host,
+        address: SocketAddr,
+        behaviour: Behaviour,
+        tls: Option<Arc<dyn Accept>>,
+    ) -> Result<Self> {
         let listener = Arc::new(host.listen(address).with_context(|| format!("listen {address} in {}", host.name()))?);
-        let shared = Arc::new(Shared { behaviour, ..Shared::default() });
+        let shared = Arc::new(Shared { behaviour, tls, ..Shared::default() });
         let threads = if matches!(shared.behaviour, Behaviour::Reply(_)) { 4 } else { 1 };
         let acceptors = (0..threads)
             .map(|_| {
@@ -145,7 +163,7 @@ impl TcpServer {
     pub fn end_all(&self, reset: bool) {
         for stream in self.shared.open().values() {
             if reset {
-                let _ = socket2::SockRef::from(&**stream).set_linger(Some(Duration::ZERO));
+                let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
                 // Linger acts on close, and the thread that serves it closes it once its read is woken.
                 let _ = stream.shutdown(Shutdown::Read);
             } else {
@@ -172,9 +190,11 @@ impl Drop for TcpServer {
 #[derive(Debug)]
 struct Shared {
     behaviour: Behaviour,
+    /// How its connections become what clients speak.
+    tls: Option<Arc<dyn Accept>>,
     accepted: AtomicU64,
     received: AtomicU64,
-    open: Mutex<HashMap<u64, Arc<TcpStream>>>,
+    open: Mutex<HashMap<u64, Stream>>,
     records: Mutex<Vec<Record>>,
 }
 
@@ -182,6 +202,7 @@ impl Default for Shared {
     fn default() -> Self {
         Self {
             behaviour: Behaviour::Echo,
+            tls: None,
             accepted: AtomicU64::new(0),
             received: AtomicU64::new(0),
             open: Mutex::default(),
@@ -191,7 +212,7 @@ impl Default for Shared {
 }
 
 impl Shared {
-    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<TcpStream>>> {
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Stream>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -211,10 +232,11 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         };
         let id = shared.accepted.fetch_add(1, Ordering::Relaxed);
         match &shared.behaviour {
+            _ if shared.tls.is_some() => connection::serve_on_thread(id, stream, peer, shared),
             Behaviour::Hold => {
-                shared.open().insert(id, Arc::new(stream));
+                shared.open().insert(id, stream.into());
             }
-            Behaviour::Reply(answer) => connection::reply(&stream, answer, &shared.received),
+            Behaviour::Reply(answer) => connection::reply(&stream.into(), answer, &shared.received),
             _ => connection::serve_on_thread(id, stream, peer, shared),
         }
     }

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 pub use metrics::Metrics;
 
-use crate::{host::Host, pins::Pins, process::Running, topology::Lab, wait::wait_for};
+use crate::{host::Host, process::Running, topology::Lab, wait::wait_for};
 
 const START: Duration = Duration::from_secs(20);
 
@@ -31,6 +31,7 @@ pub struct ShuntBuilder {
     wait_ready: bool,
     binary: Option<PathBuf>,
     descriptors: Option<usize>,
+    processors: Option<String>,
 }
 
 impl ShuntBuilder {
@@ -75,6 +76,12 @@ impl ShuntBuilder {
         self
     }
 
+    /// Runs on these processors only (`0`, `0,1`), with a worker for each.
+    pub fn processors(mut self, list: &str) -> Self {
+        self.processors = Some(list.to_owned());
+        self
+    }
+
     /// Does not wait for readiness: for daemons that shall fail.
     pub fn without_waiting(mut self) -> Self {
         self.wait_ready = false;
@@ -90,11 +97,8 @@ impl ShuntBuilder {
         let (config_file, socket) =
             (lab.dir().join(format!("{}.toml", self.name)), lab.dir().join(format!("{}.sock", self.name)));
         let binary = self.binary.clone().map_or_else(shunt_binary, Ok)?;
-        // What it pins goes with it, unless the test looks after that itself.
-        let hands_over = config.contains("\"handoff\"") && !lab.dir().join("bpf").exists();
-        let pins = hands_over.then(|| Pins::mount(lab.dir())).transpose()?;
         let dir = lab.dir().to_owned();
-        let mut shunt = Shunt { options: self, host, dir, binary, config_file, socket, running: None, _pins: pins };
+        let mut shunt = Shunt { options: self, host, dir, binary, config_file, socket, running: None };
         shunt.write_config(config)?;
         shunt.launch()?;
         Ok(shunt)
@@ -111,8 +115,11 @@ pub struct Shunt {
     config_file: PathBuf,
     socket: PathBuf,
     running: Option<Running>,
-    /// Last: the daemon has ended by then.
-    _pins: Option<Pins>,
+}
+
+/// The plainest route: `web`, from port 80 of the gateway to port 80 of backend 1; `rest` is what it has besides.
+pub fn web(rest: &str) -> String {
+    format!("[[route]]\nname = \"web\"\nlisten = [\"10.88.1.1:80\"]\nbackends = [\"10.88.2.2:80\"]\n{rest}\n")
 }
 
 impl Shunt {
@@ -131,6 +138,7 @@ impl Shunt {
             wait_ready: true,
             binary: None,
             descriptors: None,
+            processors: None,
         }
     }
 
@@ -261,9 +269,14 @@ impl Shunt {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let mut command = match self.options.descriptors {
-            None => self.host.command(&self.binary),
-            Some(most) => {
+        let mut command = match (self.options.descriptors, &self.options.processors) {
+            (None, None) => self.host.command(&self.binary),
+            (None, Some(list)) => {
+                let mut command = self.host.command("taskset");
+                command.args(["-c", list]).arg(&self.binary);
+                command
+            }
+            (Some(most), _) => {
                 let mut command = self.host.command("setpriv");
                 command.args(["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "prlimit"]);
                 command.arg(format!("--nofile={most}")).arg(&self.binary);

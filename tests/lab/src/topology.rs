@@ -91,6 +91,8 @@ pub struct Lab {
     /// Before the folder it is in.
     pins: Pins,
     dir: TempDir,
+    #[cfg(feature = "tls")]
+    tls: crate::tls::OfLab,
     /// Last: nothing above needs the namespaces once it runs.
     _namespaces: Namespaces,
 }
@@ -143,6 +145,12 @@ impl Lab {
         &self.pins
     }
 
+    /// Certificates of this lab and whom its clients believe, made when first asked for.
+    #[cfg(feature = "tls")]
+    pub fn tls(&self) -> Result<std::sync::Arc<crate::tls::Material>> {
+        self.tls.of(self)
+    }
+
     fn build(spec: &LabBuilder) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let stem = format!("{PREFIX}{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -156,8 +164,17 @@ impl Lab {
             .map(|(n, name)| Host::open(name, backend_ip(n), backend_ip6(n)))
             .collect::<Result<Vec<_>>>()?;
         let pins = Pins::mount(dir.path())?;
-        let client_addresses = spec.client_addresses;
-        let lab = Self { client, gateway, backends, client_addresses, pins, dir, _namespaces: names };
+        let lab = Self {
+            client,
+            gateway,
+            backends,
+            client_addresses: spec.client_addresses,
+            pins,
+            dir,
+            #[cfg(feature = "tls")]
+            tls: Default::default(),
+            _namespaces: names,
+        };
         lab.wire(spec)?;
         Ok(lab)
     }

@@ -141,7 +141,7 @@ impl Round<'_> {
 }
 
 /// `1.23ms` → 1230.
-fn wrk_microseconds(text: &str) -> Result<f64> {
+pub fn wrk_microseconds(text: &str) -> Result<f64> {
     let digits = text.find(|c: char| c.is_alphabetic()).with_context(|| format!("wrk: {text}"))?;
     let (number, unit) = text.split_at(digits);
     let factor = match unit {

@@ -12,6 +12,7 @@ use super::{
     paths::PathKind,
     results::{Cell, Spread},
     scale::ScaleRow,
+    tls,
 };
 
 /// All that a run found; `results.json`.
@@ -23,6 +24,7 @@ pub struct Report {
     pub seconds: u64,
     pub rows: Vec<Row>,
     pub scale: Vec<ScaleRow>,
+    pub tls: Vec<tls::Row>,
 }
 
 #[derive(Debug, Serialize)]
@@ -102,6 +104,9 @@ impl Report {
         if !self.scale.is_empty() {
             tables.push(("shunt with many routes".to_owned(), ScaleRow::table(&self.scale)));
         }
+        if !self.tls.is_empty() {
+            tables.push(("TLS ended in the proxy".to_owned(), tls::table(&self.tls)));
+        }
         tables.iter().map(|(title, table)| format!("{title}\n\n{table}\n\n")).collect()
     }
 
@@ -143,7 +148,7 @@ pub fn number_text(value: f64) -> String {
     }
 }
 
-fn value_text(spread: Spread) -> String {
+pub fn value_text(spread: Spread) -> String {
     if spread.min == spread.max {
         return number_text(spread.median);
     }

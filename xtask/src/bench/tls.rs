@@ -1,12 +1,23 @@
 //! TLS that ends in the proxy, plain towards the backend: shunt beside HAProxy and nginx with the same certificates.
 
-use std::{fmt::Write as _, fs, path::Path, thread, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use comfy_table::{Cell as TableCell, Table};
 use serde::Serialize;
-use shunt_lab::{Lab, Running, Shunt, kernel, run};
+use shunt_lab::{Lab, Running, Shunt, Talk, run};
 
-use super::paths;
+use super::{
+    measure::wrk_microseconds,
+    paths,
+    report::{new_table, right, value_text},
+    results::Spread,
+};
 
 const HAPROXY: &str = include_str!("../../bench/peers/haproxy-tls.cfg");
 const NGINX: &str = include_str!("../../bench/peers/nginx-tls.conf");
@@ -26,13 +37,15 @@ const CLIENTS: usize = 3;
 pub struct Row {
     pub metric: &'static str,
     pub unit: &'static str,
-    /// By proxy: the median over the rounds.
-    pub values: Vec<(&'static str, f64)>,
+    pub more_is_better: bool,
+    /// By proxy, over the rounds.
+    pub peers: Vec<(&'static str, Spread)>,
 }
 
 const PEERS: [&str; 3] = ["shunt", "HAProxy", "nginx"];
 
-type Sample = (&'static str, &'static str, f64);
+/// What is measured, its unit, whether more of it is better, and the value.
+type Sample = (&'static str, &'static str, bool, f64);
 
 /// `rounds` times, each proxy in its turn.
 pub fn measure(lab: &Lab, shunt: &Path, duration: Duration, rounds: u16) -> Result<Vec<Row>> {
@@ -48,29 +61,28 @@ pub fn measure(lab: &Lab, shunt: &Path, duration: Duration, rounds: u16) -> Resu
         }
     }
     let first = taken.first().map(|(_, samples)| samples.clone()).unwrap_or_default();
-    let row = |(index, (metric, unit, _)): (usize, &Sample)| {
+    let row = |(index, (metric, unit, more_is_better, _)): (usize, &Sample)| {
         let of = |peer: &'static str| {
-            let mut values: Vec<f64> =
-                taken.iter().filter(|(p, _)| *p == peer).filter_map(|(_, s)| Some(s.get(index)?.2)).collect();
-            values.sort_by(f64::total_cmp);
-            (peer, values.get(values.len() / 2).copied().unwrap_or_default())
+            let values =
+                taken.iter().filter(|(p, _)| *p == peer).filter_map(|(_, samples)| Some(samples.get(index)?.3));
+            Some((peer, Spread::of(values)?))
         };
-        Row { metric, unit, values: PEERS.map(of).to_vec() }
+        let peers = PEERS.into_iter().filter_map(of).collect();
+        Row { metric, unit, more_is_better: *more_is_better, peers }
     };
     Ok(first.iter().enumerate().map(row).collect())
 }
 
 /// As a table.
-pub fn table(rows: &[Row]) -> String {
-    let mut text = String::from("TLS ended in the proxy\n");
+pub fn table(rows: &[Row]) -> Table {
+    let mut table = new_table();
+    table.set_header(["", "unit"].into_iter().chain(PEERS));
     for row in rows {
-        let _ = write!(text, "{:<44}", format!("{}, {}", row.metric, row.unit));
-        for (peer, value) in &row.values {
-            let _ = write!(text, "  {peer} {value:>9.2}");
-        }
-        text.push('\n');
+        let unit = if row.more_is_better { format!("{} ↑", row.unit) } else { format!("{} ↓", row.unit) };
+        let values = row.peers.iter().map(|(_, spread)| right(value_text(*spread)));
+        table.add_row([TableCell::new(row.metric), TableCell::new(unit)].into_iter().chain(values));
     }
-    text
+    table
 }
 
 fn certificates(lab: &Lab) -> Result<()> {
@@ -126,36 +138,85 @@ fn start(peer: &str, lab: &Lab, shunt: &Path) -> Result<(Vec<u32>, Peer)> {
 fn one(lab: &Lab, pids: &[u32], duration: Duration) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
     for (name, cpu, port, how) in [
-        ("full handshakes, ECDSA P-256, TLS 1.3", "  CPU of the proxy", ECDSA, "-new -tls1_3"),
-        ("full handshakes, RSA 2048, TLS 1.3", "  CPU of the proxy", RSA, "-new -tls1_3"),
-        ("resumed handshakes, TLS 1.2", "  CPU of the proxy", ECDSA, "-reuse -tls1_2"),
+        ("full handshakes, ECDSA P-256, TLS 1.3", "… the process itself", ECDSA, "-new -tls1_3"),
+        ("full handshakes, RSA 2048, TLS 1.3", "… the process itself", RSA, "-new -tls1_3"),
+        ("resumed handshakes, TLS 1.2", "… the process itself", ECDSA, "-reuse -tls1_2"),
     ] {
         let own = paths::cpu_seconds(pids)?;
         let count = handshakes(lab, port, how, duration)?;
         let own = paths::cpu_seconds(pids)? - own;
-        samples.push((name, "/s", count / duration.as_secs_f64()));
-        samples.push((cpu, "µs per handshake", 1e6 * own / count.max(1.0)));
+        samples.push((name, "/s", true, count / duration.as_secs_f64()));
+        samples.push((cpu, "µs each", false, 1e6 * own / count.max(1.0)));
     }
-    let gigabytes = BIG as f64 / 1e9;
-    let (own, busy) = (paths::cpu_seconds(pids)?, kernel::busy_seconds()?);
-    let speed: f64 = lab
-        .client()
-        .sh(&format!("curl -sk --max-time 120 -o /dev/null -w '%{{speed_download}}' https://10.88.1.1:{ECDSA}/big"))?
-        .trim()
-        .parse()
-        .context("curl: speed_download")?;
-    samples.push(("bulk, backend to client, 1 stream", "Gbit/s", speed * 8.0 / 1e9));
-    samples.push(("  CPU of the proxy", "s per GB", (paths::cpu_seconds(pids)? - own) / gigabytes));
-    samples.push(("  CPU of all", "s per GB", (kernel::busy_seconds()? - busy) / gigabytes));
-    let seconds = duration.as_secs().max(1);
-    let mut wrk = lab.client().command("wrk");
-    wrk.args(["-t1", "-c64", &format!("-d{seconds}s")]).arg(format!("https://10.88.1.1:{ECDSA}/1k"));
-    let report = run(&mut wrk)?;
-    let line = report.lines().find_map(|line| line.trim().strip_prefix("Requests/sec:"));
-    let rate = line.and_then(|rate| rate.trim().parse().ok()).with_context(|| format!("wrk: {report}"))?;
-    samples.push(("keep-alive requests, 64 conns", "/s", rate));
+    samples.extend(bulk(lab, pids, 1, duration)?);
+    samples.extend(bulk(lab, pids, 8, duration)?);
+    samples.extend(requests(lab, duration)?);
+    samples.push(("per idle connection, process", "B", false, idle(lab, pids)?));
     Ok(samples)
 }
+
+/// So many downloads at once, cut when their time is over.
+fn bulk(lab: &Lab, pids: &[u32], streams: usize, duration: Duration) -> Result<[Sample; 2]> {
+    let (own, began) = (paths::cpu_seconds(pids)?, Instant::now());
+    let reports = lab.client().sh(&format!(
+        "for n in $(seq {streams}); do (curl -sk --max-time {} -o /dev/null -w '%{{size_download}}\\n' https://10.88.1.1:{ECDSA}/big || true) & done; wait",
+        duration.as_secs().max(1)
+    ))?;
+    let (seconds, own) = (began.elapsed().as_secs_f64(), paths::cpu_seconds(pids)? - own);
+    let sizes = reports.lines().map(|line| line.trim().parse::<f64>().with_context(|| format!("curl: {reports}")));
+    let gigabytes = sizes.sum::<Result<f64>>()? / 1e9;
+    let title = if streams == 1 { "bulk, 1 stream" } else { "bulk, 8 streams" };
+    Ok([
+        (title, "Gbit/s", true, gigabytes * 8.0 / seconds),
+        ("… CPU per GB, the process itself", "s", false, own / gigabytes.max(1e-9)),
+    ])
+}
+
+fn requests(lab: &Lab, duration: Duration) -> Result<[Sample; 3]> {
+    let seconds = duration.as_secs().max(1);
+    let mut wrk = lab.client().command("wrk");
+    wrk.args(["-t1", "-c64", "--latency", &format!("-d{seconds}s")]).arg(format!("https://10.88.1.1:{ECDSA}/1k"));
+    let report = run(&mut wrk)?;
+    let field = |begin: &str| {
+        let line = report.lines().find_map(|line| line.trim().strip_prefix(begin));
+        line.map(str::trim).with_context(|| format!("wrk: no {begin} in {report}"))
+    };
+    ensure!(!report.contains("Socket errors"), "wrk: {report}");
+    Ok([
+        ("keep-alive requests, 64 conns", "/s", true, field("Requests/sec:")?.parse().context("wrk: Requests/sec")?),
+        ("keep-alive request p50", "µs", false, wrk_microseconds(field("50%")?)?),
+        ("keep-alive request p99", "µs", false, wrk_microseconds(field("99%")?)?),
+    ])
+}
+
+/// Connections that have had an answer and are silent now.
+fn idle(lab: &Lab, pids: &[u32]) -> Result<f64> {
+    const HELD: usize = 2000;
+    let before = paths::resident_bytes(pids)?;
+    let mut command = lab.client().command("/usr/bin/python3");
+    command.args(["-u", "-c", IDLE, &HELD.to_string(), &ECDSA.to_string()]);
+    let mut client = Talk::start(command)?;
+    let said = client.hear(Duration::from_secs(60))?;
+    ensure!(said == "held", "the idle client said {said}");
+    let grown = paths::resident_bytes(pids)?.saturating_sub(before);
+    client.say_and_end("")?;
+    Ok(grown as f64 / HELD as f64)
+}
+
+const IDLE: &str = r#"
+import socket, ssl, sys
+context = ssl._create_unverified_context()
+held = []
+for n in range(int(sys.argv[1])):
+    stream = context.wrap_socket(socket.create_connection(("10.88.1.1", int(sys.argv[2]))), server_hostname="bench.example")
+    stream.sendall(b"GET /1k HTTP/1.1\r\nHost: bench.example\r\n\r\n")
+    answer = b""
+    while answer.count(b"x") < 1024:
+        answer += stream.recv(65536)
+    held.append(stream)
+print("held", flush=True)
+sys.stdin.readline()
+"#;
 
 /// Handshakes that several clients have completed.
 fn handshakes(lab: &Lab, port: u16, how: &str, duration: Duration) -> Result<f64> {

@@ -186,3 +186,29 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_ca_finds_the_route_whose_name_it_looks_at_wherever_it_looks_from() {
+    let route = |name: &str, lines: &str| format!("[[route]]\nname = \"{name}\"\n{DEFAULTS}{lines}\n");
+    let by_acme = "tls = { mode = \"terminate\", certificates = \"acme\" }";
+    let text = [
+        "[acme]\ndirectory = \"https://ca.example/\"\n".to_owned(),
+        route("plain", ""),
+        route("h2", &format!("match = {{ sni = [\"a.example\"], alpn = [\"h2\"] }}\n{by_acme}")),
+        route(
+            "inside",
+            &format!("match = {{ sni = [\"a.example\", \"b.example\"], client = [\"10.0.0.0/8\"] }}\n{by_acme}"),
+        ),
+        route("files", "match.sni = [\"c.example\"]\ntls.mode = \"passthrough\""),
+    ];
+    let routes = parse(&text.concat(), Path::new("/t.toml")).unwrap_or_else(|problems| panic!("{problems}")).routes;
+    let port = Port::new(&routes);
+    assert_eq!(port.prover("a.example"), Some(1));
+    assert_eq!(port.prover("b.example"), Some(2));
+    assert_eq!(port.prover("c.example"), None, "its backend answers, if anybody");
+    // Not a client of any of them: but what it says is read.
+    assert_eq!(port.choose(client(SOMEONE), First::Nothing), Decision::NeedHello);
+    assert_eq!(port.choose(client(SOMEONE), First::NotTls), Decision::Route(0));
+    let without = Port::new(&routes[..1]);
+    assert_eq!(without.choose(client(SOMEONE), First::Nothing), Decision::Route(0));
+}

@@ -59,6 +59,14 @@ pub(super) enum Kind {
     /// A host name or an IP address.
     ServerName,
     File,
+    /// The address of an ACME directory.
+    Directory,
+    Contact,
+    KeyId,
+    /// Base64url; never shown.
+    Secret,
+    /// `"acme"`, or a list of [`CERTIFICATE`].
+    Certificates,
     /// Nothing may be in it twice.
     List(&'static Kind),
     Table(&'static Table),
@@ -86,6 +94,7 @@ impl Kind {
         match self {
             Self::Table(table) | Self::Tables(table) => Some(table),
             Self::Backend => Some(&BACKEND),
+            Self::Certificates => Some(&CERTIFICATE),
             Self::List(kind) => kind.table(),
             _ => None,
         }
@@ -135,6 +144,9 @@ tables! {
             "What is logged, and how."),
         key("kernel", Kind::Table(&KERNEL), "{ lock_table = false }",
             "How shunt shares the kernel with other software on the machine."),
+        key("acme", Kind::Table(&ACME), "{ directory = \"https://acme-v02.api.letsencrypt.org/directory\" }",
+            "The CA that certificates come from where a route has certificates = \"acme\". Naming it here is to agree \
+             to its terms of service."),
         key("defaults", Kind::Table(&DEFAULTS), "{ balance = \"maglev\" }",
             "Settings for every route; a route overrides them key by key."),
         key("route", Kind::Tables(&ROUTE), "[{ name = \"db\", listen = [\"0.0.0.0:5432\"], backends = [\"10.0.0.2:5432\"] }]",
@@ -167,6 +179,29 @@ tables! {
         key("lock_table", Kind::Bool, "false",
             "Ask the kernel to refuse changes by others to shunt's own nftables table (Linux 6.9 and \
              later).").default("true"),
+    }
+
+    ACME: "The CA that certificates come from where a route has certificates = \"acme\"." {
+        key("directory", Kind::Directory, "\"https://acme-v02.api.letsencrypt.org/directory\"",
+            "The address of the CA's ACME directory (RFC 8555).").required(),
+        key("contact", Kind::List(&Kind::Contact), "[\"mailto:admin@example.com\"]",
+            "Whom the CA may write to.").default("[]"),
+        key("cache", Kind::File, "\"acme\"",
+            "The folder that keeps the account and the certificates, with their keys: mode 0700. Each directory has a \
+             folder of its own in it.").default("\"/var/lib/shunt/acme\""),
+        key("ca", Kind::File, "\"internal-ca.pem\"",
+            "PEM file of the authorities that sign the ACME server's own certificate. Absent: those of the system."),
+        key("eab", Kind::Table(&EAB), "{ key_id = \"kid-1\", hmac_key = \"c2VjcmV0\" }",
+            "What binds the account to one that exists at the CA (external account binding), where the CA asks for it."),
+    }
+
+    EAB: "What binds the ACME account to one that exists at the CA." {
+        key("key_id", Kind::KeyId, "\"kid-1\"",
+            "The name of the key, from the CA.").required(),
+        key("hmac_key", Kind::Secret, "\"c2VjcmV0\"",
+            "The key, from the CA, in base64url. Or hmac_key_file."),
+        key("hmac_key_file", Kind::File, "\"eab.key\"",
+            "A file with the key in base64url, so that it need not stand here."),
     }
 
     DEFAULTS: "Settings for every route; a route overrides them key by key." {
@@ -284,9 +319,10 @@ tables! {
     TLS: "What happens to TLS from the client." {
         key("mode", choice::<super::TlsMode>(), "\"terminate\"",
             "passthrough: the backend holds the certificate. terminate: TLS ends here.").required(),
-        key("certificates", Kind::Tables(&CERTIFICATE), "[{ cert = \"api.pem\", key = \"api.key\" }]",
-            "Chosen by the names inside them; the first is the default. Read again when the files change. Only \
-             with mode = \"terminate\", and required there."),
+        key("certificates", Kind::Certificates, "[{ cert = \"api.pem\", key = \"api.key\" }]",
+            "Files: chosen by the names inside them; the first is the default; read again when they change. Or \"acme\": \
+             one for each name of match.sni, from the CA of [acme]. Only with mode = \"terminate\", and required \
+             there."),
         key("min_version", choice::<super::TlsVersion>(), "\"1.3\"",
             "The oldest TLS version spoken. Only with mode = \"terminate\".").default("\"1.2\""),
         key("alpn", Kind::List(&Kind::Alpn), "[\"h2\", \"http/1.1\"]",

@@ -262,6 +262,10 @@ impl<'a> Field<'a> {
         self.value.as_str() == Some(text)
     }
 
+    pub fn is_string(&self) -> bool {
+        self.value.is_str()
+    }
+
     pub fn is_table(&self) -> bool {
         self.value.is_table()
     }
@@ -370,8 +374,13 @@ fn expected(key: &Key, kind: Kind) -> String {
         Kind::Alpn => "a protocol name such as \"h2\"".to_owned(),
         Kind::ServerName => "a host name".to_owned(),
         Kind::File => "a file name".to_owned(),
+        Kind::Directory => format!("an address such as {}", key.example),
+        Kind::Contact => "a mail address such as \"mailto:admin@example.com\"".to_owned(),
+        Kind::KeyId => "the name that the CA gave the key".to_owned(),
+        Kind::Secret => "the key that the CA gave, in base64url".to_owned(),
         Kind::List(_) => format!("an array such as {}", key.example),
         Kind::Tables(_) if key.name == "route" => "[[route]], in double brackets,".to_owned(),
+        Kind::Certificates => format!("an array such as {}, or \"acme\",", key.example),
         Kind::Table(_) | Kind::Tables(_) => format!(
             "{} {}",
             if matches!(kind, Kind::Table(_)) { "a table such as" } else { "an array such as" },

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{
+    acme::{Acme, Known},
     address,
     overlap::Claim,
     reader::{Field, Section},
@@ -25,6 +26,7 @@ pub(super) fn route(
     section: &Section<'_>,
     index: usize,
     defaults: &Defaults,
+    acme: Known<&Acme>,
     claims: &mut Vec<Claim>,
 ) -> Option<Route> {
     let name = section.given("name").and_then(|field| name(&field));
@@ -42,6 +44,7 @@ pub(super) fn route(
         // A mistyped match must not also be reported as the match of another route.
         claims.truncate(claimed);
     }
+    let tls = section.given("tls").and_then(|field| tls::tls(&field.section()?, acme, &matches.sni));
     let route = Route {
         name: name.or_else(|| RouteName::new("unnamed"))?,
         listen,
@@ -57,7 +60,7 @@ pub(super) fn route(
         limits: limits(&section.child("limits")?, Some(&defaults.limits))?,
         timeouts: timeouts(&section.child("timeouts")?, Some(base))?,
         health: section.given("health").and_then(|field| health(&field.section()?)),
-        tls: section.given("tls").and_then(|field| tls::tls(&field.section()?)),
+        tls,
         backend_tls: section.given("backend_tls").and_then(|field| tls::backend_tls(&field.section()?)),
         proxy_protocol: proxy_protocol(&section.child("proxy_protocol")?)?,
         fingerprint: 0,

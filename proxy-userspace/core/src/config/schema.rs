@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 use toml::de::DeValue;
 
-use super::keys::{BACKEND, Key, Kind, ROOT, Table};
+use super::keys::{BACKEND, CERTIFICATE, Key, Kind, ROOT, Table};
 
 /// A JSON Schema (draft 2020-12) of the configuration file, with descriptions, ranges, defaults and examples.
 ///
@@ -67,7 +67,13 @@ fn kind(kind: Kind) -> Value {
         Kind::Backend => json!({ "anyOf": [{ "type": "string", "minLength": 1 }, table(&BACKEND)] }),
         Kind::Network => pattern("^[0-9a-fA-F:.]+(/[0-9]+)?$"),
         Kind::Alpn => json!({ "type": "string", "minLength": 1, "maxLength": 255 }),
-        Kind::LogFilter | Kind::Target | Kind::Sni | Kind::ServerName | Kind::File => {
+        Kind::Directory => pattern("^https://.+"),
+        Kind::Contact => pattern("^mailto:.+@.+"),
+        Kind::Secret => pattern("^[A-Za-z0-9_-]+=*$"),
+        Kind::Certificates => {
+            json!({ "anyOf": [{ "const": "acme" }, { "type": "array", "items": table(&CERTIFICATE) }] })
+        }
+        Kind::LogFilter | Kind::Target | Kind::Sni | Kind::ServerName | Kind::File | Kind::KeyId => {
             json!({ "type": "string", "minLength": 1 })
         }
         Kind::List(item) => json!({ "type": "array", "items": self::kind(*item), "uniqueItems": true }),

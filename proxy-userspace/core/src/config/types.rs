@@ -4,12 +4,16 @@ use std::{fmt, net::IpAddr, num::NonZeroU32, path::PathBuf, sync::Arc, time::Dur
 
 use ipnet::IpNet;
 
+use super::acme::Acme;
+
 /// A whole, valid configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     pub admin: Admin,
     pub log: Log,
     pub kernel: Kernel,
+    /// `None`: no section `[acme]`, and no route that needs one.
+    pub acme: Option<Arc<Acme>>,
     /// In file order.
     pub routes: Vec<Arc<Route>>,
 }
@@ -345,7 +349,7 @@ pub enum HealthCheck {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Tls {
     pub mode: TlsMode,
-    pub certificates: Vec<CertificateFiles>,
+    pub certificates: Certificates,
     pub min_version: TlsVersion,
     pub alpn: Vec<String>,
     pub client_ca: Option<PathBuf>,
@@ -361,6 +365,23 @@ pub enum TlsMode {
 pub enum TlsVersion {
     Tls12,
     Tls13,
+}
+
+/// Where the certificates of a route come from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Certificates {
+    /// In the order of the file; empty with [`TlsMode::Passthrough`].
+    Files(Vec<CertificateFiles>),
+    /// One for each name of `match.sni`, from the CA of `[acme]`.
+    Acme(Vec<AcmeCertificate>),
+}
+
+/// A name that a certificate is got for, and where it is kept: the key and the chain in one file, which is not there
+/// before the CA has issued the first one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AcmeCertificate {
+    pub name: String,
+    pub file: PathBuf,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -53,10 +53,25 @@ pub(in crate::cli) fn status(status: &view::Status) -> String {
             line(&mut text, "handovers", &results.join(", "));
         }
     }
+    if let Some(acme) = acme(&status.acme) {
+        line(&mut text, "acme", &acme);
+    }
     for warning in &status.warnings {
         line(&mut text, "warning", &format!("{WARN}{warning}{WARN:#}"));
     }
     text
+}
+
+/// How many names have a certificate, and what is next. `None`: none is to have one from a CA.
+fn acme(names: &[view::AcmeCertificate]) -> Option<String> {
+    let next = names.iter().min_by_key(|one| one.next_order_seconds)?;
+    let issued = names.iter().filter(|one| one.expires.is_some()).count();
+    let counted = format!("{issued} of {} certificates issued", names.len());
+    let then = match next.next_order_seconds {
+        ..=0 => format!("\"{}\" is being ordered", next.name),
+        rest => format!("next order for \"{}\" in {}", next.name, seconds(rest as f64)),
+    };
+    Some(format!("{counted}, {then}"))
 }
 
 fn line(text: &mut String, label: &str, value: &str) {

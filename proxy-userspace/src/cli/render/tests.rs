@@ -137,6 +137,7 @@ fn status_says_every_warning() {
         }),
         reloads_ok: 1,
         reloads_failed: 2,
+        acme: Vec::new(),
         warnings: vec!["conntrack is nearly full".into(), "events were lost".into()],
     };
     let text = plain(&super::status(&status));

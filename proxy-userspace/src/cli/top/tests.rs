@@ -32,6 +32,7 @@ fn screen() -> Screen {
         handoff: None,
         reloads_ok: 0,
         reloads_failed: 0,
+        acme: Vec::new(),
         warnings: vec!["conntrack is nearly full".into()],
     };
     let routes = vec![route("busy", 5e6, 1), route("crowded", 10.0, 500)];

@@ -120,7 +120,8 @@ impl Way {
                 Err(error) => {
                     tracing::debug!(%error, "TLS");
                     leg.say_why();
-                    let _ = send(&from.socket.fd, &leg.control, SendFlags::NOSIGNAL);
+                    let said = send(&from.socket.fd, &leg.control, SendFlags::NOSIGNAL);
+                    from.socket.told = said.is_ok_and(|sent| sent > 0 && sent == leg.control.len());
                     return Err(Broken::From);
                 }
             },

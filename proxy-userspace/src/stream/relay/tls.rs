@@ -276,10 +276,16 @@ impl Leg {
         record
     }
 
-    /// After an error, once: the alert, if there is one.
+    /// After an error, once: what was to be said before it, and the alert. Nothing more is read.
     pub fn say_why(&mut self) {
-        let Self { peer, control, closed, pending, .. } = self;
-        let _ = with!(peer, connection => take(connection.next(pending).state, control, closed, &mut |_| Ok(())));
+        while about!(self, connection => connection.wants_write()) {
+            let Self { peer, control, closed, pending, .. } = self;
+            let said =
+                with!(peer, connection => take(connection.next(pending).state, control, closed, &mut |_| Ok(())));
+            if said.is_err() {
+                return;
+            }
+        }
     }
 
     /// What rustls still wants to say after a handshake: tickets.

@@ -209,7 +209,12 @@ impl Worker {
                 flow.up.waiting = Waiting::Bytes(Held::first(header, &early.received));
             }
         }
-        self.step(key, flow, Event::Connected { tls })
+        let fate = self.step(key, flow, Event::Connected { tls });
+        // A backend that speaks first waits for it; it is sent anyway after 200 ms.
+        if let Some(backend) = flow.backend.as_ref().filter(|_| fate == Fate::Lives && flow.up.bytes == 0) {
+            backend.acknowledge();
+        }
+        fate
     }
 
     /// A client that resets is not dialled for any more; one that has only finished may still want an answer.
@@ -284,6 +289,7 @@ impl Default for Early {
             header_expected: false,
             reader: Default::default(),
             hello: None,
+            challenge: None,
             tried: Vec::new(),
             failure: Reason::NoBackend,
             attempt_until: None,

@@ -18,8 +18,16 @@ use rustix::{
     net::{RecvFlags, SendFlags, recv, send},
 };
 
+use rustls::ServerConfig;
+
 use super::{Fate, NO_ROUTE, Worker, handshake::about_tls};
-use crate::stream::flow::{Early, Flow};
+use crate::{
+    acme::Challenges,
+    stream::{
+        flow::{Early, Flow},
+        route::Listen,
+    },
+};
 
 /// The most bytes that are held of a connection whose route is not known.
 const MOST: usize = MAX_HELLO + MAX_HEADER;
@@ -29,6 +37,8 @@ enum Verdict {
     /// Not enough yet.
     Wait,
     Route(u32),
+    /// For this route, though not from one of its clients: a CA looks at a name of it.
+    Challenge(u32, Arc<ServerConfig>),
     /// Refused; with this alert, where the client speaks TLS.
     No(Reason, Option<Alert>),
 }
@@ -68,7 +78,7 @@ impl Worker {
     /// Decides with what is there, which may be nothing.
     pub(super) fn classify(&mut self, key: u32, flow: &mut Flow) -> Fate {
         let Some(early) = flow.early.as_mut() else { return Fate::Lives };
-        match verdict(early, &mut flow.client_address) {
+        match verdict(early, &mut flow.client_address, &self.shared.challenges) {
             Verdict::Wait => Fate::Lives,
             Verdict::No(reason, alert) => self.refuse(flow, reason, alert),
             Verdict::Route(id) => {
@@ -76,6 +86,13 @@ impl Worker {
                 let Some(&slot) = self.by_id.get(&id) else { return self.refuse(flow, Reason::NoRoute, None) };
                 self.assign(flow, slot);
                 self.admit(key, flow)
+            }
+            Verdict::Challenge(id, config) => {
+                (early.listen, early.challenge) = (None, Some(config));
+                let Some(&slot) = self.by_id.get(&id) else { return self.refuse(flow, Reason::NoRoute, None) };
+                self.assign(flow, slot);
+                // Not admitted: who may be a client of the route, and how many, does not concern the CA.
+                self.step(key, flow, Event::Classified { tls: true })
             }
         }
     }
@@ -89,6 +106,11 @@ impl Worker {
                     flow.client.probe_peer();
                 }
                 let tls = route.tls.as_ref().is_some_and(|tls| tls.terminates());
+                let hello = flow.early.as_ref().and_then(|early| early.hello.as_ref());
+                let name = hello.and_then(|hello| hello.sni.as_deref());
+                if route.tls.as_ref().is_some_and(|tls| tls.lacks(name)) {
+                    return self.refuse(flow, Reason::CertificatePending, Some(Alert::InternalError));
+                }
                 self.step(key, flow, Event::Classified { tls })
             }
             Err(reason) => self.refuse(flow, reason, None),
@@ -98,8 +120,13 @@ impl Worker {
     fn refuse(&mut self, flow: &mut Flow, reason: Reason, alert: Option<Alert>) -> Fate {
         // The queue of a socket that has sent nothing has room for seven bytes.
         let told = alert.is_some_and(|alert| send(&flow.client.fd, &alert.record(), SendFlags::NOSIGNAL).is_ok());
+        self.cut(flow, reason, if told { How::Finished } else { How::Reset })
+    }
+
+    /// Ends it for a reason of ours; without a reset, where it has been told.
+    pub(super) fn cut(&mut self, flow: &mut Flow, reason: Reason, how: How) -> Fate {
         flow.session.step(Event::Cut(reason), &self.slots[flow.slot].limits, self.now());
-        self.end(flow, reason, if told { How::Finished } else { How::Reset })
+        self.end(flow, reason, how)
     }
 
     /// Counts the flow for another route than before.
@@ -164,7 +191,14 @@ fn only_protocol(hello: &Hello) -> Option<&[u8]> {
     offered.next().filter(|_| offered.next().is_none())
 }
 
-fn verdict(early: &mut Early, client: &mut std::net::SocketAddr) -> Verdict {
+/// The route whose name a CA looks at, and what it gets to see.
+fn challenge(hello: &Hello, listen: &Listen, challenges: &Challenges) -> Option<(u32, Arc<ServerConfig>)> {
+    let config = challenges.answer(hello)?;
+    let index = listen.port.prover(hello.sni.as_deref()?)?;
+    Some((*listen.members.get(index)?, config))
+}
+
+fn verdict(early: &mut Early, client: &mut std::net::SocketAddr, challenges: &Challenges) -> Verdict {
     let Some(listen) = early.listen.as_ref().map(Arc::clone) else { return Verdict::Wait };
     if early.header_expected {
         match proxy::parse(&early.received) {
@@ -186,6 +220,9 @@ fn verdict(early: &mut Early, client: &mut std::net::SocketAddr) -> Verdict {
         Decision::NeedHello => match early.reader.advance(&early.received) {
             Ok(None) => return Verdict::Wait,
             Ok(Some(hello)) => {
+                if let Some((id, config)) = challenge(&hello, &listen, challenges) {
+                    return Verdict::Challenge(id, config);
+                }
                 let alpn: Vec<&[u8]> = hello.alpn.iter().collect();
                 let first = First::Hello { sni: hello.sni.as_deref(), alpn: &alpn };
                 let decision = listen.port.choose(client.ip(), first);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use proxy_core::{
     flow::Side,
     reason::Reason,
-    session::{Event, State},
+    session::{Event, How, State},
 };
 use rustix::{
     io::Errno,
@@ -91,7 +91,11 @@ impl Worker {
     }
 
     fn leg_with_client(&self, flow: &mut Flow) -> Option<Result<Leg, Error>> {
-        let config = self.slots[flow.slot].route.as_ref()?.tls.as_ref()?.server()?;
+        let challenge = flow.early.as_ref().and_then(|early| early.challenge.clone());
+        let config = match challenge {
+            Some(config) => config,
+            None => self.slots[flow.slot].route.as_ref()?.tls.as_ref()?.server()?,
+        };
         let received = flow.early.as_mut().map(|early| std::mem::take(&mut early.received));
         Some(Leg::with_client(config, received.unwrap_or_default()))
     }
@@ -123,7 +127,10 @@ impl Worker {
             Step::Done => {
                 let shaken = if leg.is_resumed() { Shaken::Resumed } else { Shaken::Full };
                 self.handshake_ended(flow, shaken);
-                self.step(key, flow, Event::Secured)
+                match flow.early.as_ref().is_some_and(|early| early.challenge.is_some()) {
+                    true => self.part(flow),
+                    false => self.step(key, flow, Event::Secured),
+                }
             }
             Step::Closed => {
                 self.handshake_ended(flow, Shaken::Closed);
@@ -140,6 +147,15 @@ impl Worker {
                 self.step(key, flow, Event::HandshakeFailed)
             }
         }
+    }
+
+    /// The CA has seen what it came for (RFC 8737 §3: nothing else is exchanged).
+    fn part(&mut self, flow: &mut Flow) -> Fate {
+        if let Some(leg) = flow.tls.as_deref_mut().and_then(|tls| tls.client.as_mut()) {
+            leg.control = leg.close();
+            let _ = say(&mut flow.client, leg);
+        }
+        self.cut(flow, Reason::ChallengeAnswered, How::Finished)
     }
 
     /// Counts it; a backend that cannot do it is out of use for a while, as one that does not answer.

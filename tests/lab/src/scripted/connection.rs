@@ -12,13 +12,15 @@ use std::{
 };
 
 use super::{Behaviour, Ended, Record, Shared, Start};
-use crate::pattern;
+use crate::{pattern, stream::Stream};
 
 /// Thousands of connections at once, each a thread: small stacks.
 const STACK: usize = 128 * 1024;
+/// … but a handshake goes deep.
+const TLS_STACK: usize = 512 * 1024;
 
 /// Reads once, answers, closes.
-pub(super) fn reply(mut stream: &TcpStream, answer: &[u8], received: &AtomicU64) {
+pub(super) fn reply(mut stream: &Stream, answer: &[u8], received: &AtomicU64) {
     let mut request = [0; 4096];
     if let Ok(n) = stream.read(&mut request) {
         received.fetch_add(n as u64, Ordering::Relaxed);
@@ -26,23 +28,50 @@ pub(super) fn reply(mut stream: &TcpStream, answer: &[u8], received: &AtomicU64)
     }
 }
 
-pub(super) fn serve_on_thread(id: u64, stream: TcpStream, peer: SocketAddr, shared: &Arc<Shared>) {
-    let stream = Arc::new(stream);
-    shared.open().insert(id, Arc::clone(&stream));
+/// A connection is open from the moment it is accepted; one with TLS, from the end of its handshake.
+pub(super) fn serve_on_thread(id: u64, tcp: TcpStream, peer: SocketAddr, shared: &Arc<Shared>) {
+    let (stack, begun) = match &shared.tls {
+        Some(_) => (TLS_STACK, Err(tcp)),
+        None => {
+            let stream = Stream::from(tcp);
+            shared.open().insert(id, stream.clone());
+            (STACK, Ok(stream))
+        }
+    };
     let thread_shared = Arc::clone(shared);
-    let thread = thread::Builder::new().stack_size(STACK).spawn(move || {
-        let record = serve(&stream, peer, &thread_shared);
+    let thread = thread::Builder::new().stack_size(stack).spawn(move || {
+        let stream = match begun.or_else(|tcp| shake_hands(id, tcp, &thread_shared)) {
+            Ok(stream) => stream,
+            Err(error) => return thread_shared.records().push(Record::failed(peer, error.kind())),
+        };
+        let record = match &thread_shared.behaviour {
+            Behaviour::Hold => return,
+            Behaviour::Reply(answer) => {
+                reply(&stream, answer, &thread_shared.received);
+                None
+            }
+            _ => Some(serve(&stream, peer, &thread_shared)),
+        };
         // Out of the map before it is dropped, so that the close happens here and before the record shows.
         thread_shared.open().remove(&id);
         drop(stream);
-        thread_shared.records().push(record);
+        thread_shared.records().extend(record);
     });
     if thread.is_err() {
         shared.open().remove(&id);
     }
 }
 
-fn serve(stream: &TcpStream, peer: SocketAddr, shared: &Shared) -> Record {
+fn shake_hands(id: u64, tcp: TcpStream, shared: &Shared) -> io::Result<Stream> {
+    let stream = match &shared.tls {
+        Some(tls) => tls.accept(tcp)?,
+        None => tcp.into(),
+    };
+    shared.open().insert(id, stream.clone());
+    Ok(stream)
+}
+
+fn serve(stream: &Stream, peer: SocketAddr, shared: &Shared) -> Record {
     let _ = stream.set_nodelay(true);
     let mut life = Life { stream, shared, received: pattern::Running::default(), sent: 0 };
     let ended = match &shared.behaviour {
@@ -58,8 +87,15 @@ fn serve(stream: &TcpStream, peer: SocketAddr, shared: &Shared) -> Record {
     Record { peer, received: life.received.finish(), sent: life.sent, ended }
 }
 
+impl Record {
+    /// Nothing was said.
+    fn failed(peer: SocketAddr, kind: io::ErrorKind) -> Self {
+        Self { peer, received: pattern::Running::default().finish(), sent: 0, ended: Ended::Failed(kind) }
+    }
+}
+
 struct Life<'a> {
-    stream: &'a TcpStream,
+    stream: &'a Stream,
     shared: &'a Shared,
     received: pattern::Running,
     sent: u64,
@@ -67,14 +103,14 @@ struct Life<'a> {
 
 impl Life<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = (&mut &*self.stream).read(buffer)?;
+        let n = (&mut self.stream).read(buffer)?;
         self.received.update(&buffer[..n]);
         self.shared.received.fetch_add(n as u64, Ordering::Relaxed);
         Ok(n)
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        (&mut &*self.stream).write_all(bytes)?;
+        (&mut self.stream).write_all(bytes)?;
         self.sent += bytes.len() as u64;
         Ok(())
     }

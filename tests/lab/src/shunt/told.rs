@@ -1,9 +1,10 @@
 //! What the daemon tells of connections, in its views, its metrics and its log.
 
-use std::{collections::BTreeMap, net::TcpStream, time::Duration};
+use std::{collections::BTreeMap, io, os::fd::AsFd, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use socket2::{SockAddr, SockRef};
 
 use super::Shunt;
 use crate::wait::wait_for;
@@ -19,8 +20,10 @@ impl Shunt {
 
     /// The connection of the client's `stream`, while it is open: the one to where the client connected, or, in a daemon
     /// further behind, the only one of that client.
-    pub fn connection_of(&self, stream: &TcpStream) -> Result<Option<Value>> {
-        let (client, to) = (stream.local_addr()?, stream.peer_addr()?);
+    pub fn connection_of(&self, stream: &impl AsFd) -> Result<Option<Value>> {
+        let socket = SockRef::from(stream);
+        let address = |address: io::Result<SockAddr>| address?.as_socket().context("not an address of IP");
+        let (client, to) = (address(socket.local_addr())?, address(socket.peer_addr())?);
         let list = self.cli_json(&["connections", "--client", &client.ip().to_string()])?;
         let list = list.as_array().context("`shunt connections --json` is not an array")?;
         // A client uses its port again towards another address.
@@ -31,7 +34,7 @@ impl Shunt {
     }
 
     /// The engine that the connection of the client's `stream` is moved by now.
-    pub fn engine_of(&self, stream: &TcpStream) -> Result<Option<String>> {
+    pub fn engine_of(&self, stream: &impl AsFd) -> Result<Option<String>> {
         Ok(self.connection_of(stream)?.and_then(|c| Some(c["engine"].as_str()?.to_owned())))
     }
 

@@ -72,6 +72,7 @@ fn the_empty_file_is_all_defaults() {
             },
             log: Log { level: "info".to_owned(), format: LogFormat::Text, access: AccessLog::All },
             kernel: Kernel { mark_mask: MarkMask::DEFAULT, lock_table: true },
+            acme: None,
             routes: Vec::new(),
         }
     );
@@ -114,7 +115,7 @@ fn the_example_is_read_as_it_is_meant() {
         },
         tls: Some(Tls {
             mode: TlsMode::Passthrough,
-            certificates: Vec::new(),
+            certificates: Certificates::Files(Vec::new()),
             min_version: TlsVersion::Tls12,
             alpn: Vec::new(),
             client_ca: None,
@@ -127,7 +128,7 @@ fn the_example_is_read_as_it_is_meant() {
         matches: Match { sni: vec!["api.example.com".to_owned()], ..Match::default() },
         tls: Some(Tls {
             mode: TlsMode::Terminate,
-            certificates: vec![CertificateFiles { cert: file("api.pem"), key: file("api.key") }],
+            certificates: Certificates::Files(vec![CertificateFiles { cert: file("api.pem"), key: file("api.key") }]),
             min_version: TlsVersion::Tls12,
             alpn: vec!["h2".to_owned(), "http/1.1".to_owned()],
             client_ca: Some(file("clients.pem")),

@@ -16,6 +16,12 @@ fn with_and_without(table: &str, key: &Key) -> (String, String) {
     let (before, others) = match table {
         "" if key.name == "route" => (String::new(), String::new()),
         "" => return (format!("{line}{plain}"), plain),
+        "acme" => (format!("{plain}[acme]\n"), required(&[("directory", "\"https://ca.example/directory\"")])),
+        "acme.eab" => {
+            let key = if key.name == "key_id" { "hmac_key = \"AAAA\"\n" } else { "" };
+            let before = format!("{plain}[acme]\ndirectory = \"https://ca.example/directory\"\n[acme.eab]\n");
+            (before, format!("{}{key}", required(&[("key_id", "\"a\"")])))
+        }
         "admin" | "log" | "kernel" => (format!("[{table}]\n"), String::new()),
         "defaults" => (format!("{plain}[{table}]\n"), String::new()),
         "route" => (
@@ -54,7 +60,8 @@ fn tables_of_the_schema(path: &str, schema: &Value, found: &mut Vec<(String, Vec
     found.push((path.to_owned(), properties.keys().cloned().collect()));
     for (name, property) in properties {
         let below = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
-        for place in [property, &property["items"], &property["items"]["anyOf"][1]] {
+        let either = &property["anyOf"][1];
+        for place in [property, &property["items"], &property["items"]["anyOf"][1], &either["items"]] {
             tables_of_the_schema(&below, place, found);
         }
     }

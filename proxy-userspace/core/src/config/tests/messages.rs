@@ -278,7 +278,7 @@ fn keys_that_need_each_other_name_each_other() {
         ),
         (
             "tls.mode = \"terminate\"",
-            "5: route \"web\": tls.certificates: missing; mode = \"terminate\" needs at least one, such as [{ cert = \"api.pem\", key = \"api.key\" }]",
+            "5: route \"web\": tls.certificates: missing; mode = \"terminate\" needs at least one, such as [{ cert = \"api.pem\", key = \"api.key\" }], or \"acme\"",
         ),
         (
             "tls.mode = \"terminate\"\ntls.certificates = []",

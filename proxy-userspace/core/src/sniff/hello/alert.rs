@@ -11,6 +11,8 @@ pub enum Alert {
     IllegalParameter = 47,
     DecodeError = 50,
     ProtocolVersion = 70,
+    /// Not the client's fault: there is nothing to serve it with yet.
+    InternalError = 80,
     /// No route for this server name (RFC 6066 §3).
     UnrecognizedName = 112,
     /// No route for these protocols (RFC 7301 §3.2).
