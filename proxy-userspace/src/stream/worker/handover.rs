@@ -336,6 +336,14 @@ impl Worker {
 
     /// The connection has left the relay and its sockets are still there.
     pub(super) fn look_after(&mut self, key: u32, flow: &mut Flow) -> Fate {
+        // A reset that slipped in: the program has not seen it.
+        let failed = |socket: &Socket| socket.failed;
+        if failed(&flow.client) {
+            return self.give_up(flow, Reason::ResetByClient);
+        }
+        if flow.backend.as_ref().is_some_and(failed) {
+            return self.give_up(flow, Reason::ResetByBackend);
+        }
         let Some(mut handing) = flow.handover.take() else { return Fate::Lives };
         let action = self.look(flow, &mut handing);
         match action {
@@ -366,6 +374,8 @@ impl Worker {
             let Some(committed) = &mut handing.committed else { return Ok(Action::GiveUp) };
             let Some(backend) = flow.backend.as_ref() else { return Ok(Action::GiveUp) };
             let mut sockets: Both<Seen> = Default::default();
+            // A FIN that slipped in is passed on like a byte.
+            let fin = [flow.client.finished && !flow.up.ended, backend.finished && !flow.down.ended];
             let held = [&flow.up, &flow.down].map(|way| match &way.waiting {
                 Waiting::Nothing => 0,
                 Waiting::Bytes(held) => held.left().len() as u32,
@@ -377,7 +387,7 @@ impl Worker {
                 sockets[index] = Seen {
                     write_seq: committed.written[index],
                     rcv_nxt: 0,
-                    unread: queued.unread + held[index],
+                    unread: queued.unread + held[index] + u32::from(fin[index]),
                     unacked: queued.unacked,
                     unsent: queued.unsent,
                     held: 0,
