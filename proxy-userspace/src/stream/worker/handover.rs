@@ -222,8 +222,7 @@ impl Worker {
         let (client, client_facts) = one(&flow.client)?;
         let (backend_seen, backend_facts) = one(backend)?;
         for (socket, facts) in [(&flow.client, &client_facts), (backend, &backend_facts)] {
-            let unread = repair::unread(socket).map_err(told)?;
-            if facts.out_of_order > 0 && unread == 0 && repair::receive_memory(socket).map_err(told)? > 0 {
+            if facts.out_of_order > 0 && repair::receive_memory(socket).map_err(told)? > 0 {
                 return Err(Failure::OutOfOrder);
             }
         }
@@ -394,7 +393,13 @@ impl Worker {
                 };
             }
             let record = engine.store.flow(gate);
-            let acknowledged = record.ends.map(|end| (end.seen & seen::ACK != 0).then_some(end.ack));
+            let written = committed.written;
+            let acknowledged = [0, 1].map(|index| {
+                let end = &record.ends[index];
+                // The program's own word holds for what was written up to commit.
+                let all = end.seen & seen::DRAINED != 0 && end.own_seq == written[index];
+                if all { Some(written[index]) } else { (end.seen & seen::ACK != 0).then_some(end.ack) }
+            });
             let settled = committed.ticket.is_some_and(|ticket| engine.grace.passed(ticket));
             let event = handoff::Event::Looked { sockets, acknowledged, settled };
             match handing.protocol.step(event, &engine.when, self.now()) {
