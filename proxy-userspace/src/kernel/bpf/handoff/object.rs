@@ -11,6 +11,7 @@ use aya::{
     maps::{Array, Map, MapData, MapError},
     programs::SchedClassifier,
 };
+use nix::sys::statfs::FsType;
 use proxy_abi::handoff::LAYOUT;
 
 use super::{HandoffError, Sizes, flows::Flows};
@@ -25,8 +26,7 @@ pub const PROGRAM: &str = "shunt_handoff";
 /// Maps that outlive the daemon; the program's scratch does not.
 pub const PINNED: [&str; 5] = ["ABI", "FLOWS", "ENTRIES", "EVENTS", "OUTCOMES"];
 
-/// `BPF_FS_MAGIC`.
-const BPFFS: i64 = 0xcafe_4a11;
+const BPFFS: FsType = FsType(libc::BPF_FS_MAGIC);
 
 /// Loads the object; its maps are new and go with it.
 pub fn load(sizes: Sizes) -> Result<Ebpf, HandoffError> {
@@ -96,8 +96,7 @@ pub fn make_folder(folder: &Path) -> Result<(), HandoffError> {
     let kind = nix::sys::statfs::statfs(existing)
         .map_err(|errno| HandoffError::Pin { call: "statfs", path: existing.into(), source: errno.into() })?
         .filesystem_type();
-    // i64 on some architectures, i32 on others.
-    if i64::from(kind.0) & 0xffff_ffff != BPFFS {
+    if kind != BPFFS {
         return Err(HandoffError::NotBpffs(folder.to_owned()));
     }
     let links = links_folder(folder);
