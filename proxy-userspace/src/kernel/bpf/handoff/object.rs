@@ -97,7 +97,7 @@ pub fn make_folder(folder: &Path) -> Result<(), HandoffError> {
         .map_err(|errno| HandoffError::Pin { call: "statfs", path: existing.into(), source: errno.into() })?
         .filesystem_type();
     // i64 on some architectures, i32 on others.
-    if i64::from(kind.0) & 0xffff_ffff != BPFFS {
+    if kind.0 & 0xffff_ffff != BPFFS {
         return Err(HandoffError::NotBpffs(folder.to_owned()));
     }
     let links = links_folder(folder);

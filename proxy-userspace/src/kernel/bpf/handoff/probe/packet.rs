@@ -288,7 +288,7 @@ fn entries(version: u8, options: u8) -> [(HandoffKey, HandoffEntry); 2] {
         destination: client,
         ..common
     };
-    debug_assert!(option::ECN_OUT == 1 << 5);
+    const { assert!(option::ECN_OUT == 1 << 5) };
     [(HandoffKey::new(client, listen, version), from_client), (HandoffKey::new(backend, source, version), from_backend)]
 }
 
