@@ -8,7 +8,7 @@ mod offsets;
 
 use std::time::Duration;
 
-pub use self::offsets::{Facts, Offsets, STRAGGLERS, Seen, Unfit, fit};
+pub use self::offsets::{Facts, Offsets, Seen, Unfit, fit};
 use crate::session::Tick;
 
 /// When a connection is worth it.

@@ -2,10 +2,6 @@
 
 use super::{Both, Failure};
 
-/// Bytes that may wait in a socket when the gate opens. They would be passed on, but with any of them it is not known whether
-/// something out of order waits behind: acknowledged selectively, and then gone with the socket.
-pub const STRAGGLERS: u32 = 0;
-
 /// What the kernel says of one of the two sockets, in the sequence numbers of its connection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Seen {
@@ -38,10 +34,10 @@ impl Offsets {
         Self([from(client, backend), from(backend, client)])
     }
 
-    /// `None` when bytes are on their way through the daemon, but for a few that are not read yet: those can be passed on later.
-    /// What was sent and not acknowledged is with the kernel.
+    /// `None` when bytes are on their way through the daemon. What was sent and not acknowledged is with the kernel. With unread
+    /// bytes it is not known whether something out of order waits behind them: acknowledged selectively, and then gone with the socket.
     pub fn at_rest(sockets: &Both<Seen>) -> Option<Self> {
-        let rests = |socket: &Seen| socket.unread <= STRAGGLERS && socket.unsent == 0 && socket.held == 0;
+        let rests = |socket: &Seen| socket.unread == 0 && socket.unsent == 0 && socket.held == 0;
         sockets.iter().all(rests).then(|| Self::of(sockets))
     }
 }

@@ -14,7 +14,7 @@ use proxy_core::{
     config::Engine,
     flow::Side,
     handed::{Record, route_hash},
-    handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, STRAGGLERS, Seen, Unfit},
+    handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, Seen, Unfit},
     reason::Reason,
     session::{Event, State, Tick},
 };
@@ -196,7 +196,7 @@ impl Worker {
         }
         // Most attempts at a busy connection end here, for two calls.
         for socket in [&flow.client, backend] {
-            if repair::unread(socket).map_err(told)? > STRAGGLERS {
+            if repair::unread(socket).map_err(told)? > 0 {
                 return Err(Failure::Busy);
             }
         }
