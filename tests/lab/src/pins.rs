@@ -29,8 +29,11 @@ impl Pins {
     /// When the folder cannot be read.
     pub fn left(&self) -> Result<Vec<PathBuf>> {
         let mut left = Vec::new();
-        for folder in fs::read_dir(&self.0)? {
-            left.push(folder?.path());
+        // The file system has two files of its own.
+        for folder in fs::read_dir(&self.0)?.collect::<Result<Vec<_>, _>>()? {
+            if folder.file_type()?.is_dir() {
+                left.push(folder.path());
+            }
         }
         Ok(left)
     }

@@ -114,6 +114,7 @@ impl Owner {
             client,
             ends: remnant.ends,
             handed: Handed::new(session, relayed, [0; 2]),
+            stamp: (0, 0),
             asked: [Asked::since(session.last_activity()); 2],
             meters: route.as_ref().map_or_else(|| Arc::clone(unrouted), |route| Arc::clone(&route.meters)),
             held: (

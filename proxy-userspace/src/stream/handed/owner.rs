@@ -100,6 +100,7 @@ impl Owner {
             client,
             ends,
             handed: Handed::new(session, relayed, handed.passed_on),
+            stamp: (0, 0),
             asked: [Asked::since(session.last_activity()); 2],
             meters,
             held: (held.seat, held.counted),
@@ -127,11 +128,15 @@ impl Owner {
         }
     }
 
-    /// Reads every counter.
-    pub fn look_at_all(&mut self) {
+    /// Reads every counter. Whether anything has come since the last time.
+    pub fn look_at_all(&mut self) -> bool {
+        let mut news = false;
         for gate in self.flows.gates() {
+            let before = self.flows.get(gate).map(|flow| flow.stamp);
             self.look(gate);
+            news |= before != self.flows.get(gate).map(|flow| flow.stamp);
         }
+        news
     }
 
     /// Timers whose time has come, and flows that have lingered.
@@ -239,9 +244,14 @@ impl Owner {
 
     /// Takes over what the program has seen of a flow.
     pub fn look(&mut self, gate: Gate) {
-        let now = self.clock.now();
         let seen = self.store.flow(gate);
         let Some(flow) = self.flows.get_mut(gate).filter(|flow| flow.id.bits() == seen.id) else { return };
+        let stamp = (seen.ends[0].last_seen_ns.max(seen.ends[1].last_seen_ns), seen.closing);
+        if flow.stamp == stamp && self.wheel.due(gate.0).is_some() {
+            return;
+        }
+        flow.stamp = stamp;
+        let now = self.clock.now();
         let Some(served) = self.routes.get(&flow.route) else { return };
         let before = flow.handed.session.state();
         let ([bytes_in, bytes_out], action) = flow.handed.look(look(&seen), &served.limits, now);

@@ -28,6 +28,8 @@ pub struct Flow {
     pub client: std::net::SocketAddr,
     pub ends: Ends,
     pub handed: Handed,
+    /// When the last packet had come at the last look, and how it stood then: with the same again, nothing is new.
+    pub stamp: (u64, u32),
     /// Client and backend.
     pub asked: [Asked; 2],
     pub meters: Arc<Meters>,
@@ -39,7 +41,7 @@ pub struct Flow {
 }
 
 // A hundred thousand of them are ordinary.
-const _: () = assert!(size_of::<Flow>() <= 400);
+const _: () = assert!(size_of::<Flow>() <= 448);
 
 /// A route, as far as its handed-over flows go.
 #[derive(Debug)]

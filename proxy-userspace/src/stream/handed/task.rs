@@ -23,6 +23,8 @@ use crate::{
 /// Counters are read so often, or less often when that would take more than a fiftieth of a core: what others are shown is
 /// never much older.
 const LOOKING: Duration = Duration::from_secs(2);
+/// … and in silence more and more seldom, down to so often.
+const LOOKING_AT_SILENCE: Duration = Duration::from_secs(30);
 /// What was looked at so lately is good enough for who asks.
 const FRESH: Duration = Duration::from_millis(500);
 /// Handed-over connections taken in one go.
@@ -38,6 +40,8 @@ pub struct Task {
     forgetter: Option<Forgetter>,
     looked: Instant,
     rest_until: Instant,
+    /// Grows while nothing comes.
+    patience: Duration,
 }
 
 impl Task {
@@ -54,6 +58,7 @@ impl Task {
             forgetter,
             looked: now,
             rest_until: now,
+            patience: LOOKING,
         }
     }
 
@@ -137,9 +142,12 @@ impl Task {
 
     fn look(&mut self) {
         let began = Instant::now();
-        self.owner.look_at_all();
+        let news = self.owner.look_at_all();
+        self.patience = if news { LOOKING } else { (self.patience * 2).min(LOOKING_AT_SILENCE) };
         self.looked = Instant::now();
-        self.rest_until = self.looked + began.elapsed() * 50;
+        // The tick that is due then must not come a moment too early.
+        let wait = (self.patience - LOOKING / 2).max(began.elapsed() * 50);
+        self.rest_until = self.looked + wait;
     }
 
     fn obey(&mut self, command: Command) {
