@@ -11,6 +11,7 @@ use aya::{
     maps::{Array, Map, MapData, MapError},
     programs::SchedClassifier,
 };
+use nix::sys::statfs::FsType;
 use proxy_abi::handoff::LAYOUT;
 
 use super::{HandoffError, Sizes, flows::Flows};
@@ -25,8 +26,7 @@ pub const PROGRAM: &str = "shunt_handoff";
 /// Maps that outlive the daemon; the program's scratch does not.
 pub const PINNED: [&str; 5] = ["ABI", "FLOWS", "ENTRIES", "EVENTS", "OUTCOMES"];
 
-/// `BPF_FS_MAGIC`.
-const BPFFS: i64 = 0xcafe_4a11;
+const BPFFS: FsType = FsType(libc::BPF_FS_MAGIC);
 
 /// Loads the object; its maps are new and go with it.
 pub fn load(sizes: Sizes) -> Result<Ebpf, HandoffError> {
@@ -51,12 +51,28 @@ pub fn load_pinned(folder: &Path, sizes: Sizes) -> Result<(Ebpf, Sizes), Handoff
 }
 
 fn load_with(loader: &mut EbpfLoader<'_>, sizes: Sizes) -> Result<Ebpf, HandoffError> {
+    if !may_load() {
+        return Err(HandoffError::NoPerfmon);
+    }
     loader.map_max_entries("FLOWS", sizes.flows);
     loader.map_max_entries("ENTRIES", sizes.flows.saturating_mul(2));
     loader.map_max_entries("EVENTS", sizes.events);
     let mut object = loader.load(OBJECT).map_err(BpfError::from_load)?;
     program(&mut object)?.load().map_err(BpfError::from_program)?;
     Ok(object)
+}
+
+/// Without `CAP_PERFMON` the verifier also walks what a CPU might speculate, and gives the program up after some ten seconds: better not to
+/// ask. Where it cannot be read what this thread may, the kernel decides.
+fn may_load() -> bool {
+    const CAP_SYS_ADMIN: u64 = 1 << 21;
+    const CAP_PERFMON: u64 = 1 << 38;
+    const CAP_BPF: u64 = 1 << 39;
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(u64::MAX);
+    // Without even CAP_BPF the kernel's own refusal says more.
+    effective & (CAP_SYS_ADMIN | CAP_PERFMON) != 0 || effective & CAP_BPF == 0
 }
 
 /// The program of a loaded object.
@@ -96,8 +112,7 @@ pub fn make_folder(folder: &Path) -> Result<(), HandoffError> {
     let kind = nix::sys::statfs::statfs(existing)
         .map_err(|errno| HandoffError::Pin { call: "statfs", path: existing.into(), source: errno.into() })?
         .filesystem_type();
-    // i64 on some architectures, i32 on others.
-    if kind.0 & 0xffff_ffff != BPFFS {
+    if kind != BPFFS {
         return Err(HandoffError::NotBpffs(folder.to_owned()));
     }
     let links = links_folder(folder);

@@ -22,11 +22,10 @@ fn privileged() -> bool {
 }
 
 #[test]
-fn cap_bpf_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_comes_out_as_computed_here() {
+fn cap_bpf_cap_perfmon_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_comes_out_as_computed_here() {
     if !privileged() {
         return;
     }
-    // The verifier is stricter with these two than with all: without CAP_PERFMON it guards against speculation.
     for keep in [CAP_BPF | CAP_NET_ADMIN | CAP_PERFMON, u64::MAX] {
         let probe = move || {
             keep_only(keep);
@@ -37,6 +36,19 @@ fn cap_bpf_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_come
         println!("{report:?}");
         assert!(report.packets > 200);
     }
+}
+
+#[test]
+fn without_cap_perfmon_the_probe_says_so_at_once() {
+    if !privileged() {
+        return;
+    }
+    let probe = || {
+        keep_only(CAP_BPF | CAP_NET_ADMIN);
+        HandoffTable::self_probe()
+    };
+    let error = std::thread::spawn(probe).join().expect("the thread ends").expect_err("no CAP_PERFMON");
+    assert!(matches!(error, HandoffError::NoPerfmon), "{error:?}");
 }
 
 /// A test that needs the kernel: on a thread with a network of its own and a BPF file system of its own, which go with the thread.

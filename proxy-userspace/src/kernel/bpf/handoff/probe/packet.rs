@@ -2,7 +2,7 @@
 
 use proxy_abi::{
     flow::{Endpoint, IPV4, IPV6},
-    handoff::{HandoffEnd, HandoffEntry, HandoffFlow, HandoffKey, closing, gate, option, seen},
+    handoff::{HandoffEnd, HandoffEntry, HandoffFlow, HandoffKey, closing, gate, seen},
 };
 
 use crate::kernel::bpf::handoff::monotonic_ns;
@@ -288,7 +288,6 @@ fn entries(version: u8, options: u8) -> [(HandoffKey, HandoffEntry); 2] {
         destination: client,
         ..common
     };
-    const { assert!(option::ECN_OUT == 1 << 5) };
     [(HandoffKey::new(client, listen, version), from_client), (HandoffKey::new(backend, source, version), from_backend)]
 }
 
