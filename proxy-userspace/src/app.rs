@@ -107,7 +107,7 @@ async fn start(config_file: &Path) -> Result<(), Refusal> {
     let log = logging::init(&config.log).map_err(|e| Refusal::refused(e, None))?;
     let listeners =
         Listeners::bind(config.admin.listen, &config.admin.socket).await.map_err(|e| Refusal::refused(&e, e.mend()))?;
-    let capabilities = capability::probe(&config);
+    let capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe(&config) };
     let plan = plan(&config, &capabilities);
     let unserved = plan.unserved();
     if !unserved.is_empty() {

@@ -20,6 +20,7 @@ use crate::{
         sysctl::{Routes, Settings},
     },
     reconcile::task::routes_of,
+    stream,
 };
 
 #[derive(Debug, Clone, Serialize)]
@@ -107,7 +108,9 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
     let probe = capability::Probe { handoff: handoff.clone(), ..capability::probe_details() };
     let settings = Settings::default();
     // What the routes want of the kernel, not what is left of it here.
-    let plan = config.map(|config| plan(config, &Capabilities { net_admin: true, ..probe.capabilities() }));
+    let sockmap = stream::trust_in_sockmap();
+    let wanted = Capabilities { net_admin: true, sockmap: sockmap.clone(), ..probe.capabilities() };
+    let plan = config.map(|config| plan(config, &wanted));
     let routes = plan.as_ref().map_or(Routes { ipv4: true, ipv6: true, relayed: true, handed: false }, |plan| {
         routes_of(plan.routes().iter())
     });
@@ -125,11 +128,12 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
     checks.push(settings::reverse_path(&settings, config));
     checks.push(features::ebpf(&capability::ebpf::features()));
     checks.push(features::own_object(bpf::self_probe()));
+    checks.push(features::sockmap(&sockmap));
     checks.push(features::handoff(&handoff));
     checks.push(host::file_limit());
     checks.extend(socket.map(host::running_daemon));
     if let (Some(config), Some(plan)) = (config, &plan) {
-        checks.extend(routes::checks(config, &probe.capabilities()));
+        checks.extend(routes::checks(config, &Capabilities { sockmap, ..probe.capabilities() }));
         checks.extend(routes::way_back(plan, &settings));
         checks.push(privileges::low_ports(plan));
     }

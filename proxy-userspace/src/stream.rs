@@ -13,6 +13,7 @@ pub mod memory;
 pub mod meter;
 mod path;
 mod poll;
+mod ranges;
 pub mod rates;
 mod relay;
 mod route;
@@ -31,10 +32,11 @@ use tokio::sync::mpsc;
 
 pub use ended::{Ended, StreamId};
 pub use path::{MAX_PORTS, StreamPath};
+pub use relay::sockmap::trust_in_sockmap;
 
 use crate::{
     control::{ConnectionFilter, Reply},
-    kernel::return_path::ReturnPathError,
+    kernel::{bpf::BpfError, return_path::ReturnPathError},
     tls::TlsError,
     track::FailedDial,
 };
@@ -129,10 +131,14 @@ pub enum StreamError {
     Listen { address: SocketAddr, route: String, error: io::Error },
     #[error("route \"{route}\": {error}")]
     Tls { route: String, error: TlsError },
-    #[error("route \"{route}\" listens on {ports} ports; the stream path serves at most {max} in all")]
+    #[error(
+        "route \"{route}\" listens on {ports} ports; the stream path serves at most {max} in all where each has its own socket"
+    )]
     TooManyPorts { route: String, ports: usize, max: usize },
     #[error("cannot start the stream path: {call}: {error}")]
     Start { call: &'static str, error: io::Error },
+    #[error("a range of ports cannot be led to its sockets: {0}")]
+    Lookup(#[source] BpfError),
     #[error(transparent)]
     ReturnPath(#[from] ReturnPathError),
 }
@@ -150,9 +156,14 @@ impl StreamError {
                 _ => return None,
             }),
             Self::TooManyPorts { .. } => {
-                Some("listen on fewer ports, or let the kernel forward the range (engine = \"nft\")".into())
+                Some(
+                    "give the daemon CAP_BPF, with which a range takes one socket (Linux 5.9); or listen on fewer ports; or let \
+                     the kernel forward the range (engine = \"nft\")"
+                        .into(),
+                )
             }
             Self::Tls { error, .. } => Some(error.mend()),
+            Self::Lookup(error) => Some(error.mend().into()),
             Self::Start { .. } => None,
             Self::ReturnPath(error) => error.mend(),
         }
@@ -162,7 +173,11 @@ impl StreamError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Listen { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => 4,
-            Self::Listen { .. } | Self::Tls { .. } | Self::TooManyPorts { .. } | Self::Start { .. } => 1,
+            Self::Listen { .. }
+            | Self::Tls { .. }
+            | Self::TooManyPorts { .. }
+            | Self::Lookup(_)
+            | Self::Start { .. } => 1,
             Self::ReturnPath(error) => error.exit_code(),
         }
     }

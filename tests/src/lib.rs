@@ -3,10 +3,12 @@
 use std::{
     io::Write,
     process::{Command, Stdio},
+    sync::OnceLock,
 };
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, unshare};
+use proxy_userspace::kernel::capability;
 
 /// Runs `work` on a thread of its own in a network namespace of its own, which goes with the thread.
 pub fn in_new_namespace<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
@@ -39,4 +41,16 @@ pub fn nft_listing() -> Result<String> {
         bail!("nft list: {}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Whether this kernel can keep a table for its owner, and for the next one (v6.9+). Tests of that have nothing to say elsewhere.
+pub fn kernel_locks_tables() -> bool {
+    static LOCKS: OnceLock<bool> = OnceLock::new();
+    *LOCKS.get_or_init(|| {
+        let locks = capability::probe().nft_owner_persist;
+        if !locks {
+            println!("this kernel locks no tables");
+        }
+        locks
+    })
 }

@@ -98,7 +98,7 @@ fn a_quarter_gibibyte_each_way_at_once_arrives_whole_though_one_side_reads_slowl
     let expected = pattern::send(&mut std::io::sink(), 11, BIG)?;
     for relay in Relay::ENGINES_AND_TLS {
         let began = Instant::now();
-        let ((), most) = watched(shunt.pid()?, || exchange(&lab, relay))?;
+        let ((), most) = watched(shunt.pid()?, || exchange(&lab, relay).with_context(|| shunt.log()))?;
         let seconds = began.elapsed().as_secs_f64();
         let record = servers[relay as usize].wait_records(1, SOON)?.remove(0);
         ensure!(record.received == expected, "{relay:?}: client → backend: {:?}", record.received);
@@ -177,7 +177,11 @@ fn many_slow_readers_hold_a_bounded_share_of_memory() -> Result<()> {
             ensure!(each < 160 << 10, "{relay:?}: {each} bytes each");
             // Some have all they lack in the sockets.
             let spliced = now.pipes > 10;
-            ensure!(spliced == (relay == Relay::Splice), "{relay:?}: bytes wait in pipes: {now:?}");
+            // Empty pipes are kept, and splice had its turn before the joined ones.
+            ensure!(
+                relay == Relay::Joined || spliced == (relay == Relay::Splice),
+                "{relay:?}: bytes wait in pipes: {now:?}"
+            );
             Ok(())
         })?;
     }

@@ -321,8 +321,8 @@ fn haproxy_and_nginx_behind_shunt_see_the_client() -> Result<()> {
 #[test]
 fn haproxy_and_nginx_in_front_of_shunt_are_believed() -> Result<()> {
     let lab = lab()?;
-    let _server = TcpServer::start(lab.backend(1), 9000, Behaviour::Echo)?;
-    let _server = TcpServer::start(lab.backend(1), 9001, Behaviour::Echo)?;
+    let server = |relay: Relay| TcpServer::start(lab.backend(1), relay.backend_port(), Behaviour::Echo);
+    let _servers = Relay::ENGINES.into_iter().map(server).collect::<Result<Vec<_>>>()?;
     // Both proxies are on the client's host and have its first address towards the gateway.
     let trusting = "proxy_protocol = { accept_from = [\"10.88.1.2/32\"] }";
     let config: String = Relay::ENGINES.iter().map(|r| r.route_to(&[[10, 88, 2, 2].into()], trusting)).collect();

@@ -401,7 +401,8 @@ fn what_is_not_yet_relayed_does_not_hold_a_stopping_daemon_up() -> Result<()> {
         streams.push(lab.client().connect(relay.listen())?);
         streams.push(lab.client().connect(at(7000 + relay as u16))?);
     }
-    wait_until("all are there", SOON, || shunt.cli_json(&["status"]).is_ok_and(|s| s["connections_active"] == 4))?;
+    let all = 2 * Relay::ENGINES.len();
+    wait_until("all are there", SOON, || shunt.cli_json(&["status"]).is_ok_and(|s| s["connections_active"] == all))?;
     let began = Instant::now();
     ensure!(shunt.terminate(Duration::from_secs(4))?.success());
     println!("exit after {:?}", began.elapsed());

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt,
+    Lab, Shunt, Talk,
     dialog::{End, echo, end_of, read_to_end},
     kernel,
     pattern::Pattern,
@@ -80,27 +80,35 @@ fn old_versions_are_refused_by_name_and_renegotiation_is_not_taken_up() -> Resul
     let lab = Lab::new()?;
     let _servers = servers_with_tls(&lab, &Behaviour::Echo)?;
     let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
-    let s_client = |relay: Relay, said: &str, how: &str| {
-        let to = relay.listen();
-        lab.client()
-            .sh(&format!("({said}) | timeout 5 openssl s_client -connect {to} -servername {NAME} {how} 2>&1 || true"))
+    let s_client = |relay: Relay, how: &str| {
+        let mut command = lab.client().command("bash");
+        let line = format!("exec openssl s_client -connect {} -servername {NAME} {how} 2>&1", relay.listen());
+        command.args(["-c", &line]);
+        Talk::start(command)
     };
     on_each(&Relay::TLS, |relay| {
         for old in ["-tls1", "-tls1_1"] {
-            let seen = s_client(relay, "echo", &format!("{old} -cipher ALL@SECLEVEL=0"))?;
-            // A client of TLS 1.0 offers no signature algorithm either, which is what rustls misses first.
-            ensure!(seen.contains("SSL alert number 70") || seen.contains("SSL alert number 40"), "{old}: {seen}");
+            let mut client = s_client(relay, &format!("{old} -cipher ALL@SECLEVEL=0"))?;
+            // 70: the version. A client of TLS 1.0 offers no signature algorithm either, which rustls misses first (40).
+            let seen = client.hear_until("SSL alert number", SOON)?;
+            ensure!(seen.contains("number 70") || seen.contains("number 40"), "{old}: {seen}");
         }
-        let seen = s_client(relay, "echo one; sleep 0.3; echo R; sleep 0.3; echo two; sleep 0.3", "-tls1_2")?;
-        ensure!(seen.contains("one") && seen.contains("RENEGOTIATING"), "{seen}");
-        ensure!(seen.contains("no renegotiation") || seen.contains("\ntwo"), "{seen}");
-        // Keys may change in TLS 1.3; that is no renegotiation.
-        let seen = s_client(
-            relay,
-            "echo one; sleep 0.3; echo K; sleep 0.3; echo k; sleep 0.3; echo two; sleep 0.3",
-            "-tls1_3",
-        )?;
-        ensure!(seen.contains("KEYUPDATE") && seen.contains("\ntwo"), "{seen}");
+        for (version, command, answer) in
+            [("-tls1_2", "R", "RENEGOTIATING"), ("-tls1_3", "K", "KEYUPDATE"), ("-tls1_3", "k", "KEYUPDATE")]
+        {
+            let mut client = s_client(relay, version)?;
+            client.say("first line")?;
+            client.hear_until("first line", SOON)?;
+            client.say(command)?;
+            client.hear_until(answer, SOON)?;
+            if command == "R" {
+                client.hear_until("no renegotiation", SOON)?;
+            } else {
+                // Keys may change in TLS 1.3: that is no renegotiation.
+                client.say("second line")?;
+                client.hear_until("second line", SOON)?;
+            }
+        }
         let told = [("route", relay.route()), ("result", "incompatible")];
         ensure!(shunt.metrics()?.value("shunt_tls_handshakes_total", &told) == 2.0, "not counted as incompatible");
         shunt.wait_route(relay.route(), "all have ended", SOON, |r| (r["connections_active"] == 0).then_some(()))

@@ -62,8 +62,18 @@ pub fn build_daemon_release() -> Result<()> {
     run("build: the daemon, release", &mut command(&args))
 }
 
-/// Where [`build_daemon_release`] puts it: beside the folder this program was built into.
+/// Where [`build_daemon_release`] puts it.
 pub fn daemon_release() -> PathBuf {
+    target().join("release/shunt")
+}
+
+/// Where a build of the daemon without optimisation puts it.
+pub fn daemon_debug() -> PathBuf {
+    target().join("debug/shunt")
+}
+
+/// The folder that holds the one this program was built into.
+fn target() -> PathBuf {
     let program = env::current_exe().unwrap_or_default();
-    program.ancestors().nth(2).unwrap_or(Path::new("target")).join("release/shunt")
+    program.ancestors().nth(2).unwrap_or(Path::new("target")).to_owned()
 }

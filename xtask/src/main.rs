@@ -10,6 +10,7 @@ mod root;
 mod setup;
 mod stop;
 mod ui;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,8 @@ enum Task {
         #[command(subcommand)]
         what: Ebpf,
     },
+    /// Run tests on other kernels, Debian's, each in a machine that qemu makes
+    Vm(vm::Options),
     /// Throw bytes at everything that reads what strangers send, guided by coverage
     Fuzz(fuzz::Options),
     /// Everything a change must pass: formatting, lints, tests, a minute of fuzzing, documentation
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::run(&options),
         Task::Ebpf { what: Ebpf::Build } => ebpf::build(),
         Task::Ebpf { what: Ebpf::Check } => ebpf::check(),
+        Task::Vm(options) => vm::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Ci(options) => checks::ci(&options),
     });

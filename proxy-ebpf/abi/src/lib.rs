@@ -7,11 +7,13 @@
 
 pub mod flow;
 pub mod handoff;
+pub mod lookup;
 pub mod outcome;
 #[cfg(feature = "pod")]
 #[expect(unsafe_code, reason = "Pod is a promise about layout that only the author of the type can make")]
 mod pod;
+pub mod sockmap;
 
 /// Version of every layout in this crate. A program stamps it into the map `ABI`; the daemon compares it with its own
 /// before it believes any other map, so raise it with every change of a type here.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;

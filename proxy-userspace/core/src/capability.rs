@@ -19,6 +19,8 @@ pub struct Capabilities {
     pub nft_owner_persist: bool,
     /// `socket` (`nft_socket`), which finds the socket a packet is for.
     pub nft_socket: bool,
+    /// `sk_lookup` programs (v5.9+), which lead many ports to one socket; need `CAP_BPF` too.
+    pub sk_lookup: bool,
     /// Conntrack over netlink (`nf_conntrack_netlink`).
     pub conntrack_netlink: bool,
     /// IPv6 is there (`/proc/sys/net/ipv6`).
@@ -28,6 +30,7 @@ pub struct Capabilities {
     /// A chain of somebody else that filters forwarded packets, as the firewall's tool names it. Connections that are handed
     /// over do not pass it.
     pub forward_filter: Option<String>,
+    pub sockmap: Sockmap,
 }
 
 /// What keeps the engine `handoff` from this kernel or process, if anything does.
@@ -46,6 +49,16 @@ pub enum Handoff {
     NotAsked,
 }
 
+/// Whether the kernel may be let to join sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sockmap {
+    /// It has moved known bytes without harm.
+    Trusted,
+    /// Which check failed, and how.
+    Refused(String),
+}
+
 impl Capabilities {
     /// A kernel and privileges that allow everything.
     pub const fn all() -> Self {
@@ -57,8 +70,10 @@ impl Capabilities {
             nft_balance: true,
             nft_owner_persist: true,
             nft_socket: true,
+            sk_lookup: true,
             conntrack_netlink: true,
             ipv6: true,
+            sockmap: Sockmap::Trusted,
             handoff: Handoff::Works,
             forward_filter: None,
         }

@@ -14,6 +14,10 @@ use crate::{
     config::{Config, Engine, EngineChoice, Listen, Route, RouteName, SourceAddress},
 };
 
+/// An address's ports that the same routes share have a socket each up to so many; more are led to one socket, where `sk_lookup`
+/// can.
+pub const PORTS_WITH_OWN_SOCKETS: usize = 16;
+
 /// One entry per route, in file order.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
@@ -35,6 +39,8 @@ pub struct RoutePlan {
     pub shared_listens: Vec<SharedListen>,
     /// `ct timeout` objects can be used.
     pub ct_timeouts: bool,
+    /// Many ports can be led to one socket.
+    pub sk_lookup: bool,
 }
 
 /// One listen address, and the routes that share it.
@@ -115,6 +121,18 @@ impl RoutePlan {
         (self.engine.is_some() && self.route.source_address == SourceAddress::Client).then_some(
             "source_address = \"client\": what the backends send to clients must come back through this machine",
         )
+    }
+
+    /// How the daemon listens on many ports, and why so. `None`: it does not.
+    pub fn many_ports(&self) -> Option<String> {
+        let count = |listen: &Listen| usize::from(listen.ports.last - listen.ports.first) + 1;
+        let many: usize = self.route.listen.iter().map(count).filter(|&ports| ports > PORTS_WITH_OWN_SOCKETS).sum();
+        (self.is_relayed() && many > 0).then(|| match self.sk_lookup {
+            true => format!("{many} ports are led to one socket per worker (sk_lookup)"),
+            false => format!(
+                "{many} ports have a socket each per worker: the kernel or the privileges lack sk_lookup (Linux 5.9, CAP_BPF)"
+            ),
+        })
     }
 
     /// Every address and port it listens on, as addresses of sockets.
@@ -204,6 +222,7 @@ fn plan_route(config: &Config, index: usize, capabilities: &Capabilities, ports:
         own_listens,
         shared_listens,
         ct_timeouts: capabilities.nft_ct_timeout,
+        sk_lookup: capabilities.sk_lookup,
     }
 }
 

@@ -4,7 +4,7 @@
 mod handoff;
 mod process;
 
-use std::fmt;
+use std::{fmt, sync::atomic::Ordering::Relaxed};
 
 use axum::{
     extract::State,
@@ -76,6 +76,7 @@ impl Collector for Snapshots {
         handoff::table(&mut encoder, &self.0.relayed.handed)?;
         tls(&mut encoder, &measured)?;
         self.certificates(&mut encoder)?;
+        self.overflows(&mut encoder)?;
         self.orders(&mut encoder)?;
         self.daemon(&mut encoder)?;
         self.conntrack(&mut encoder)
@@ -207,6 +208,20 @@ impl Snapshots {
         let mut info = encoder.encode_descriptor("shunt_build", "The running build.", None, MetricType::Info)?;
         let labels: Labels<1> = [("version", env!("CARGO_PKG_VERSION"))];
         info.encode_info(&labels)
+    }
+
+    /// Only where sockets are joined: everywhere else it means nothing.
+    fn overflows(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {
+        if self.0.routes.routes.iter().all(|route| route.engine != Engine::Sockmap) {
+            return Ok(());
+        }
+        let help = "Joined connections that were ended because more waited in the kernel than their windows allow.";
+        let mut metric = encoder.encode_descriptor("shunt_sockmap_overflows", help, None, MetricType::Counter)?;
+        for (bound, count) in ["connection", "worker"].into_iter().zip(&self.0.relayed.pressure.overflowed) {
+            let labels: Labels<1> = [("bound", bound)];
+            counter(metric.encode_family(&labels)?, count.load(Relaxed))?;
+        }
+        Ok(())
     }
 
     fn certificates(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {

@@ -110,7 +110,7 @@ pub(super) fn relayed() -> (Reader, Rates) {
     };
     let (web, none) = (meters(7, "web"), meters(0, "-"));
     for worker in &web.workers {
-        let [copy, splice, _] = &worker.engines;
+        let [copy, splice, ..] = &worker.engines;
         copy.began.add(3);
         copy.bytes_in.add(100);
         copy.terminations[Reason::ConnectRefused as usize].add(1);

@@ -1,6 +1,9 @@
 //! What the kernel was built with.
 
-use proxy_core::capability::Handoff;
+use proxy_core::{
+    capability::{Handoff, Sockmap},
+    plan::MAX_STREAM_PORTS,
+};
 
 use super::Check;
 use crate::kernel::{
@@ -17,6 +20,7 @@ pub(super) fn checks(probe: &Probe) -> Vec<Check> {
         checks.extend(optional(nft));
     }
     checks.push(conntrack(probe));
+    checks.push(port_ranges(probe));
     let ipv6 = Check::of("IPv6", "routes that listen on IPv6 addresses");
     checks.push(ipv6.either(
         probe.ipv6,
@@ -79,6 +83,19 @@ fn optional(nft: &NftFacts) -> Vec<Check> {
     ]
 }
 
+fn port_ranges(probe: &Probe) -> Check {
+    let check =
+        Check::of("port ranges", "one socket per worker for all ports of a relayed route, instead of one per port");
+    let without = "give the process CAP_BPF and CAP_NET_ADMIN, on Linux 5.9 or newer; or listen on few ports";
+    match probe.sk_lookup {
+        Some(true) => check.ok("sk_lookup leads them to one socket"),
+        Some(false) => {
+            check.warn(format!("no sk_lookup: a socket per port, at most {MAX_STREAM_PORTS} per route"), without)
+        }
+        None => check.warn("eBPF is not permitted to this process", without),
+    }
+}
+
 fn conntrack(probe: &Probe) -> Check {
     let check = Check::of("conntrack", "where the numbers of every forwarded connection come from");
     match probe.conntrack_netlink {
@@ -98,6 +115,17 @@ pub(super) fn own_object(probe: Result<ProbeReport, BpfError>) -> Check {
         ),
         Ok(report) => check.ok(format!("{} packets counted right, ABI {}", report.packets, report.abi_version)),
         Err(error) => check.warn(error.to_string(), "run with CAP_BPF and CAP_NET_ADMIN; the nft engine does without"),
+    }
+}
+
+/// The engine `sockmap` is used where this says so, and a route asks for it.
+pub(super) fn sockmap(trust: &Sockmap) -> Check {
+    let check = Check::of("sockmap self-probe", "routes with engine = \"sockmap\": known bytes through joined sockets");
+    match trust {
+        Sockmap::Trusted => check.ok("all bytes came whole, in order and with their ends"),
+        Sockmap::Refused(what) => {
+            check.warn(what.clone(), "run with CAP_BPF and CAP_NET_ADMIN on a newer kernel; splice and copy do without")
+        }
     }
 }
 
@@ -158,6 +186,7 @@ mod tests {
             nf_tables: Some(false),
             nft: None,
             conntrack_netlink: Some(false),
+            sk_lookup: None,
             ipv6: false,
             handoff: Handoff::NotPermitted,
             forward_filter: None,

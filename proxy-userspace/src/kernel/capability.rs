@@ -18,10 +18,12 @@ use super::firewall;
 pub use nft::NftFacts;
 use nix::sched::{CloneFlags, unshare};
 use proxy_core::{
-    capability::{Capabilities, Handoff},
+    capability::{Capabilities, Handoff, Sockmap},
     config::Config,
     plan::may_hand_over,
 };
+
+use super::{bpf::BpfError, lookup};
 
 /// What the kernel answered, in more detail than a plan needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub struct Probe {
     pub nft: Option<NftFacts>,
     /// `None`: not allowed to ask.
     pub conntrack_netlink: Option<bool>,
+    /// `None`: not allowed to ask.
+    pub sk_lookup: Option<bool>,
     pub ipv6: bool,
     pub handoff: Handoff,
     /// A foreign chain that filters forwarded packets.
@@ -70,11 +74,20 @@ pub fn probe_details() -> Probe {
     };
     let (nft, scratch_namespace) = if nf_tables == Some(true) { ask_nft() } else { (None, false) };
     let ipv6 = Path::new("/proc/sys/net/ipv6").exists();
+    let sk_lookup = match lookup::probe() {
+        Ok(()) => Some(true),
+        Err(BpfError::NotPermitted(_)) => None,
+        Err(error) => {
+            tracing::debug!(%error, "no sk_lookup");
+            Some(false)
+        }
+    };
     Probe {
         net_admin,
         nf_tables,
         nft,
         conntrack_netlink,
+        sk_lookup,
         ipv6,
         handoff: Handoff::NotAsked,
         forward_filter: forward_filter(),
@@ -117,8 +130,11 @@ impl Probe {
             nft_balance: has(|nft| nft.numgen && nft.hash),
             nft_owner_persist: has(|nft| nft.owner_persist),
             nft_socket: has(|nft| nft.socket),
+            sk_lookup: self.sk_lookup.unwrap_or(!self.net_admin),
             conntrack_netlink: self.conntrack_netlink.unwrap_or(true),
             ipv6: self.ipv6,
+            // Its own probe asks: `stream::trust_in_sockmap`.
+            sockmap: Sockmap::Refused("not asked".into()),
             handoff: self.handoff.clone(),
             forward_filter: self.forward_filter.clone(),
         }
@@ -135,6 +151,7 @@ mod tests {
             nf_tables: None,
             nft: None,
             conntrack_netlink: None,
+            sk_lookup: None,
             ipv6: true,
             handoff: Handoff::NotPermitted,
             forward_filter: None,
@@ -144,10 +161,10 @@ mod tests {
 
     #[test]
     fn what_may_not_be_asked_counts_as_there_but_the_privilege_is_missing() {
-        assert_eq!(
-            unprivileged().capabilities(),
-            Capabilities { net_admin: false, handoff: Handoff::NotPermitted, ..Capabilities::all() }
-        );
+        let sockmap = Sockmap::Refused("not asked".into());
+        let expected =
+            Capabilities { net_admin: false, handoff: Handoff::NotPermitted, sockmap, ..Capabilities::all() };
+        assert_eq!(unprivileged().capabilities(), expected);
     }
 
     #[test]

@@ -121,6 +121,7 @@ fn path(served: &Served) -> Vec<String> {
 fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
     let route = &served.plan.route;
     let mut path = vec!["the daemon accepts the connection".to_owned()];
+    path.extend(served.plan.many_ports());
     if !route.proxy_protocol.accept_from.is_empty() {
         path.push(
             "from the networks of proxy_protocol.accept_from: it reads the PROXY header and takes its client".into(),
@@ -156,6 +157,10 @@ fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
         return path;
     }
     path.push(match served.view.engine {
+        Engine::Sockmap => {
+            "bytes: copied by the daemon at first; a connection that goes on has its sockets joined, and the kernel passes \
+             the bytes on; the daemon relays while the reader is slow"
+        }
         Engine::Handoff => {
             "bytes: copied by the daemon at first; then both connections are handed over to a program at the network \
              interfaces that translates one into the other, and the daemon is not involved any more"

@@ -21,7 +21,7 @@ use super::{
     admission::Admitted,
     handover::{Handing, SourcePort},
     poll::{NUMBER_MASK, Source},
-    relay::{Means, Way, secured::Secured},
+    relay::{Means, Way, secured::Secured, sockmap::Joined},
     route::Listen,
     socket::Socket,
 };
@@ -43,6 +43,10 @@ pub struct Flow {
     pub means: Means,
     /// TLS that begins or ends here.
     pub tls: Option<Box<Secured>>,
+    /// The kernel passes its bytes on.
+    pub joined: Option<Box<Joined>>,
+    /// Turns in which it has carried something, as far as that counts for being joined.
+    pub turns: u8,
     pub client_address: SocketAddr,
     /// What the client dialled.
     pub listen: SocketAddr,

@@ -25,7 +25,7 @@ use crate::{acme, tls};
 pub const CONNECT_BUCKETS: [f64; 10] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
 
 /// The engines that count here, in the order of their slots.
-pub const ENGINES: [Engine; 3] = [Engine::Copy, Engine::Splice, Engine::Handoff];
+pub const ENGINES: [Engine; 4] = [Engine::Copy, Engine::Splice, Engine::Sockmap, Engine::Handoff];
 
 /// A number that one thread writes and others read.
 #[derive(Debug, Default)]
@@ -293,6 +293,8 @@ pub struct Pressure {
     pub refused: AtomicU64,
     /// Lines of the access log that its writer was too slow for.
     pub unlogged: AtomicU64,
+    /// Joined connections that were ended because too much waited in the kernel: for one of them, and for all.
+    pub overflowed: [AtomicU64; 2],
 }
 
 /// What others may read at any time. Cheap to clone.

@@ -1,5 +1,7 @@
 //! The owner of the workers: starts them, brings changes to them, asks them, and stops them.
 
+mod listening;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     io,
@@ -13,7 +15,7 @@ use std::{
     time::Instant,
 };
 
-use proxy_core::view;
+use proxy_core::{config::Engine, view};
 use rustix::{
     event::{EventfdFlags, eventfd},
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -24,16 +26,19 @@ use super::{
     Change, Options, StreamCommand, StreamError, StreamId, Streams, handed,
     handover::{self, HandoffEngine, SourcePorts},
     meter::{Meters, Reader, RouteMeter},
+    ranges::{Group, Home},
     route::{Listen, Route},
-    socket,
-    worker::{Applied, Command, Leaving, PortChange, Row, Shared, Worker},
+    worker::{Applied, Command, Leaving, Row, Shared, Worker},
 };
 use crate::{
     kernel::{
         grace::Grace,
+        lookup::{Block, Lookup},
+        memory,
         nft::TRANSPARENT_TABLE,
         return_path::{self, ReturnPath, SetUp},
         routing::Policy,
+        sockmap::Sockmap,
     },
     tls::Watch,
 };
@@ -44,6 +49,8 @@ pub const MAX_PORTS: usize = 16_384;
 const RESERVED: u64 = 512;
 /// Of the rest, one in so many may be for pipes.
 const PIPE_SHARE: u64 = 8;
+/// Sockets that one worker joins at most; its maps are some 3 MB.
+const JOINED: u32 = 16_384;
 /// Pipes per worker at most.
 const MAX_PIPES: u64 = 4096;
 
@@ -58,14 +65,28 @@ pub struct StreamPath {
     /// Also those that are gone and not forgotten: one that comes back goes on counting where it was.
     routes: HashMap<u32, Arc<Route>>,
     listens: BTreeMap<SocketAddr, Vec<u32>>,
+    serving: Serving,
+    /// `None`: not needed yet.
+    lookup: Option<Result<Lookup, ()>>,
     certificates: Watch,
     lock_tables: bool,
+    /// The workers have what sockets are joined with, or it could not be had.
+    joins: bool,
     /// Workers that have yet to serve the last change.
     settling: Vec<oneshot::Receiver<()>>,
     /// Of what was handed over; `None`: nothing is.
     owner: Option<handed::Owner>,
     /// From the first route with `source_address = "client"` on: what looks after its way back.
     return_path: Option<AbortOnDrop>,
+}
+
+/// The sockets that there are.
+#[derive(Debug, Default)]
+struct Serving {
+    own: BTreeSet<SocketAddr>,
+    groups: BTreeMap<Group, Home>,
+    /// What leads to the groups.
+    blocks: BTreeMap<Block, u32>,
 }
 
 #[derive(Debug)]
@@ -95,14 +116,26 @@ impl Link {
 pub struct Prepared {
     routes: Vec<Arc<Route>>,
     gone: Vec<u32>,
-    ports: Vec<(SocketAddr, Vec<u32>, Sockets)>,
+    listening: Option<Listening>,
     return_path: Option<SetUp>,
+    /// One for each worker, when they are needed first.
+    maps: Vec<Sockmap>,
+}
+
+/// The listen addresses after a change, and what has to be done for it.
+#[derive(Debug)]
+struct Listening {
+    listens: BTreeMap<SocketAddr, Vec<u32>>,
+    serving: Serving,
+    sockets: Vec<(SocketAddr, Sockets)>,
 }
 
 #[derive(Debug)]
 enum Sockets {
     /// One for each worker.
     Open(Vec<OwnedFd>, Arc<Listen>),
+    /// … for many ports, bound elsewhere.
+    OpenGroup(Vec<OwnedFd>, Arc<Listen>),
     Update(Arc<Listen>),
     Close,
 }
@@ -149,7 +182,10 @@ impl StreamPath {
             for_sockets,
             routes: HashMap::new(),
             listens: BTreeMap::new(),
+            serving: Serving::default(),
+            lookup: None,
             lock_tables: options.lock_tables,
+            joins: false,
             owner,
             settling: Vec::new(),
             return_path: None,
@@ -185,47 +221,22 @@ impl StreamPath {
         self.listens.iter().filter(affected).map(|(address, members)| (*address, members.clone())).collect()
     }
 
-    fn sockets(&self, address: SocketAddr, listen: &Arc<Listen>, route: &str) -> Result<Sockets, StreamError> {
-        if self.listens.contains_key(&address) {
-            return Ok(Sockets::Update(Arc::clone(listen)));
-        }
-        let refused = |error| StreamError::Listen { address, route: route.to_owned(), error };
-        let bound = || {
-            // Beside a socket of our own for all addresses, the kernel would say that it is taken.
-            if !self.listens.keys().any(|ours| ours.port() == address.port()) {
-                socket::is_free(address)?;
-            }
-            (0..self.workers.len()).map(|_| socket::listener(address)).collect::<io::Result<Vec<_>>>()
-        };
-        Ok(Sockets::Open(bound().map_err(refused)?, Arc::clone(listen)))
-    }
-
-    /// Whether there may be so many ports. Half of the descriptors stay for connections.
-    fn room_for<'a>(
-        &self,
-        asked: &[(SocketAddr, Vec<u32>)],
-        name: impl Fn(&u32) -> &'a str,
-    ) -> Result<(), StreamError> {
-        let max = MAX_PORTS.min(self.for_sockets as usize / 2 / self.workers.len());
-        let mut open: BTreeSet<SocketAddr> = self.listens.keys().copied().collect();
-        for (address, members) in asked {
-            match members.is_empty() {
-                true => open.remove(address),
-                false => open.insert(*address),
-            };
-        }
-        let Some((_, members)) = asked.iter().rfind(|(_, members)| open.len() > max && !members.is_empty()) else {
-            return Ok(());
-        };
-        let ports = asked.iter().filter(|(_, others)| others.first() == members.first()).count();
-        Err(StreamError::TooManyPorts { route: members.first().map_or("", name).to_owned(), ports, max })
-    }
-
     /// What the listeners take is not there for connections.
     fn share_descriptors(&self) {
-        let listeners = (self.listens.len() * self.workers.len()) as u64;
+        let listeners = ((self.serving.own.len() + self.serving.groups.len()) * self.workers.len()) as u64;
         self.reader.pressure.max.store(self.for_sockets.saturating_sub(listeners) / 2, Relaxed);
     }
+}
+
+/// Maps for each worker, or for none: where they cannot be had, splice and copy serve.
+fn maps(workers: usize) -> Vec<Sockmap> {
+    let loaded: Result<Vec<Sockmap>, _> = (0..workers).map(|_| Sockmap::load(JOINED)).collect();
+    // The loader has read what the kernel says of its types, megabytes.
+    memory::give_back();
+    loaded.unwrap_or_else(|error| {
+        tracing::warn!(%error, "no sockets can be joined: splice and copy serve instead");
+        Vec::new()
+    })
 }
 
 impl Streams for StreamPath {
@@ -242,42 +253,20 @@ impl Streams for StreamPath {
         let fresh: HashMap<u32, &Arc<Route>> = routes.iter().map(|route| (route.id, route)).collect();
         let mut asked = change.ports;
         asked.extend(self.told_apart_anew(&routes, &asked));
-        let known = |id: &u32| fresh.get(id).copied().or_else(|| self.routes.get(id));
-        self.room_for(&asked, |id| known(id).map_or("", |route| route.config.name.as_str()))?;
-        let mut ports: Vec<(SocketAddr, Vec<u32>, Sockets)> = Vec::with_capacity(asked.len());
-        // The ports of a range have the same routes: what tells those apart is made once.
-        let mut shared: Option<(Vec<u32>, Arc<Listen>)> = None;
-        for (address, ids) in asked {
-            let members: Vec<&Arc<Route>> = ids.iter().filter_map(known).collect();
-            if members.is_empty() {
-                ports.push((address, ids, Sockets::Close));
-                continue;
-            }
-            let (_, listen) = match shared.take().filter(|(of, _)| *of == ids) {
-                Some(same) => shared.insert(same),
-                None => shared.insert((ids.clone(), Arc::new(Listen::new(&members)))),
-            };
-            let sockets = self.sockets(address, listen, members[0].config.name.as_str())?;
-            ports.push((address, ids, sockets));
-        }
-        for (address, _, sockets) in &ports {
-            let Sockets::Open(fds, listen) = sockets else { continue };
-            let name = listen.members.first().and_then(known).map_or("", |route| route.config.name.as_str());
-            for fd in fds {
-                socket::start_listening(fd).map_err(|error| StreamError::Listen {
-                    address: *address,
-                    route: name.to_owned(),
-                    error,
-                })?;
-            }
-        }
+        let listening = if asked.is_empty() { None } else { Some(self.listen(asked, &fresh)?) };
         let transparent = self.return_path.is_none() && routes.iter().any(|route| route.is_transparent());
         let return_path = transparent.then(|| ReturnPath::set_up(self.lock_tables)).transpose()?;
-        Ok(Prepared { routes, gone: change.gone, ports, return_path })
+        let joins = !self.joins && routes.iter().any(|route| route.engine == Engine::Sockmap);
+        let maps = if joins { maps(count) } else { Vec::new() };
+        Ok(Prepared { routes, gone: change.gone, listening, return_path, maps })
     }
 
     fn commit(&mut self, prepared: Prepared) {
-        let Prepared { routes, gone, ports, return_path: made } = prepared;
+        let Prepared { routes, gone, listening, return_path: made, maps } = prepared;
+        for (worker, map) in self.workers.iter().zip(maps) {
+            self.joins = true;
+            worker.link.send(Command::Join(Box::new(map)));
+        }
         if let Some(path) = made.and_then(SetUp::keep) {
             let Policy { priority, table, .. } = return_path::POLICY;
             tracing::info!(
@@ -293,25 +282,8 @@ impl Streams for StreamPath {
             self.reader.tls.put(route.id, route.tls.clone());
             changes.iter_mut().for_each(|change| change.routes.push(Arc::clone(route)));
         }
-        for (address, members, sockets) in ports {
-            match sockets {
-                Sockets::Open(fds, listen) => {
-                    self.listens.insert(address, members);
-                    for (change, fd) in changes.iter_mut().zip(fds) {
-                        change.ports.push((address, PortChange::Open(fd, Arc::clone(&listen))));
-                    }
-                }
-                Sockets::Update(listen) => {
-                    self.listens.insert(address, members);
-                    for change in &mut changes {
-                        change.ports.push((address, PortChange::Update(Arc::clone(&listen))));
-                    }
-                }
-                Sockets::Close => {
-                    self.listens.remove(&address);
-                    changes.iter_mut().for_each(|change| change.ports.push((address, PortChange::Close)));
-                }
-            }
+        if let Some(listening) = listening {
+            self.begin_listening(listening, &mut changes);
         }
         self.share_descriptors();
         for id in gone {

@@ -15,11 +15,14 @@ use rustix::{
     io::Errno,
 };
 
+use super::relay::sockmap::Interest;
+
 /// Events taken from the kernel at once.
 const BATCH: usize = 512;
 /// Keys from here on are not flows.
 const LISTENERS: u32 = 0xff00_0000;
 const WAKE: u32 = u32::MAX;
+const CALLS: u32 = u32::MAX - 1;
 
 /// Whose event it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +36,8 @@ pub enum Source {
     Listener(u32),
     /// Commands wait.
     Wake,
+    /// The kernel calls for joined connections.
+    Calls,
 }
 
 /// Bits of a flow's number in a [`Source`].
@@ -46,12 +51,14 @@ impl Source {
             }
             Self::Listener(index) => u64::from(LISTENERS + index) << 32,
             Self::Wake => u64::from(WAKE) << 32,
+            Self::Calls => u64::from(CALLS) << 32,
         }
     }
 
     fn of(token: u64) -> Self {
         match (token >> 32) as u32 {
             WAKE => Self::Wake,
+            CALLS => Self::Calls,
             key if key >= LISTENERS => Self::Listener(key - LISTENERS),
             key => {
                 let side = if token & 1 == 0 { Side::Client } else { Side::Backend };
@@ -98,6 +105,14 @@ impl Poll {
         epoll::add(&self.epoll, fd, EventData::new_u64(source.token()), EventFlags::IN)
     }
 
+    /// What is wanted of a connection that the kernel moves: its end in any case.
+    pub fn change_flow(&self, fd: impl AsFd, source: Source, interest: Interest) -> Result<(), Errno> {
+        let mut flags = EventFlags::RDHUP | EventFlags::ET;
+        flags.set(EventFlags::IN | EventFlags::PRI, interest.readable);
+        flags.set(EventFlags::OUT, interest.writable);
+        epoll::modify(&self.epoll, fd, EventData::new_u64(source.token()), flags)
+    }
+
     pub fn remove(&self, fd: impl AsFd) {
         let _ = epoll::delete(&self.epoll, fd);
     }
@@ -120,6 +135,7 @@ mod tests {
     fn a_source_reads_back_from_its_token() {
         for source in [
             Source::Wake,
+            Source::Calls,
             Source::Listener(0),
             Source::Listener(70_000),
             Source::Flow { key: 0, number: 0, side: Side::Client },

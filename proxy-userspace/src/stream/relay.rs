@@ -4,6 +4,7 @@ pub mod buffers;
 mod copy;
 pub mod pipes;
 pub mod secured;
+pub mod sockmap;
 mod splice;
 pub mod tls;
 
@@ -17,6 +18,7 @@ use self::{
     pipes::{Loaded, Pipes},
 };
 use super::socket::Socket;
+use crate::kernel::sockmap::Sockmap;
 
 /// A connection that has so much to say gives way to the others now and then, in bytes.
 pub const TURN: usize = 1 << 20;
@@ -49,6 +51,8 @@ pub enum Waiting {
 pub enum Means {
     Copy,
     Splice,
+    /// The kernel, between sockets that are joined ([`sockmap::Joined`]).
+    Sockmap,
 }
 
 /// What a turn has done.
@@ -75,6 +79,8 @@ pub enum Broken {
 pub struct Stores {
     pub buffers: Buffers,
     pub pipes: Pipes,
+    /// `None`: nothing is joined here.
+    pub sockmap: Option<Sockmap>,
 }
 
 impl Way {
@@ -88,20 +94,24 @@ impl Way {
     ) -> Result<Moved, Broken> {
         let before = self.bytes;
         let again = match means {
-            Means::Copy => self.copy(from, to, stores)?,
+            Means::Copy | Means::Sockmap => self.copy(from, to, stores)?,
             Means::Splice => self.splice(from, to, stores)?,
         };
-        let mut finished = false;
-        if self.ended && !self.passed_on && matches!(self.waiting, Waiting::Nothing) {
-            self.passed_on = true;
-            finished = true;
-            match shutdown(&to.fd, Shutdown::Write) {
-                Ok(()) => {}
-                // Its reset has come meanwhile.
-                Err(Errno::NOTCONN | Errno::PIPE) => return Err(Broken::To),
-                Err(_) => return Err(Broken::To),
-            }
-        }
+        let finished = self.pass_on_end(to)?;
         Ok(Moved { bytes: self.bytes - before, finished, again, moved: self.bytes > before })
+    }
+
+    /// The FIN goes on when everything before it has. True when it has gone now.
+    fn pass_on_end(&mut self, to: &Socket) -> Result<bool, Broken> {
+        if !self.ended || self.passed_on || !matches!(self.waiting, Waiting::Nothing) {
+            return Ok(false);
+        }
+        self.passed_on = true;
+        match shutdown(&to.fd, Shutdown::Write) {
+            Ok(()) => Ok(true),
+            // Its reset has come meanwhile.
+            Err(Errno::NOTCONN | Errno::PIPE) => Err(Broken::To),
+            Err(_) => Err(Broken::To),
+        }
     }
 }

@@ -1,7 +1,9 @@
 //! The sockets of the stream path: how they are made, and what edge-triggered epoll has told of them.
 
 use std::{
-    io,
+    collections::BTreeSet,
+    fs::File,
+    io::{self, BufRead, BufReader},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
@@ -136,6 +138,33 @@ pub fn is_free(address: SocketAddr) -> io::Result<()> {
     }
     Ok(bind(&fd, &address)?)
 }
+
+/// The ports that anybody listens on in this network namespace, at whatever address. The kernel lists listening sockets first.
+pub fn listened_ports() -> io::Result<BTreeSet<u16>> {
+    let mut ports = BTreeSet::new();
+    for file in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
+        let table = match File::open(file) {
+            Ok(table) => table,
+            // No IPv6.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for line in BufReader::new(table).lines().skip(1) {
+            let line = line?;
+            let mut fields = line.split_whitespace().skip(1);
+            let (local, state) = (fields.next(), fields.nth(1));
+            if state != Some(LISTENING) {
+                break;
+            }
+            let port = local.and_then(|local| local.rsplit(':').next());
+            ports.extend(port.and_then(|port| u16::from_str_radix(port, 16).ok()));
+        }
+    }
+    Ok(ports)
+}
+
+/// `TCP_LISTEN`, as `/proc/net/tcp` writes it.
+const LISTENING: &str = "0A";
 
 /// From here on connections are taken by the kernel.
 pub fn start_listening(fd: &OwnedFd) -> io::Result<()> {

@@ -7,6 +7,7 @@ mod dial;
 mod first;
 mod handover;
 mod handshake;
+mod join;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -26,7 +27,7 @@ use proxy_core::{
 use rustix::event::epoll::EventFlags;
 
 pub use self::command::{Applied, Command, Leaving, PortChange, Row};
-use self::{accept::Listener, command::Departure};
+use self::{accept::Listener, command::Departure, join::Joins};
 use super::{
     Ended, StreamId,
     flow::{Flow, Flows},
@@ -84,6 +85,7 @@ pub struct Worker {
     /// Flows whose handshake can go on.
     handshakes: VecDeque<u32>,
     stores: Stores,
+    joins: Joins,
     slots: Vec<Slot>,
     /// Slots of routes that are gone.
     free_slots: Vec<usize>,
@@ -170,7 +172,8 @@ impl Worker {
             woken: Vec::new(),
             queue: VecDeque::new(),
             handshakes: VecDeque::new(),
-            stores: Stores { buffers: Buffers::default(), pipes: Pipes::new(pipes) },
+            stores: Stores { buffers: Buffers::default(), pipes: Pipes::new(pipes), sockmap: None },
+            joins: Joins::default(),
             slots: vec![no_route],
             free_slots: Vec::new(),
             by_id: HashMap::new(),
@@ -219,6 +222,7 @@ impl Worker {
             });
         }
         self.shake_hands();
+        self.look_again();
         self.wheel_turns();
         self.resume();
         self.tell(false);
@@ -235,7 +239,7 @@ impl Worker {
         }
         let timer = self.wheel.next().map(|tick| tick.0 * 1000);
         let trim = (self.gone_since_trim >= WORTH_TRIMMING).then_some(self.micros + 1_000_000);
-        let next = [timer, self.tell_at, self.accept_at, trim].into_iter().flatten().min()?;
+        let next = [timer, self.tell_at, self.accept_at, self.joins.due(), trim].into_iter().flatten().min()?;
         let now = self.shared.began.elapsed().as_micros() as u64;
         Some(Duration::from_micros(next.saturating_sub(now)))
     }
@@ -243,6 +247,7 @@ impl Worker {
     fn dispatch(&mut self, source: Source, events: EventFlags) {
         match source {
             Source::Wake => self.obey(),
+            Source::Calls => self.called(),
             Source::Listener(index) => drop(self.accept(index as usize)),
             Source::Flow { key, number, side } => {
                 self.with(key, |worker, flow| {
@@ -311,6 +316,13 @@ impl Worker {
         if flow.early.as_ref().and_then(|early| early.attempt_until).is_some_and(|until| until <= now) {
             return self.attempt_over(key, flow);
         }
+        if let Some(due) = flow.joined.as_mut().and_then(|joined| joined.look_at.take_if(|at| *at <= now))
+            && self.relay(key, flow) == Fate::Over
+        {
+            tracing::trace!(?due, "ended by a late look");
+            return Fate::Over;
+        }
+        self.take_count(flow);
         if self.step(key, flow, Event::Tick) == Fate::Over {
             return Fate::Over;
         }
@@ -352,6 +364,7 @@ impl Worker {
             flow.session.deadline(&slot.limits),
             flow.early.as_ref().and_then(|early| early.attempt_until),
             slot.leaving.as_ref().map(|leaving| leaving.until),
+            flow.joined.as_ref().and_then(|joined| joined.look_at),
             flow.handover.as_ref().and_then(|handing| self.next_look(handing)),
         ];
         let Some(due) = deadlines.into_iter().flatten().min() else { return self.wheel.clear(key) };
@@ -413,6 +426,7 @@ fn engine_of(means: Means) -> Engine {
     match means {
         Means::Copy => Engine::Copy,
         Means::Splice => Engine::Splice,
+        Means::Sockmap => Engine::Sockmap,
     }
 }
 

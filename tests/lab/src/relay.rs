@@ -23,6 +23,8 @@ use crate::{
 
 /// Far more than a connection has to carry before it is moved to splice.
 const SURELY_PROMOTED: u64 = 128 << 20;
+/// Far more than it takes for sockets to be joined, in small messages.
+const SURELY_JOINED: u64 = 10_000;
 const CHUNK: usize = 64 * 1024;
 
 /// How the bytes of a relayed connection are moved.
@@ -34,6 +36,8 @@ pub enum Relay {
     Splice,
     /// The same, and the connection has carried enough to be moved: [`Self::prime`].
     Promoted,
+    /// A route with `engine = "sockmap"`, and the connection's sockets are joined: [`Self::prime`].
+    Joined,
     /// A route with `engine = "handoff"`, and the connection has been handed over: [`Self::prime`].
     Handoff,
     /// TLS with the client ends in the daemon.
@@ -43,16 +47,17 @@ pub enum Relay {
 }
 
 impl Relay {
-    pub const ALL: [Self; 4] = [Self::Copy, Self::Splice, Self::Promoted, Self::Handoff];
+    pub const ALL: [Self; 5] = [Self::Copy, Self::Splice, Self::Promoted, Self::Joined, Self::Handoff];
     /// The ways that pass through TLS.
     pub const TLS: [Self; 2] = [Self::Terminated, Self::Again];
     /// Every way, TLS or not.
-    pub const WITH_TLS: [Self; 6] =
-        [Self::Copy, Self::Splice, Self::Promoted, Self::Handoff, Self::Terminated, Self::Again];
+    pub const WITH_TLS: [Self; 7] =
+        [Self::Copy, Self::Splice, Self::Promoted, Self::Joined, Self::Handoff, Self::Terminated, Self::Again];
     /// One of each engine, and TLS.
-    pub const ENGINES_AND_TLS: [Self; 5] = [Self::Copy, Self::Splice, Self::Handoff, Self::Terminated, Self::Again];
+    pub const ENGINES_AND_TLS: [Self; 6] =
+        [Self::Copy, Self::Splice, Self::Joined, Self::Handoff, Self::Terminated, Self::Again];
     /// One of each engine, for what happens before a connection carries anything.
-    pub const ENGINES: [Self; 3] = [Self::Copy, Self::Splice, Self::Handoff];
+    pub const ENGINES: [Self; 4] = [Self::Copy, Self::Splice, Self::Joined, Self::Handoff];
 
     /// Name of its route in [`Self::routes`].
     pub fn route(self) -> &'static str {
@@ -60,6 +65,7 @@ impl Relay {
             Self::Copy => "copy",
             Self::Splice => "splice",
             Self::Promoted => "promoted",
+            Self::Joined => "joined",
             Self::Handoff => "handoff",
             Self::Terminated => "terminated",
             Self::Again => "again",
@@ -71,6 +77,7 @@ impl Relay {
         match self {
             Self::Copy | Self::Terminated | Self::Again => "copy",
             Self::Splice | Self::Promoted => "splice",
+            Self::Joined => "sockmap",
             Self::Handoff => "handoff",
         }
     }
@@ -151,31 +158,34 @@ impl Relay {
         let (tcp, _) = listener.accept()?;
         match self {
             Self::Again => Ok(lab.tls()?.acceptor.accept(tcp)?),
-            Self::Copy | Self::Splice | Self::Promoted | Self::Handoff | Self::Terminated => Ok(tcp.into()),
+            Self::Copy | Self::Splice | Self::Promoted | Self::Joined | Self::Handoff | Self::Terminated => {
+                Ok(tcp.into())
+            }
         }
     }
 
     /// Makes sure that the connection, to an echoing backend, is moved as this way says. The bytes it echoed each way.
     pub fn prime(self, shunt: &Shunt, stream: &mut (impl Read + Write + AsFd)) -> Result<u64> {
-        match self {
+        let (engine, chunk, most, asked_every) = match self {
             Self::Copy | Self::Splice | Self::Terminated | Self::Again => return Ok(0),
             Self::Handoff => return handed_over(shunt, stream).map(|()| 0),
-            Self::Promoted => {}
-        }
+            Self::Promoted => ("splice", CHUNK, SURELY_PROMOTED, 4 << 20),
+            Self::Joined => ("sockmap", 100, SURELY_JOINED, 1000),
+        };
         let mut echoed = 0;
-        let (out, mut back) = (vec![0x5a; CHUNK], vec![0; CHUNK]);
+        let (out, mut back) = (vec![0x5a; chunk], vec![0; chunk]);
         SockRef::from(&*stream).set_read_timeout(Some(Duration::from_secs(10)))?;
-        while echoed < SURELY_PROMOTED {
+        while echoed < most {
             stream.write_all(&out).context("priming")?;
             stream.read_exact(&mut back).context("priming")?;
             ensure!(back == out, "priming: came back different after {echoed} bytes");
-            echoed += CHUNK as u64;
-            if echoed % (4 << 20) == 0 && shunt.engine_of(stream)?.as_deref() == Some("splice") {
+            echoed += chunk as u64;
+            if echoed % asked_every == 0 && shunt.engine_of(stream)?.as_deref() == Some(engine) {
                 return Ok(echoed);
             }
         }
-        wait_for("the connection is moved to splice", Duration::from_secs(3), || {
-            (shunt.engine_of(stream).ok()?.as_deref() == Some("splice")).then_some(echoed)
+        wait_for(&format!("the connection is moved to {engine}"), Duration::from_secs(3), || {
+            (shunt.engine_of(stream).ok()?.as_deref() == Some(engine)).then_some(echoed)
         })
     }
 }

@@ -5,7 +5,7 @@ use std::{
     process::{Child, ChildStdin, Command, Stdio},
     sync::mpsc::{Receiver, channel},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -45,6 +45,23 @@ impl Talk {
     /// The next line it writes.
     pub fn hear(&mut self, within: Duration) -> Result<String> {
         self.lines.recv_timeout(within).with_context(|| format!("waited {within:?} for a line"))
+    }
+
+    /// All lines up to the first that contains `text`.
+    ///
+    /// # Errors
+    /// With the lines, when there is none.
+    pub fn hear_until(&mut self, text: &str, within: Duration) -> Result<String> {
+        let (due, mut all) = (Instant::now() + within, String::new());
+        loop {
+            let heard = self.lines.recv_timeout(due.saturating_duration_since(Instant::now()));
+            let line = heard.with_context(|| format!("no {text:?} within {within:?}, but:\n{all}"))?;
+            all.push_str(&line);
+            all.push('\n');
+            if line.contains(text) {
+                return Ok(all);
+            }
+        }
     }
 
     /// The end of its input.

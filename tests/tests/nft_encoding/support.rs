@@ -15,6 +15,7 @@ use proxy_core::{
     ruleset::*,
 };
 use proxy_userspace::kernel::nft::{Nft, NftError, Refusal};
+pub use shunt_tests::kernel_locks_tables;
 
 /// Runs `test` on a thread of its own in a network namespace that ends with it.
 pub fn in_namespace<T: Send>(test: impl FnOnce() -> T + Send) -> T {
@@ -145,9 +146,9 @@ pub fn old_ports(first: u16, last: u16) -> Change {
     Change::DeleteElement { set: "ports".into(), spec: interval(Field::Port, None).spec.into(), key, last }
 }
 
-/// Everything of a ruleset, into an empty or missing table.
+/// Everything of a ruleset, into an empty or missing table; locked where the kernel can.
 pub fn install(ruleset: &Ruleset, lock: bool) -> Vec<Change> {
-    let mut changes = vec![Change::AddTable { lock }];
+    let mut changes = vec![Change::AddTable { lock: lock && kernel_locks_tables() }];
     for (name, policy) in &ruleset.timeouts {
         changes.push(Change::AddTimeout { name: name.clone(), policy: *policy });
     }

@@ -102,6 +102,8 @@ impl Round<'_> {
 
     fn requests(&self) -> Result<Vec<Sample>> {
         let seconds = self.duration.as_secs().max(1);
+        let pids = self.path.pids()?;
+        let (busy, own) = (kernel::busy_seconds()?, cpu_seconds(&pids)?);
         let mut command = self.lab.client().command("wrk");
         command.args(["-t1", "-c64", "--latency", &format!("-d{seconds}s")]);
         let report = run(command.arg(format!("http://{}:{}/1k", self.path.target, services::HTTP)))?;
@@ -110,16 +112,29 @@ impl Round<'_> {
             line.map(str::trim).with_context(|| format!("wrk: no {begin} in {report}"))
         };
         ensure!(!report.contains("Socket errors"), "wrk on {}: {report}", self.path.kind);
+        let (busy, own) = (kernel::busy_seconds()? - busy, cpu_seconds(&pids)? - own);
+        let rate: f64 = field("Requests/sec:")?.parse().context("wrk: Requests/sec")?;
+        let hundred_thousands = rate * seconds as f64 / 1e5;
         Ok(vec![
-            (Metric::Requests, field("Requests/sec:")?.parse().context("wrk: Requests/sec")?),
+            (Metric::Requests, rate),
+            (Metric::CpuRequests, busy / hundred_thousands),
+            (Metric::OwnCpuRequests, own / hundred_thousands),
             (Metric::RequestsP50, wrk_microseconds(field("50%")?)?),
             (Metric::RequestsP99, wrk_microseconds(field("99%")?)?),
         ])
     }
 
     fn ping_pong(&self) -> Result<Vec<Sample>> {
+        let pids = self.path.pids()?;
+        let (busy, own) = (kernel::busy_seconds()?, cpu_seconds(&pids)?);
         let latencies = load::ping_pong(self.lab.client(), self.to(services::ECHO), self.duration)?;
-        Ok(vec![(Metric::PingPong, latencies.value_at_quantile(0.5) as f64 / 1e3)])
+        let (busy, own) = (kernel::busy_seconds()? - busy, cpu_seconds(&pids)? - own);
+        let hundred_thousands = latencies.len() as f64 / 1e5;
+        Ok(vec![
+            (Metric::PingPong, latencies.value_at_quantile(0.5) as f64 / 1e3),
+            (Metric::CpuPingPong, busy / hundred_thousands),
+            (Metric::OwnCpuPingPong, own / hundred_thousands),
+        ])
     }
 
     fn memory(&self) -> Result<Vec<Sample>> {

@@ -47,7 +47,11 @@ pub enum Metric {
     Requests,
     RequestsP50,
     RequestsP99,
+    CpuRequests,
+    OwnCpuRequests,
     PingPong,
+    CpuPingPong,
+    OwnCpuPingPong,
     Resident,
     UserPerConnection,
     KernelPerConnection,
@@ -67,7 +71,11 @@ impl Metric {
             Self::Requests => "keep-alive requests, 64 conns",
             Self::RequestsP50 => "keep-alive request p50",
             Self::RequestsP99 => "keep-alive request p99",
+            Self::CpuRequests => "CPU per 100,000 requests, all on this machine",
+            Self::OwnCpuRequests => "CPU per 100,000 requests, the process itself",
             Self::PingPong => "ping-pong p50",
+            Self::CpuPingPong => "CPU per 100,000 ping-pongs, all on this machine",
+            Self::OwnCpuPingPong => "CPU per 100,000 ping-pongs, the process itself",
             Self::Resident => "memory of the process",
             Self::UserPerConnection => "per idle connection, process",
             Self::KernelPerConnection => "per idle connection, kernel, over plain",
@@ -78,6 +86,7 @@ impl Metric {
         match self {
             Self::Bulk1 | Self::Bulk8 | Self::BulkReverse => "Gbit/s",
             Self::CpuPerGb | Self::OwnCpuPerGb => "s",
+            Self::CpuRequests | Self::OwnCpuRequests | Self::CpuPingPong | Self::OwnCpuPingPong => "s",
             Self::NewConnections | Self::Requests => "/s",
             Self::NewConnectionsP99 | Self::RequestsP50 | Self::RequestsP99 | Self::PingPong => "µs",
             Self::OwnCpuNewConnections => "% of a core",
@@ -92,7 +101,15 @@ impl Metric {
 
     /// Whether it is about the forwarding process, which the kernel paths do not have.
     pub fn is_of_the_process(self) -> bool {
-        matches!(self, Self::OwnCpuPerGb | Self::OwnCpuNewConnections | Self::Resident | Self::UserPerConnection)
+        matches!(
+            self,
+            Self::OwnCpuPerGb
+                | Self::OwnCpuNewConnections
+                | Self::OwnCpuRequests
+                | Self::OwnCpuPingPong
+                | Self::Resident
+                | Self::UserPerConnection
+        )
     }
 
     /// Whether a ratio between paths says anything.

@@ -33,6 +33,8 @@ pub enum PathKind {
     Copy,
     /// shunt, engine = "splice", a worker per core
     Splice,
+    /// shunt, engine = "sockmap", a worker per core
+    Sockmap,
     /// HAProxy, TCP mode, option splice-auto, 2 threads
     Haproxy,
     /// The same without option splice-auto
@@ -42,8 +44,17 @@ pub enum PathKind {
 }
 
 impl PathKind {
-    pub const ALL: [Self; 8] =
-        [Self::Plain, Self::Rule, Self::Shunt, Self::Copy, Self::Splice, Self::Haproxy, Self::HaproxyCopy, Self::Nginx];
+    pub const ALL: [Self; 9] = [
+        Self::Plain,
+        Self::Rule,
+        Self::Shunt,
+        Self::Copy,
+        Self::Splice,
+        Self::Sockmap,
+        Self::Haproxy,
+        Self::HaproxyCopy,
+        Self::Nginx,
+    ];
 
     /// The proxies that shunt's stream path is compared with.
     pub const PEERS: [Self; 3] = [Self::Haproxy, Self::HaproxyCopy, Self::Nginx];
@@ -55,6 +66,7 @@ impl PathKind {
             Self::Shunt => "shunt nft",
             Self::Copy => "shunt copy",
             Self::Splice => "shunt splice",
+            Self::Sockmap => "shunt sockmap",
             Self::Haproxy => "HAProxy splice",
             Self::HaproxyCopy => "HAProxy copy",
             Self::Nginx => "nginx",
@@ -63,7 +75,7 @@ impl PathKind {
 
     /// Served by the daemon under test.
     pub fn is_shunt(self) -> bool {
-        matches!(self, Self::Shunt | Self::Copy | Self::Splice)
+        matches!(self, Self::Shunt | Self::Copy | Self::Splice | Self::Sockmap)
     }
 }
 
@@ -119,11 +131,12 @@ impl RunningPath {
                 let args = ["-e", "stderr", "-p", prefix, "-c", &file];
                 Forwarder::Program(lab.serve(lab.gateway(), "nginx-peer", "nginx", &args, services::HTTP)?)
             }
-            PathKind::Shunt | PathKind::Copy | PathKind::Splice => {
+            PathKind::Shunt | PathKind::Copy | PathKind::Splice | PathKind::Sockmap => {
                 let binary = shunt.context("no shunt binary was built")?;
                 let engine = match kind {
                     PathKind::Copy => "[defaults]\nengine = \"copy\"\n",
                     PathKind::Splice => "[defaults]\nengine = \"splice\"\n",
+                    PathKind::Sockmap => "[defaults]\nengine = \"sockmap\"\n",
                     _ => "",
                 };
                 let config = format!("{engine}{SHUNT}");

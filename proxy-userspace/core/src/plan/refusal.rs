@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::{
-    capability::{Capabilities, Handoff},
+    capability::{Capabilities, Handoff, Sockmap},
     config::{Balance, Engine, EngineChoice, Protocol, Route, RouteName, SourceAddress, Target, TlsMode},
     plan::Port,
     ruleset::Family,
@@ -28,13 +28,15 @@ pub enum Refusal {
     ClientSourceToLoopback,
     /// A relayed connection is a TCP connection.
     OnlyTcp,
-    /// More than [`MAX_STREAM_PORTS`]: each is a socket.
+    /// More than [`MAX_STREAM_PORTS`], and each is a socket: no `sk_lookup` leads them to one.
     TooManyPorts(usize),
     Lacks(Capability),
     /// The engine never sees the bytes it moves, and they must be deciphered or enciphered.
     NeedsBytes(Need),
-    /// This version of shunt has no such engine.
-    NotInThisBuild,
+    /// The engine `sockmap` is not trusted here: the check that failed.
+    Untrusted(String),
+    /// It could serve the route, and moves bytes no better than those after it (docs/sockmap.md).
+    NotBetter,
     CannotHandOver(Handoff),
     /// What is handed over does not pass this chain of the host's firewall: not without being asked for.
     BypassesFirewall(String),
@@ -91,11 +93,19 @@ impl fmt::Display for Refusal {
             ),
             Self::OnlyTcp => f.write_str("relays TCP only"),
             Self::TooManyPorts(ports) => {
-                write!(f, "listens on {ports} ports, each of which is a socket; at most {MAX_STREAM_PORTS} are served")
+                write!(
+                    f,
+                    "listens on {ports} ports, each of which is a socket without sk_lookup (Linux 5.9, CAP_BPF); at most \
+                     {MAX_STREAM_PORTS} are served so"
+                )
             }
             Self::NeedsBytes(need) => write!(f, "{need}; this engine never sees the bytes"),
             Self::Lacks(capability) => write!(f, "{capability}"),
-            Self::NotInThisBuild => f.write_str("not in this version of shunt"),
+            Self::Untrusted(check) => write!(f, "not trusted on this kernel: {check}"),
+            Self::NotBetter => f.write_str(
+                "no better in bulk, and messages wait for a kernel thread where processors are busy (docs/sockmap.md); \
+                 engine = \"sockmap\" forces it",
+            ),
             Self::CannotHandOver(why) => write!(f, "{why}"),
             Self::BypassesFirewall(chain) => write!(
                 f,
@@ -167,7 +177,7 @@ impl fmt::Display for Handoff {
 /// Whether `auto` takes the engine `handoff` where it can serve, or leaves it to routes that name it.
 pub const AUTO_HANDS_OVER: bool = false;
 
-/// Ports of one route where the daemon listens.
+/// Ports of one route where each has sockets.
 pub const MAX_STREAM_PORTS: usize = 1024;
 
 /// Every reason against every engine, in order of preference.
@@ -177,10 +187,12 @@ pub(super) fn refusals(route: &Route, port: &Port, capabilities: &Capabilities) 
     let relays = stream(route, capabilities);
     let handoff = relays.iter().cloned().chain(handoff(route, capabilities));
     refused.extend(handoff.map(|refusal| (Engine::Handoff, refusal)));
-    refused.push((Engine::Sockmap, Refusal::NotInThisBuild));
-    for engine in [Engine::Splice, Engine::Copy] {
+    for engine in [Engine::Sockmap, Engine::Splice, Engine::Copy] {
         refused.extend(relays.iter().map(|refusal| (engine, refusal.clone())));
-        if engine == Engine::Splice {
+        if engine == Engine::Sockmap {
+            refused.extend(sockmap(route, capabilities).into_iter().map(|refusal| (engine, refusal)));
+        }
+        if engine != Engine::Copy {
             refused.extend(encrypts(route).into_iter().map(|need| (engine, Refusal::NeedsBytes(need))));
         }
     }
@@ -195,7 +207,7 @@ pub(super) fn is_for_stream(route: &Route, capabilities: &Capabilities) -> bool 
     }
 }
 
-/// Against both engines that relay in the daemon.
+/// Against all engines that relay in the daemon.
 fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     let mut refuse = |condition: bool, refusal| {
@@ -213,9 +225,18 @@ fn stream(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     refuse(transparent && from_elsewhere && to_loopback, Refusal::ClientSourceToLoopback);
     refuse(transparent && !capabilities.net_admin, Refusal::Lacks(Capability::NetAdmin));
     refuse(transparent && !capabilities.nft_socket, Refusal::Lacks(Capability::NftSocket));
-    refuse(ports > MAX_STREAM_PORTS, Refusal::TooManyPorts(ports));
+    refuse(ports > MAX_STREAM_PORTS && !capabilities.sk_lookup, Refusal::TooManyPorts(ports));
     refuse(ipv6 && !capabilities.ipv6, Refusal::Lacks(Capability::Ipv6));
     refusals
+}
+
+/// Against joining sockets, besides what is against relaying.
+fn sockmap(route: &Route, capabilities: &Capabilities) -> Option<Refusal> {
+    match &capabilities.sockmap {
+        Sockmap::Refused(check) => Some(Refusal::Untrusted(check.clone())),
+        Sockmap::Trusted if route.engine == EngineChoice::Auto => Some(Refusal::NotBetter),
+        Sockmap::Trusted => None,
+    }
 }
 
 /// Whether the kernel must be asked if connections can be handed over ([`Capabilities::handoff`]).

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use super::*;
 use crate::{
-    capability::Handoff,
+    capability::{Handoff, Sockmap},
     config::{Protocol, parse},
 };
 
@@ -70,8 +70,31 @@ fn what_the_daemon_cannot_relay_is_refused_with_the_reason() {
     let range = |last: u16| {
         format!("[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:2000-{last}\"]\nbackends = [\"10.0.1.1\"]\n")
     };
-    assert_eq!(relayed(&range(3023)).1, []);
-    assert_eq!(relayed(&range(3024)).1, [Refusal::TooManyPorts(1025)]);
+    let without = Capabilities { sk_lookup: false, ..Capabilities::all() };
+    let against_copy = |last| {
+        let plan = planned(&range(last), &without);
+        let refused = plan.routes[0].refused.iter().filter(|(engine, _)| *engine == Engine::Copy);
+        refused.map(|(_, refusal)| refusal.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(against_copy(3023), []);
+    assert_eq!(against_copy(3024), [Refusal::TooManyPorts(1025)]);
+    assert_eq!(relayed(&range(60_000)).1, [], "sk_lookup leads them to one socket");
+}
+
+#[test]
+fn a_relayed_range_says_how_its_ports_are_served() {
+    let text = |ports: &str| route("engine = \"splice\"").replace("10.0.0.1:80", &format!("10.0.0.1:{ports}"));
+    let told = |ports: &str, sk_lookup| {
+        let capabilities = Capabilities { sk_lookup, ..Capabilities::all() };
+        planned(&text(ports), &capabilities).routes[0].many_ports()
+    };
+    assert_eq!(told("1000-1015", true), None, "a handful has its own sockets");
+    assert!(told("1000-1016", true).is_some_and(|how| how.starts_with("17 ports are led to one socket")));
+    assert!(told("1000-1016", false).is_some_and(|how| how.contains("lack sk_lookup")));
+    assert_eq!(
+        planned(&route("").replace(":80\"]\nb", ":80-8000\"]\nb"), &Capabilities::all()).routes[0].many_ports(),
+        None
+    );
 }
 
 #[test]
@@ -190,8 +213,8 @@ fn a_forced_engine_that_cannot_serve_is_an_error_that_says_why() {
         unserved.to_string()
     };
     assert_eq!(
-        unserved("engine = \"sockmap\""),
-        "route \"web\": no engine can serve it here: sockmap: not in this version of shunt"
+        unserved("engine = \"handoff\""),
+        "route \"web\": no engine can serve it here: handoff: not in this version of shunt"
     );
     assert_eq!(
         unserved("engine = \"splice\"\nprotocol = \"udp\""),
@@ -230,6 +253,24 @@ fn udp_routes_have_udp_timeouts() {
     let plan = planned(&route("protocol = \"udp\"\ntimeouts = { idle = \"90s\" }"), &Capabilities::all());
     assert_eq!(plan.routes[0].route.protocol, Protocol::Udp);
     assert_eq!(crate::ruleset::timeout_policy(&plan.routes[0].route), crate::ruleset::TimeoutPolicy::udp(90));
+}
+
+#[test]
+fn sockets_are_joined_only_by_order_and_only_by_a_trusted_kernel() {
+    let engine = |extra: &str, capabilities: &Capabilities| {
+        let route = planned(&route(extra), capabilities).routes[0].clone();
+        let against: Vec<String> =
+            route.refused.iter().filter(|(e, _)| *e == Engine::Sockmap).map(|(_, r)| r.to_string()).collect();
+        (route.engine, against.join("; "))
+    };
+    let forced = "engine = \"sockmap\"\nproxy_protocol = { send = \"v1\" }";
+    assert_eq!(engine(forced, &Capabilities::all()), (Some(Engine::Sockmap), String::new()));
+    let (chosen, why) = engine("proxy_protocol = { send = \"v1\" }", &Capabilities::all());
+    assert!(chosen == Some(Engine::Splice) && why.contains("no better"), "{chosen:?} {why}");
+    let doubtful =
+        Capabilities { sockmap: Sockmap::Refused("half-close: bytes are missing".into()), ..Capabilities::all() };
+    let (chosen, why) = engine(forced, &doubtful);
+    assert!(chosen.is_none() && why.contains("half-close"), "{chosen:?} {why}");
 }
 
 /// What the first route, forced to `handoff`, comes to, and why not.

@@ -31,6 +31,9 @@ pub(in crate::cli) fn plan(plan: &Plan) -> String {
     for (route, condition) in plan.routes().iter().filter_map(|r| Some((r, r.condition()?))) {
         text += &format!("\n{}: {condition}\n", route.route.name);
     }
+    for (route, how) in plan.routes().iter().filter_map(|r| Some((r, r.many_ports()?))) {
+        text += &format!("\n{}: {how}\n", route.route.name);
+    }
     for route in plan.routes().iter().filter(|r| r.engine.is_none()) {
         text += &format!("\n{}: what rules each engine out\n", route.route.name);
         for (engine, refusal) in &route.refused {
@@ -57,6 +60,7 @@ pub(in crate::cli) fn plan_json(plan: &Plan) -> Value {
             "engine": r.engine,
             "because": r.because(),
             "condition": r.condition(),
+            "many_ports": r.many_ports(),
             "refused": refused,
         })
     };

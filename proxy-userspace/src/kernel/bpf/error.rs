@@ -28,6 +28,8 @@ pub enum BpfError {
     Map { map: &'static str, source: MapError },
     #[error("the eBPF object has no {what}")]
     Missing { what: &'static str },
+    #[error("this process's network namespace cannot be opened: {0}")]
+    Namespace(#[source] io::Error),
     #[error("the eBPF object has map layout {object}, this daemon {ABI_VERSION}")]
     AbiVersion { object: u32 },
     #[error("the program answered {verdict:#x} to the packet \"{packet}\", and should have left it alone")]
@@ -52,6 +54,7 @@ impl BpfError {
             Self::Verifier { .. } | Self::Load(_) | Self::Program(_) => {
                 "use a newer kernel; shunt serves these routes without eBPF meanwhile"
             }
+            Self::Namespace(_) => "mount /proc",
             Self::Map { .. } | Self::Missing { .. } | Self::AbiVersion { .. } => {
                 "build the daemon and proxy-ebpf/objects from the same sources: cargo xtask ebpf build"
             }
@@ -61,7 +64,7 @@ impl BpfError {
         }
     }
 
-    pub(super) fn from_load(error: EbpfError) -> Self {
+    pub(in crate::kernel) fn from_load(error: EbpfError) -> Self {
         match errno(&error) {
             Some(libc::EPERM) => Self::NotPermitted(Box::new(error)),
             Some(libc::ENOSYS) => Self::NoBpf(Box::new(error)),
@@ -70,7 +73,7 @@ impl BpfError {
     }
 
     /// EACCES is the verifier's own answer and comes with its log; only EPERM is about privileges.
-    pub(super) fn from_program(error: ProgramError) -> Self {
+    pub(in crate::kernel) fn from_program(error: ProgramError) -> Self {
         match (errno(&error), error) {
             (Some(libc::EPERM), error) => Self::NotPermitted(Box::new(error)),
             (Some(libc::ENOSYS), error) => Self::NoBpf(Box::new(error)),

@@ -36,6 +36,8 @@ pub struct Listener {
     pub fd: OwnedFd,
     pub address: SocketAddr,
     pub listen: Arc<Listen>,
+    /// Many ports are led to it by `sk_lookup`: only an accepted socket knows which was dialled.
+    pub is_group: bool,
     /// Clients have been told of no larger segments since a backend took no larger ones.
     pub segment: Option<u16>,
 }
@@ -48,10 +50,12 @@ impl Worker {
             let accepted = acceptfrom_with(&listener.fd, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC);
             let listen = Arc::clone(&listener.listen);
             let address = listener.address;
+            let fixed = !listener.is_group && !address.ip().is_unspecified();
             match accepted {
                 Ok((fd, peer)) => {
                     let Some(peer) = peer.and_then(|peer| SocketAddr::try_from(peer).ok()) else { continue };
-                    self.welcome(fd, peer, address, listen);
+                    let dialled = if fixed { None } else { local_address(&fd) };
+                    self.welcome(fd, peer, dialled.unwrap_or(address), listen);
                 }
                 Err(Errno::AGAIN) => return false,
                 Err(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
@@ -87,7 +91,7 @@ impl Worker {
         }
     }
 
-    fn welcome(&mut self, fd: OwnedFd, peer: SocketAddr, bound: SocketAddr, listen: Arc<Listen>) {
+    fn welcome(&mut self, fd: OwnedFd, peer: SocketAddr, dialled: SocketAddr, listen: Arc<Listen>) {
         let pressure = &self.shared.pressure;
         if self.shared.open.fetch_add(1, Relaxed) >= pressure.max.load(Relaxed) {
             self.shared.open.fetch_sub(1, Relaxed);
@@ -97,7 +101,6 @@ impl Worker {
             Socket::new(fd).reset_on_close();
             return;
         }
-        let dialled = if bound.ip().is_unspecified() { local_address(&fd).unwrap_or(bound) } else { bound };
         let slot = match listen.members[..] {
             [only] => self.by_id.get(&only).copied().unwrap_or(NO_ROUTE),
             _ => NO_ROUTE,
@@ -116,6 +119,8 @@ impl Worker {
             up: Way::default(),
             down: Way::default(),
             means: Means::Copy,
+            joined: None,
+            turns: 0,
             tls: None,
             client_address: peer,
             listen: dialled,
@@ -160,8 +165,7 @@ impl Worker {
         }
     }
 
-    pub(super) fn listen_on(&mut self, address: SocketAddr, fd: OwnedFd, listen: Arc<Listen>) {
-        let listener = Listener { fd, address, listen, segment: None };
+    pub(super) fn listen_on(&mut self, listener: Listener) {
         let index = self.listeners.iter().position(Option::is_none).unwrap_or_else(|| {
             self.listeners.push(None);
             self.listeners.len() - 1

@@ -31,9 +31,13 @@ impl Worker {
             return self.step(key, flow, Event::Cut(Reason::InternalError));
         };
         let before = (flow.up.bytes, flow.down.bytes);
-        let (up, down) = match flow.tls.as_deref_mut() {
-            Some(_) => self.pump_secured(flow),
-            None => {
+        let (up, down) = match (&flow.tls, &flow.joined) {
+            (Some(_), _) => self.pump_secured(flow),
+            (None, Some(_)) => match self.turn_joined(key, flow) {
+                Ok(moved) => moved,
+                Err(reason) => return self.step(key, flow, Event::Cut(reason)),
+            },
+            (None, None) => {
                 let up = flow.up.pump(flow.means, &mut flow.client, backend, &mut self.stores);
                 // Also when the backend takes no more: its last words may be there.
                 let down = match up {
@@ -43,7 +47,7 @@ impl Worker {
                 (up, down)
             }
         };
-        self.count(flow, before);
+        self.count(key, flow, before);
         let (up, down) = match (up, down) {
             (Ok(up), Ok(down)) => (up, down),
             (Err(Broken::From), _) | (_, Err(Broken::To)) => return self.step(key, flow, Event::Reset(Side::Client)),
@@ -67,7 +71,7 @@ impl Worker {
         self.hand_over(key, flow)
     }
 
-    fn count(&mut self, flow: &mut Flow, (up, down): (u64, u64)) {
+    fn count(&mut self, key: u32, flow: &mut Flow, (up, down): (u64, u64)) {
         let (bytes_in, bytes_out) = (flow.up.bytes - up, flow.down.bytes - down);
         if bytes_in + bytes_out == 0 {
             return;
@@ -77,16 +81,25 @@ impl Worker {
         let meter = &slot.meter.engines[meter_slot(flow.means)];
         meter.bytes_in.add(bytes_in);
         meter.bytes_out.add(bytes_out);
-        if matches!(slot.engine, Engine::Splice | Engine::Handoff)
-            && flow.means == Means::Copy
-            && flow.up.bytes + flow.down.bytes >= PROMOTE_AFTER
-        {
-            flow.means = Means::Splice;
-            meter.active.sub(1);
-            let promoted = &slot.meter.engines[meter_slot(Means::Splice)];
-            promoted.active.add(1);
-            promoted.promoted.add(1);
+        match (slot.engine, flow.means) {
+            (Engine::Sockmap, Means::Copy | Means::Splice) => self.join_when_worth_it(key, flow),
+            (Engine::Splice | Engine::Handoff, Means::Copy) => self.splice_when_worth_it(flow),
+            _ => {}
         }
+    }
+
+    pub(super) fn splice_when_worth_it(&mut self, flow: &mut Flow) {
+        if flow.means == Means::Copy && flow.up.bytes + flow.down.bytes >= PROMOTE_AFTER {
+            self.promote(flow, Means::Splice);
+        }
+    }
+
+    pub(super) fn promote(&mut self, flow: &mut Flow, means: Means) {
+        let engines = &self.slots[flow.slot].meter.engines;
+        engines[meter_slot(flow.means)].active.sub(1);
+        flow.means = means;
+        engines[meter_slot(means)].active.add(1);
+        engines[meter_slot(means)].promoted.add(1);
     }
 
     /// Counts the end, tells it, and closes.
@@ -97,6 +110,8 @@ impl Worker {
         if reason == Reason::TlsHandshakeTimeout {
             self.handshake_ended(flow, Shaken::Timeout);
         }
+        self.take_count(flow);
+        self.unjoin(flow);
         self.stays(flow);
         let age = Duration::from_micros(self.micros.saturating_sub(flow.accepted));
         let slot = &mut self.slots[flow.slot];

@@ -17,9 +17,10 @@ use proxy_core::{
 };
 use tokio::sync::oneshot;
 
-use super::{Slot, Worker, engine_of};
+use super::{Slot, Worker, accept::Listener, engine_of};
 use crate::{
     control::ConnectionFilter,
+    kernel::sockmap::Sockmap,
     stream::{
         StreamId,
         flow::Flow,
@@ -31,6 +32,8 @@ use crate::{
 pub enum Command {
     /// Answers when it is served.
     Apply(Applied, oneshot::Sender<()>),
+    /// What sockets are joined with.
+    Join(Box<Sockmap>),
     List {
         filter: ConnectionFilter,
         reply: oneshot::Sender<Vec<Row>>,
@@ -55,6 +58,8 @@ pub struct Applied {
 #[derive(Debug)]
 pub enum PortChange {
     Open(OwnedFd, Arc<Listen>),
+    /// Many ports are led to it; its own address is none of them.
+    OpenGroup(OwnedFd, Arc<Listen>),
     Update(Arc<Listen>),
     Close,
 }
@@ -109,7 +114,11 @@ impl Worker {
                     self.apply(change);
                     let _ = done.send(());
                 }
-                Command::List { filter, reply } => drop(reply.send(self.list(&filter))),
+                Command::Join(map) => self.take_maps(*map),
+                Command::List { filter, reply } => {
+                    self.count_all();
+                    drop(reply.send(self.list(&filter)));
+                }
                 Command::Kill { number, reply } => drop(reply.send(self.kill(number))),
                 Command::Stop => self.stop(),
             }
@@ -122,7 +131,12 @@ impl Worker {
         }
         for (address, port) in change.ports {
             match port {
-                PortChange::Open(fd, listen) => self.listen_on(address, fd, listen),
+                PortChange::Open(fd, listen) => {
+                    self.listen_on(Listener { fd, address, listen, is_group: false, segment: None })
+                }
+                PortChange::OpenGroup(fd, listen) => {
+                    self.listen_on(Listener { fd, address, listen, is_group: true, segment: None });
+                }
                 PortChange::Update(listen) => self.replace_listen(address, &listen),
                 PortChange::Close => {
                     for index in self.listeners_at(address) {

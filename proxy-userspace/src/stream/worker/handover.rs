@@ -344,7 +344,7 @@ impl Worker {
             return self.give_up(flow, Reason::ResetByBackend);
         }
         let Some(mut handing) = flow.handover.take() else { return Fate::Lives };
-        let action = self.look(flow, &mut handing);
+        let action = self.look_at_both(flow, &mut handing);
         match action {
             Ok(Action::Vanish) => return self.vanish(flow, *handing),
             Ok(Action::GiveUp) => {
@@ -367,7 +367,7 @@ impl Worker {
         Fate::Lives
     }
 
-    fn look(&mut self, flow: &mut Flow, handing: &mut Handing) -> Result<Action, RepairError> {
+    fn look_at_both(&mut self, flow: &mut Flow, handing: &mut Handing) -> Result<Action, RepairError> {
         let (Some(engine), Some(gate)) = (self.shared.handoff.clone(), handing.gate) else { return Ok(Action::GiveUp) };
         loop {
             let Some(committed) = &mut handing.committed else { return Ok(Action::GiveUp) };

@@ -1,0 +1,264 @@
+//! One direction between joined sockets.
+//!
+//! Numbers of bytes count from the join. Of what the kernel passes the first `had` bytes were read before it: the kernel
+//! hands over a piece whole that was partly read.
+
+use std::sync::atomic::{Ordering, fence};
+
+use proxy_abi::sockmap::{FAULT_OVERFLOW, NO_FAULT};
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv},
+};
+
+use super::Stop;
+use crate::{
+    kernel::{
+        sockmap::{Line, Seen},
+        tcp,
+    },
+    stream::{
+        relay::{Broken, Moved, TURN, Waiting, Way, buffers::Buffers, copy::send_all},
+        socket::Socket,
+    },
+};
+
+#[derive(Debug)]
+pub struct Lane {
+    /// What had been read of the one socket and written to the other, in the kernel's own measures.
+    read: u64,
+    written: u64,
+    /// `None`: nothing has come yet that would tell.
+    had: Option<u64>,
+    /// Of what was passed: read by the daemon.
+    taken: u64,
+    /// Redirected bytes that the way has counted.
+    counted: u64,
+    /// The last redirect known to have reached the socket's own queue, behind which the daemon may write.
+    settled: u64,
+    grant: Grant,
+    granted: u64,
+    epoch: u64,
+}
+
+/// Who moves the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Grant {
+    /// The daemon.
+    None,
+    /// The kernel; it calls when so many bytes have been redirected, and when it passes some.
+    Until { wake_at: u64 },
+}
+
+impl Lane {
+    pub fn between(from: &Socket, to: &Socket) -> Result<Self, Errno> {
+        Ok(Self {
+            read: tcp::read_exactly(from)?,
+            written: tcp::written_exactly(to)?,
+            had: None,
+            taken: 0,
+            counted: 0,
+            settled: 0,
+            grant: Grant::None,
+            granted: 0,
+            epoch: 0,
+        })
+    }
+
+    /// The daemon need not hear of what comes.
+    pub fn is_quiet(&self) -> bool {
+        self.grant != Grant::None
+    }
+
+    /// Bytes that were passed and that the daemon has not read.
+    pub fn waits(&self, seen: &Seen) -> u64 {
+        seen.passed.saturating_sub(self.taken)
+    }
+
+    pub fn count(&mut self, way: &mut Way, seen: &Seen) {
+        way.bytes += seen.redirected.saturating_sub(self.counted);
+        self.counted = seen.redirected;
+    }
+
+    /// `grant`: bytes that the kernel may have under way. True when it has to be done again although nothing will happen.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a direction, borrowed apart")]
+    pub fn turn(
+        &mut self,
+        line: Line<'_>,
+        grant: u64,
+        from: &mut Socket,
+        to: &mut Socket,
+        way: &mut Way,
+        buffers: &mut Buffers,
+        moved: &mut Moved,
+    ) -> Result<bool, Stop> {
+        if way.passed_on {
+            self.count(way, &line.seen());
+            return Ok(false);
+        }
+        let seen = line.seen();
+        self.count(way, &seen);
+        match seen.fault {
+            NO_FAULT => {}
+            FAULT_OVERFLOW => return Err(Stop::Overflow),
+            fault => return Err(Stop::Fault(fault)),
+        }
+        let mut look = false;
+        if seen.passed > self.dealt(way) {
+            self.revoke(line, &seen);
+            if !self.find_out_had(line, from)? || !self.may_write(&seen, to)? {
+                return Ok(true);
+            }
+            moved.again |= self.relay(line, from, to, way, buffers)?;
+        }
+        if from.finished || from.hung_up {
+            look = !self.finish(line, from, to, way)?;
+        } else if !moved.again {
+            look = self.renew(line, grant, to, way)?;
+        }
+        moved.finished = way.pass_on_end(to)?;
+        Ok(look && !moved.finished)
+    }
+
+    /// While something is passed and not relayed the kernel redirects nothing; now it will not when all is relayed, either.
+    fn revoke(&mut self, line: Line<'_>, seen: &Seen) {
+        if self.is_quiet() {
+            (self.grant, self.granted) = (Grant::None, seen.redirected);
+            line.allow(self.granted, u64::MAX, 0);
+        }
+    }
+
+    /// Of what was passed: relayed, or known to have been read before.
+    fn dealt(&self, way: &Way) -> u64 {
+        match &way.waiting {
+            Waiting::Bytes(held) => self.taken.saturating_sub(held.left().len() as u64),
+            Waiting::Nothing | Waiting::Pipe(_) => self.taken,
+        }
+    }
+
+    /// What the partner must have been given, in its own measure.
+    fn expected(&self, redirected: u64, way: &Way) -> u64 {
+        self.written + redirected + self.dealt(way).saturating_sub(self.had.unwrap_or(0))
+    }
+
+    /// Before the first byte: how much of what was passed had been read before. False when it cannot be told yet.
+    fn find_out_had(&mut self, line: Line<'_>, from: &Socket) -> Result<bool, Stop> {
+        if self.had.is_some() {
+            return Ok(true);
+        }
+        let before = line.seen().passed;
+        let info = tcp::info(from).map_err(|_| Broken::From)?;
+        // A reset is the end of a socket without a FIN that would be counted.
+        let new = info.received.saturating_sub(self.read + u64::from(info.finished));
+        if line.seen().passed != before {
+            return Ok(false);
+        }
+        self.had = before.checked_sub(new);
+        // Something has come and is not judged yet.
+        Ok(self.had.is_some())
+    }
+
+    /// What was redirected before has left the queue in front of the socket, so nothing is overtaken.
+    fn may_write(&mut self, seen: &Seen, to: &Socket) -> Result<bool, Stop> {
+        if seen.redirected == self.settled {
+            return Ok(true);
+        }
+        let relayed = self.taken.saturating_sub(self.had.unwrap_or(0));
+        if tcp::written(to).map_err(|_| Broken::To)? == self.written + seen.redirected + relayed {
+            self.settled = seen.redirected;
+        }
+        Ok(seen.redirected == self.settled)
+    }
+
+    /// Reads what was passed and writes it. True when there may be more.
+    fn relay(
+        &mut self,
+        line: Line<'_>,
+        from: &mut Socket,
+        to: &mut Socket,
+        way: &mut Way,
+        buffers: &mut Buffers,
+    ) -> Result<bool, Stop> {
+        let flushed = way.flush(to, buffers)?;
+        line.set_relayed(self.dealt(way));
+        if !flushed {
+            return Ok(false);
+        }
+        let mut turn = TURN;
+        loop {
+            let scratch = buffers.scratch();
+            let read = match recv(&from.fd, &mut *scratch, RecvFlags::empty()) {
+                // Also while something is on its way to the queue that is read from: no end to be believed.
+                Ok((0, _)) | Err(Errno::AGAIN) => return Ok(false),
+                Ok((read, _)) => read,
+                Err(Errno::INTR) => continue,
+                Err(_) => return Err(Broken::From.into()),
+            };
+            let had = self.had.unwrap_or(0).saturating_sub(self.taken).min(read as u64) as usize;
+            self.taken += read as u64;
+            let sent = if had < read { send_all(to, &scratch[had..read], SendFlags::NOSIGNAL)? } else { 0 };
+            way.bytes += sent as u64;
+            if had + sent < read {
+                way.waiting = Waiting::Bytes(buffers.keep(had + sent..read));
+            }
+            line.set_relayed(self.dealt(way));
+            if had + sent < read {
+                return Ok(false);
+            }
+            turn = turn.saturating_sub(read);
+            if turn == 0 {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// The peer has finished: whether everything before that is through.
+    fn finish(&mut self, line: Line<'_>, from: &Socket, to: &Socket, way: &mut Way) -> Result<bool, Stop> {
+        let info = tcp::info(from).map_err(|_| Broken::From)?;
+        if !info.finished {
+            return Ok(false);
+        }
+        // After the socket's lock was had: all that came is judged.
+        let seen = line.seen();
+        self.count(way, &seen);
+        let new = info.received.checked_sub(self.read + 1);
+        let judged = (seen.redirected + seen.passed).saturating_sub(self.had.unwrap_or(0));
+        let relayed = self.dealt(way) == seen.passed && matches!(way.waiting, Waiting::Nothing);
+        if new != Some(judged) || !relayed {
+            return Ok(false);
+        }
+        way.ended = tcp::written(to).map_err(|_| Broken::To)? == self.expected(seen.redirected, way);
+        Ok(way.ended)
+    }
+
+    /// Lets the kernel go on, as far as the partner has taken what it was given. True when that is to be looked at again.
+    fn renew(&mut self, line: Line<'_>, grant: u64, to: &Socket, way: &Way) -> Result<bool, Stop> {
+        let seen = line.seen();
+        let all_relayed = seen.passed == self.dealt(way) && matches!(way.waiting, Waiting::Nothing);
+        if self.had.is_none() || !all_relayed {
+            return Ok(seen.passed > self.dealt(way) && matches!(way.waiting, Waiting::Nothing));
+        }
+        if matches!(self.grant, Grant::Until { wake_at } if seen.redirected < wake_at) {
+            return Ok(false);
+        }
+        let acked = tcp::info(to).map_err(|_| Broken::To)?.acked;
+        let under_way = self.expected(seen.redirected, way).saturating_sub(acked);
+        let room = grant.saturating_sub(under_way);
+        self.epoch += 1;
+        if room < grant / 2 {
+            // The reader is slow. What was granted stays so; after that the daemon relays at its pace.
+            if self.is_quiet() {
+                line.allow(self.granted, u64::MAX, self.epoch);
+                self.grant = Grant::Until { wake_at: u64::MAX };
+            }
+            return Ok(false);
+        }
+        let wake_at = seen.redirected + room / 2;
+        self.granted = seen.redirected + room;
+        line.allow(self.granted, wake_at, self.epoch);
+        self.grant = Grant::Until { wake_at };
+        // A piece may have been passed just before, and nobody would be called for it.
+        fence(Ordering::SeqCst);
+        Ok(line.seen().passed != self.dealt(way))
+    }
+}

@@ -1,0 +1,323 @@
+//! The engine `sockmap` where it could do harm: lost packets, readers that do not read, many connections that say nothing.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use shunt_lab::{
+    GATEWAY6, Lab, Shunt, kernel, link,
+    pattern::{self, Digested},
+    relay::{Relay, servers},
+    scripted::{Behaviour, TcpServer},
+    wait_until,
+};
+
+const SOON: Duration = Duration::from_secs(10);
+/// A stream on a lossy link waits for its retransmission timer now and then.
+const LATE: Duration = Duration::from_secs(120);
+
+/// Enough for most to be joined: two turns each, unless several came at once.
+const GREETINGS: u64 = 10;
+
+/// Sizes of the stream `seed`, there and back.
+fn sizes(seed: u64) -> [u64; 2] {
+    let roll = |n: u64| seed.wrapping_add(n).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+    [roll(1) % 600_000, roll(2) % 600_000]
+}
+
+/// Says its bytes and hears the others at the same time, each to its end.
+fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Digested)> {
+    stream.set_read_timeout(Some(LATE))?;
+    stream.set_write_timeout(Some(LATE))?;
+    thread::scope(|scope| {
+        let sender = scope.spawn(move || -> Result<Digested> {
+            let mut to = stream;
+            let sent = pattern::send(&mut to, seed, bytes)?;
+            stream.shutdown(Shutdown::Write)?;
+            Ok(sent)
+        });
+        let mut from = stream;
+        let received = pattern::receive(&mut from).context("receiving")?;
+        Ok((sender.join().expect("sender").context("sending")?, received))
+    })
+}
+
+fn serve(mut stream: TcpStream) -> Result<(u64, Digested, Digested)> {
+    let mut seed = [0; 8];
+    stream.set_read_timeout(Some(LATE))?;
+    for _ in 0..GREETINGS {
+        stream.read_exact(&mut seed)?;
+        stream.write_all(&seed)?;
+    }
+    let seed = u64::from_be_bytes(seed);
+    let (sent, received) = exchange(&stream, seed | 1 << 41, sizes(seed)[1])?;
+    Ok((seed, sent, received))
+}
+
+fn dial(lab: &Lab, seed: u64) -> Result<(u64, Digested, Digested)> {
+    let mut stream = lab.client().connect(Relay::Joined.listen())?;
+    stream.set_read_timeout(Some(LATE))?;
+    for _ in 0..GREETINGS {
+        stream.write_all(&seed.to_be_bytes())?;
+        stream.read_exact(&mut [0; 8])?;
+    }
+    let (sent, received) = exchange(&stream, seed | 1 << 40, sizes(seed)[0])?;
+    Ok((seed, sent, received))
+}
+
+/// `streams` through a network without offloads that loses `percent` of the packets each way.
+fn lose(streams: u64, at_once: u64, percent: u32) -> Result<()> {
+    let lab = Lab::new()?;
+    for (host, device) in
+        [(lab.client(), "eth0"), (lab.backend(1), "eth0"), (lab.gateway(), "clients"), (lab.gateway(), "backend1")]
+    {
+        link::offloads(host, device, false)?;
+    }
+    // What reaches an end is lost on its way there: data of one direction and acknowledgements of the other.
+    for host in [lab.client(), lab.backend(1)] {
+        link::lose(host, percent)?;
+    }
+    let listener = lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let first = u64::from(std::process::id()) * 1_000_000;
+    let (next, (mut up, mut down)) = (AtomicU64::new(0), (0, 0));
+    let (lab, next, began) = (&lab, &next, Instant::now());
+    let (clients, mut backends) = thread::scope(|scope| -> Result<_> {
+        let backends = scope.spawn(|| accept_all(&listener, streams));
+        let worker = move || -> Result<Vec<_>> {
+            let mut done = Vec::new();
+            loop {
+                let nth = next.fetch_add(1, Relaxed);
+                if nth >= streams {
+                    return Ok(done);
+                }
+                done.push(dial(lab, first + nth).with_context(|| format!("stream {}", first + nth))?);
+            }
+        };
+        let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(worker)).collect();
+        let done = workers.into_iter().map(|w| w.join().expect("client")).collect::<Result<Vec<_>>>()?;
+        Ok((done.concat(), backends.join().expect("backends")?))
+    })?;
+    backends.sort_by_key(|(seed, ..)| *seed);
+    let mut clients = clients;
+    clients.sort_by_key(|(seed, ..)| *seed);
+    for ((seed, sent, received), (other, sent_back, received_there)) in clients.iter().zip(&backends) {
+        ensure!(seed == other, "{seed} met {other}");
+        ensure!(sent == received_there, "{seed}: client → backend: {sent:?}, {received_there:?}");
+        ensure!(received == sent_back, "{seed}: backend → client: {sent_back:?}, {received:?}");
+        up += sent.bytes + 8 * GREETINGS;
+        down += received.bytes + 8 * GREETINGS;
+    }
+    ensure!(clients.len() as u64 == streams && backends.len() as u64 == streams);
+    shunt.wait_route("joined", "each byte is counted once", SOON, |r| {
+        (r["bytes_in"] == up && r["bytes_out"] == down && r["connections_active"] == 0).then_some(())
+    })?;
+    let joined = ended_joined(&shunt)?;
+    let took = began.elapsed().as_secs_f64();
+    println!("{percent} % lost: {streams} streams, {joined} joined, {up} bytes there and {down} back, {took:.1} s");
+    ensure!(joined > streams as f64 / 2.0, "{joined} of {streams} were joined");
+    Ok(())
+}
+
+fn accept_all(listener: &TcpListener, streams: u64) -> Result<Vec<(u64, Digested, Digested)>> {
+    thread::scope(|scope| {
+        let serving: Vec<_> =
+            (0..streams).map(|_| Ok(scope.spawn(serve_accepted(listener.accept()?.0)))).collect::<Result<_>>()?;
+        serving.into_iter().map(|thread| thread.join().expect("backend").context("backend")).collect()
+    })
+}
+
+fn serve_accepted(stream: TcpStream) -> impl FnOnce() -> Result<(u64, Digested, Digested)> {
+    move || serve(stream)
+}
+
+/// Connections that were joined when they ended.
+fn ended_joined(shunt: &Shunt) -> Result<f64> {
+    let labels = [("route", "joined"), ("engine", "sockmap")];
+    Ok(shunt.metrics()?.value("shunt_terminations_total", &labels))
+}
+
+#[test]
+fn every_byte_arrives_when_packets_are_lost_in_both_directions() -> Result<()> {
+    lose(60, 12, 3)?;
+    lose(24, 12, 10)
+}
+
+#[test]
+#[ignore = "a measurement: minutes"]
+fn a_thousand_streams_through_a_lossy_network() -> Result<()> {
+    lose(400, 32, 3)?;
+    lose(300, 32, 5)?;
+    lose(300, 32, 10)
+}
+
+/// Writes until nothing has been taken for a while; how much was.
+fn write_until_it_stops(stream: &mut TcpStream, most: u64) -> Result<u64> {
+    const STOPPED: Duration = Duration::from_secs(2);
+    stream.set_nonblocking(true)?;
+    let (piece, mut written, mut moved) = (vec![0x77; 256 << 10], 0, Instant::now());
+    while moved.elapsed() < STOPPED && written < most {
+        match stream.write(&piece) {
+            Ok(n) => (written, moved) = (written + n as u64, Instant::now()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(Duration::from_millis(1)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    stream.set_nonblocking(false)?;
+    Ok(written)
+}
+
+#[test]
+fn readers_that_do_not_read_hold_the_writer_back_and_lose_nothing() -> Result<()> {
+    const FAR_TOO_MUCH: u64 = 1 << 30;
+    for both in [false, true] {
+        let lab = Lab::new()?;
+        let listener = lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?;
+        let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+        let mut client = lab.client().connect(Relay::Joined.listen())?;
+        let (mut backend, _) = listener.accept()?;
+        join(&shunt, &mut client, &mut backend)?;
+        let before = kernel::resident_bytes(shunt.pid()?)?;
+        let (there, back) = thread::scope(|scope| -> Result<_> {
+            let back = scope.spawn(|| if both { write_until_it_stops(&mut backend, FAR_TOO_MUCH) } else { Ok(0) });
+            let there = write_until_it_stops(&mut client, FAR_TOO_MUCH)?;
+            Ok((there, back.join().expect("backend")?))
+        })?;
+        let queued = kernel::queued_bytes(lab.gateway())?;
+        let grown = kernel::resident_bytes(shunt.pid()?)?.saturating_sub(before);
+        println!("both {both}: {there} bytes there, {back} back; in sockets of the gateway {queued}; daemon +{grown}");
+        // Four sockets' buffers and the grant of each direction.
+        let most = 2 * kernel::socket_buffers(lab.gateway())? + (10 << 20);
+        ensure!(there < most && back < most, "{there} and {back} bytes were taken, expected at most {most}");
+        client.shutdown(Shutdown::Write)?;
+        backend.shutdown(Shutdown::Write)?;
+        let [at_backend, at_client] = thread::scope(|scope| -> Result<_> {
+            let at_client = scope.spawn(|| count_to_end(&mut client));
+            Ok([count_to_end(&mut backend)?, at_client.join().expect("client")?])
+        })?;
+        ensure!((at_backend, at_client) == (there, back), "{at_backend} of {there}, {at_client} of {back}");
+        ensure!(ended_joined(&shunt)? <= 1.0);
+    }
+    Ok(())
+}
+
+fn count_to_end(stream: &mut TcpStream) -> Result<u64> {
+    stream.set_read_timeout(Some(SOON))?;
+    let (mut buffer, mut count) = (vec![0; 1 << 20], 0);
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(count),
+            n => {
+                ensure!(buffer[..n].iter().all(|b| *b == 0x77), "a byte that nobody sent");
+                count += n as u64;
+            }
+        }
+    }
+}
+
+/// Questions and answers until the sockets are joined.
+fn join(shunt: &Shunt, client: &mut TcpStream, backend: &mut TcpStream) -> Result<()> {
+    for _ in 0..200 {
+        question(client, backend)?;
+        if shunt.engine_of(client)?.as_deref() == Some("sockmap") {
+            // Each direction is under way from its first byte on.
+            return (0..3).try_for_each(|_| question(client, backend));
+        }
+    }
+    anyhow::bail!("200 questions were not enough to be joined")
+}
+
+fn question(client: &mut TcpStream, backend: &mut TcpStream) -> Result<()> {
+    say(client, backend)?;
+    say(backend, client)
+}
+
+fn say(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
+    let mut byte = [0];
+    from.write_all(b"?")?;
+    to.set_read_timeout(Some(SOON))?;
+    to.read_exact(&mut byte)?;
+    ensure!(&byte == b"?", "{byte:?}");
+    Ok(())
+}
+
+/// Times that the daemon's threads have gone to sleep.
+fn sleeps(pid: u32) -> Result<u64> {
+    let mut sum = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        sum += line.context("voluntary_ctxt_switches")?.trim().parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
+#[test]
+fn the_daemon_sleeps_while_the_kernel_passes_messages_on_over_both_families() -> Result<()> {
+    const MESSAGES: u64 = 3000;
+    let lab = Lab::new()?;
+    let port = 8100;
+    let backend: SocketAddr = (lab.backend(1).ip6, 9100).into();
+    let v6 = format!(
+        "[[route]]\nname = \"v6\"\nlisten = [\"[{GATEWAY6}]:{port}\"]\nengine = \"sockmap\"\nbackends = [\"{backend}\"]\n"
+    );
+    let listeners =
+        [lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?, lab.backend(1).listen(backend)?];
+    let shunt = Shunt::start(&lab, &format!("{}{v6}", Relay::routes("")))?;
+    for (to, listener) in
+        [(Relay::Joined.listen(), &listeners[0]), ((IpAddr::V6(GATEWAY6), port).into(), &listeners[1])]
+    {
+        let mut client = lab.client().connect(to)?;
+        let (mut backend, _) = listener.accept()?;
+        join(&shunt, &mut client, &mut backend)?;
+        let before = sleeps(shunt.pid()?)?;
+        for _ in 0..MESSAGES {
+            question(&mut client, &mut backend)?;
+        }
+        let woken = sleeps(shunt.pid()?)? - before;
+        println!("{to}: {MESSAGES} messages each way, the daemon was woken {woken} times");
+        ensure!(woken < MESSAGES / 10, "{to}: woken {woken} times by {MESSAGES} messages each way");
+        let listed = shunt.connection_of(&client)?.context("listed")?;
+        let bytes = listed["bytes_in"].as_u64().context("bytes_in")?;
+        ensure!(bytes > MESSAGES && listed["bytes_out"] == bytes, "counted while it lives: {listed}");
+        ensure!(listed["idle_seconds"].as_f64().is_some_and(|idle| idle < 5.0), "{listed}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "a measurement: 16,000 sockets"]
+fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
+    const FLOWS: usize = 8000;
+    let lab = Lab::builder().client_addresses(4).build()?;
+    let _servers: Vec<TcpServer> = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let before = kernel::resident_bytes(shunt.pid()?)?;
+    let mut flows = Vec::with_capacity(FLOWS);
+    for _ in 0..FLOWS {
+        let mut stream = lab.client().connect(Relay::Joined.listen())?;
+        for _ in 0..20 {
+            shunt_lab::dialog::echo(&mut stream, b"hello")?;
+        }
+        flows.push(stream);
+    }
+    let joined =
+        || shunt.metrics().map(|m| m.value("shunt_connections_active", &[("route", "joined"), ("engine", "sockmap")]));
+    wait_until("all are joined", SOON, || joined().is_ok_and(|n| n == FLOWS as f64))?;
+    let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)?, sleeps(shunt.pid()?)?);
+    thread::sleep(Duration::from_secs(20));
+    let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)? - cpu, sleeps(shunt.pid()?)? - slept);
+    let each = kernel::resident_bytes(shunt.pid()?)?.saturating_sub(before) / FLOWS as u64;
+    println!(
+        "{FLOWS} idle: {each} bytes of the daemon each; in 20 s {cpu:.2} s of processor time, woken {slept} times"
+    );
+    for stream in flows.iter_mut().step_by(100) {
+        shunt_lab::dialog::echo(stream, b"still there")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! What the checks left in the results folder, and the table of it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
+
+/// The end of one check on one kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// What it says of itself.
+    Passed(String),
+    /// Exit code, and what failed.
+    Failed(i32, String),
+    TimedOut(String),
+    /// The machine ended before it.
+    NotRun,
+}
+
+/// `timeout`'s exit codes, when it had to ask and when it had to force.
+const TIMED_OUT: [i32; 2] = [124, 137];
+
+impl Outcome {
+    pub fn read(results: &Path, check: &str) -> Self {
+        let ended = fs::read_to_string(results.join(format!("{check}.exit"))).unwrap_or_default();
+        let log = fs::read(results.join(format!("{check}.log"))).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        match ended.split_whitespace().next().and_then(|code| code.parse().ok()) {
+            None => Self::NotRun,
+            Some(0) => Self::Passed(summary(&log)),
+            Some(code) if TIMED_OUT.contains(&code) => Self::TimedOut(summary(&log)),
+            Some(code) => Self::Failed(code, summary(&log)),
+        }
+    }
+
+    pub fn passed(&self) -> bool {
+        matches!(self, Self::Passed(_))
+    }
+
+    /// One cell of the table.
+    pub fn cell(&self) -> String {
+        match self {
+            Self::Passed(what) => format!("ok {what}"),
+            Self::Failed(code, what) => format!("**failed** ({code}) {what}"),
+            Self::TimedOut(what) => format!("**timed out** {what}"),
+            Self::NotRun => "not run".to_owned(),
+        }
+        .trim_end()
+        .to_owned()
+    }
+}
+
+/// How many tests of a test program passed, and which did not or had not ended.
+fn summary(log: &str) -> String {
+    let tests = log.lines().filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "));
+    let (passed, others): (Vec<_>, Vec<_>) = tests.partition(|(_, outcome)| outcome.ends_with("ok"));
+    let ignored = |outcome: &str| outcome.starts_with("ignored");
+    let named: Vec<&str> = others.iter().filter(|(_, outcome)| !ignored(outcome)).map(|(name, _)| *name).collect();
+    match (passed.len(), named.as_slice()) {
+        (0, []) => String::new(),
+        (passed, []) => passed.to_string(),
+        (passed, others) => format!("{passed}, not {}", others.join(", ")),
+    }
+}
+
+/// What the kernel said of each eBPF program, by object and program: lines of the test `ebpf_objects`.
+pub fn programs(results: &Path) -> BTreeMap<String, String> {
+    let log = fs::read_to_string(results.join("ebpf_objects.log")).unwrap_or_default();
+    let told = log.lines().filter_map(|line| line.strip_prefix("ebpf: ")?.split_once(": "));
+    told.map(|(program, outcome)| (program.to_owned(), outcome.replace('|', "/"))).collect()
+}
+
+/// One kernel's column of the table.
+#[derive(Debug)]
+pub struct Column {
+    pub kernel: String,
+    pub outcomes: Vec<Outcome>,
+    pub programs: BTreeMap<String, String>,
+}
+
+/// A Markdown table: a row for each check and each eBPF program, a column for each kernel.
+pub fn table(checks: &[String], kernels: &[Column]) -> String {
+    let heads: Vec<&str> = kernels.iter().map(|column| column.kernel.as_str()).collect();
+    let mut text = format!("| check | {} |\n|{}\n", heads.join(" | "), " --- |".repeat(kernels.len() + 1));
+    for (index, check) in checks.iter().enumerate() {
+        let cell = |column: &Column| column.outcomes.get(index).unwrap_or(&Outcome::NotRun).cell();
+        text += &format!("| {check} | {} |\n", kernels.iter().map(cell).collect::<Vec<_>>().join(" | "));
+    }
+    let programs: BTreeSet<&String> = kernels.iter().flat_map(|column| column.programs.keys()).collect();
+    for program in programs {
+        let cell = |column: &Column| column.programs.get(program).map_or("not run", String::as_str).to_owned();
+        text += &format!("| {program} | {} |\n", kernels.iter().map(cell).collect::<Vec<_>>().join(" | "));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cell_names_what_failed() {
+        let log = "running 3 tests\ntest a ... ok\ntest b ... FAILED\ntest c ... ok\n";
+        assert_eq!(summary(log), "2, not b");
+        assert_eq!(Outcome::Failed(101, summary(log)).cell(), "**failed** (101) 2, not b");
+        assert_eq!(summary("test a ... ok\ntest b ... ignored, slow\ntest c ... "), "1, not c");
+        assert_eq!(Outcome::Passed(String::new()).cell(), "ok");
+    }
+}
