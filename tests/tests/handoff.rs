@@ -127,7 +127,7 @@ fn a_connection_that_was_handed_over_has_neither_socket_nor_descriptor() -> Resu
 }
 
 #[test]
-fn one_that_is_handed_over_while_busy_loses_nothing() -> Result<()> {
+fn busy_ones_lose_nothing_handed_over_or_not() -> Result<()> {
     let lab = Lab::new()?;
     let server = serve(&lab, Behaviour::Exchange { seed: 6, bytes: 64 << 20, start: Start::AtOnce })?;
     let shunt = Shunt::start(&lab, &route(""))?;
@@ -155,7 +155,7 @@ fn told(lab: &Lab) -> Result<Vec<(&str, u64)>> {
 }
 
 #[test]
-fn five_hundred_at_once_are_handed_over_while_busy() -> Result<()> {
+fn five_hundred_busy_ones_lose_nothing_handed_over_or_not() -> Result<()> {
     let lab = Lab::new()?;
     let server = serve(&lab, Behaviour::Exchange { seed: 6, bytes: 1 << 20, start: Start::AtOnce })?;
     let shunt = Shunt::start(&lab, &route(""))?;
