@@ -31,8 +31,10 @@ use crate::{
     acme,
     admin::{self, Listeners},
     control::{Control, RouteCommand, RouteState},
+    handoff,
     health::Checks,
     kernel::{
+        bpf::handoff::HandoffError,
         capability,
         conntrack::{Hear, NetlinkConntrack},
         memory,
@@ -105,7 +107,7 @@ async fn start(config_file: &Path) -> Result<(), Refusal> {
     let log = logging::init(&config.log).map_err(|e| Refusal::refused(e, None))?;
     let listeners =
         Listeners::bind(config.admin.listen, &config.admin.socket).await.map_err(|e| Refusal::refused(&e, e.mend()))?;
-    let capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe() };
+    let capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe(&config) };
     let plan = plan(&config, &capabilities);
     let unserved = plan.unserved();
     if !unserved.is_empty() {
@@ -224,6 +226,7 @@ impl Daemon {
         config: &Config,
         capabilities: &Capabilities,
         channels: &Channels,
+        handoff: Option<stream::handed::Store>,
     ) -> Result<(StreamPath, JoinHandle<()>), Refusal> {
         let (ended, told) = mpsc::channel(REPORTS);
         let options = stream::Options {
@@ -232,6 +235,7 @@ impl Daemon {
             drained: channels.relayed.0.clone(),
             lock_tables: config.kernel.lock_table && capabilities.nft_owner_persist,
             ended,
+            handoff,
         };
         let streams = StreamPath::start(options).map_err(refuse_streams)?;
         let (log, pressure) = (access_log(config)?, Arc::clone(&streams.reader.pressure));
@@ -259,7 +263,10 @@ impl Daemon {
             false => (None, None),
         };
         let port_id = nft.as_ref().map(KernelNft::port_id);
-        let (streams, relayed_log) = Self::streams(&config, &capabilities, &channels)?;
+        let handoff = handoff::open(&plan(&config, &capabilities), &config.admin.socket).map_err(refuse_handoff)?;
+        let handoff = handoff.map(handoff::follow_interfaces).transpose().map_err(|e| Refusal::refused(e, None))?;
+        let (streams, relayed_log) = Self::streams(&config, &capabilities, &channels, handoff)?;
+        let adopter = streams.adopter();
         let (stream_commands, relayed) = (streams.commands.clone(), streams.reader.clone());
         let inputs = tracker.as_ref().map(|tracker| tracker.inputs.clone());
         let mut announcer = Announcer::new(inputs, clock, capabilities.nft_ct_timeout);
@@ -267,6 +274,9 @@ impl Daemon {
             Reconciler::open(nft, streams, config, capabilities, Instant::now()).map_err(|e| refuse_route(&e))?;
         announcer.announce(&found.serves).await;
         let outcome = reconciler.install(&found).map_err(|e| refuse_route(&e))?;
+        if let Some(owner) = adopter {
+            let _ = owner.send(stream::handed::Command::Adopt);
+        }
         let adopted = found.adopted.clone();
         drop(found);
         // After the install, which it would be told element by element; verified before anything is served.
@@ -392,6 +402,10 @@ fn refuse_nft(error: NftError) -> Refusal {
     Refusal { what: error.to_string(), mend: error.mend(), code: error.exit_code() }
 }
 
+fn refuse_handoff(error: HandoffError) -> Refusal {
+    Refusal::missing(format!("connections cannot be handed over: {error}"), error.mend())
+}
+
 fn refuse_streams(error: StreamError) -> Refusal {
     Refusal { what: error.to_string(), mend: error.mend(), code: error.exit_code() }
 }
@@ -462,6 +476,7 @@ pub fn cleanup(socket: &Path) -> Result<Vec<String>, Refusal> {
         nft.apply(&changes).map_err(refuse_nft)?;
         done.push("deleted table inet shunt: what it forwarded ends".into());
     }
+    done.extend(handoff::remove(socket).map_err(refuse_handoff)?);
     done.extend(return_path::remove().map_err(|e| refuse_streams(e.into()))?);
     let restored = sysctl::restore(&Settings::default(), &sysctl::record_beside(socket));
     for setting in restored.map_err(|e| Refusal::missing(&e, e.mend()))? {

@@ -104,14 +104,16 @@ impl Unfound {
 
 /// Runs every check; with `config` also those its routes need. `socket`: where a running daemon would answer.
 pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
-    let probe = capability::probe_details();
+    let handoff = capability::handoff::ask();
+    let probe = capability::Probe { handoff: handoff.clone(), ..capability::probe_details() };
     let settings = Settings::default();
     // What the routes want of the kernel, not what is left of it here.
     let sockmap = stream::trust_in_sockmap();
     let wanted = Capabilities { net_admin: true, sockmap: sockmap.clone(), ..probe.capabilities() };
     let plan = config.map(|config| plan(config, &wanted));
-    let routes =
-        plan.as_ref().map_or(Routes { ipv4: true, ipv6: true, relayed: true }, |plan| routes_of(plan.routes().iter()));
+    let routes = plan.as_ref().map_or(Routes { ipv4: true, ipv6: true, relayed: true, handed: false }, |plan| {
+        routes_of(plan.routes().iter())
+    });
     let mut checks = privileges::checks(&probe);
     checks.push(host::kernel_version());
     checks.extend(features::checks(&probe));
@@ -121,10 +123,13 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
         checks.iter_mut().for_each(Check::not_needed);
     }
     checks.extend(forward::checks());
+    let hands_over = plan.as_ref().is_some_and(|plan| plan.routes().iter().any(|route| route.hands_over()));
+    checks.extend(forward::passed_by(probe.forward_filter.as_deref(), hands_over));
     checks.push(settings::reverse_path(&settings, config));
     checks.push(features::ebpf(&capability::ebpf::features()));
     checks.push(features::own_object(bpf::self_probe()));
     checks.push(features::sockmap(&sockmap));
+    checks.push(features::handoff(&handoff));
     checks.push(host::file_limit());
     checks.extend(socket.map(host::running_daemon));
     if let (Some(config), Some(plan)) = (config, &plan) {

@@ -7,6 +7,7 @@ pub mod app;
 pub mod cli;
 pub mod control;
 pub mod doctor;
+pub mod handoff;
 pub mod health;
 pub mod kernel;
 pub mod logging;

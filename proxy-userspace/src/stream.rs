@@ -7,6 +7,8 @@
 mod admission;
 pub mod ended;
 mod flow;
+pub mod handed;
+pub mod handover;
 pub mod memory;
 pub mod meter;
 mod path;
@@ -102,13 +104,25 @@ pub struct Options {
     pub lock_tables: bool,
     /// Told of connections that have ended, in batches.
     pub ended: mpsc::Sender<Vec<Ended>>,
+    /// Where connections are handed over to; `None`: all of them stay in the daemon.
+    pub handoff: Option<handed::Store>,
 }
 
 /// What asks for connections.
 #[derive(Debug)]
 pub enum StreamCommand {
-    Connections { filter: ConnectionFilter, reply: Reply<Vec<view::Connection>> },
-    Kill { id: StreamId, reply: Reply<view::Killed> },
+    Connections {
+        filter: ConnectionFilter,
+        reply: Reply<Vec<view::Connection>>,
+    },
+    Kill {
+        id: StreamId,
+        reply: Reply<view::Killed>,
+    },
+    /// Has the counters of what was handed over read, unless that was done a moment ago.
+    Refresh {
+        reply: Reply<()>,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]

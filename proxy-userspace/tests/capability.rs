@@ -121,7 +121,9 @@ fn settings_are_changed_in_this_namespace_and_put_back_with_those_that_followed(
         settings.write(&Sysctl::new("net/ipv4/conf/lo/forwarding"), "1").expect("on");
         let before = ALL.map(read);
 
-        let applied = settings.apply(&needed(Routes { ipv4: true, ipv6: true, relayed: true }), &path).expect("apply");
+        let applied = settings
+            .apply(&needed(Routes { ipv4: true, ipv6: true, relayed: true, handed: false }), &path)
+            .expect("apply");
         assert_eq!(applied.changed.len(), 5, "{applied:?}");
         assert_eq!(ALL.map(read), ["1"; 5]);
         let restored = restore(&settings, &path).expect("restore");

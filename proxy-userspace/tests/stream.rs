@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use proxy_abi::{flow::IPV4, handoff::gate};
 use proxy_core::{
     capability::Capabilities,
     config::{self, Engine},
@@ -18,7 +19,11 @@ use proxy_core::{
 };
 use proxy_userspace::{
     control::ConnectionFilter,
-    stream::{Change, Ended, Options, RouteSpec, StreamCommand, StreamId, StreamPath, Streams},
+    kernel::bpf::handoff::{Found, HandoffStore, MemoryHandoffs},
+    stream::{
+        Change, Ended, Options, RouteSpec, StreamCommand, StreamId, StreamPath, Streams, handed::Store,
+        handover::RESERVED,
+    },
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -39,12 +44,17 @@ fn serve(engine: Engine, backends: &[SocketAddr], extra: &str) -> Served {
 
 /// `told`: batches of ended connections that may wait.
 fn serve_and_tell(engine: Engine, backends: &[SocketAddr], extra: &str, told: usize) -> Served {
+    serve_with(engine, backends, extra, told, None)
+}
+
+fn serve_with(engine: Engine, backends: &[SocketAddr], extra: &str, told: usize, handoff: Option<Store>) -> Served {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     let (ended_tx, ended) = mpsc::channel(told);
     let (drained_tx, drained) = mpsc::channel(16);
     let (failed_dials, _) = mpsc::channel(16);
-    let options = Options { workers: 2, failed_dials, drained: drained_tx, lock_tables: false, ended: ended_tx };
+    let options =
+        Options { workers: 2, failed_dials, drained: drained_tx, lock_tables: false, ended: ended_tx, handoff };
     let mut path = runtime.block_on(async { StreamPath::start(options) }).expect("it starts");
     let listen = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
     let prepared = path.prepare(change(engine, listen, backends, extra)).expect("it listens");
@@ -309,4 +319,43 @@ fn a_route_that_is_gone_drains_and_a_stopping_path_waits_for_it() {
     let stopping = Instant::now();
     served.runtime.block_on(served.path.stop());
     assert!(stopping.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn a_connection_that_is_handed_over_leaves_without_a_word() {
+    let store = Arc::new(MemoryHandoffs::new(16).expect("a table"));
+    let served =
+        serve_with(Engine::Handoff, &[echo_server()], "", 1024, Some(Store { table: store.clone(), on: None }));
+    // Loopback's segments are larger than can be asked for: what the first clients teach each worker.
+    for _ in 0..16 {
+        let mut stream = served.connect();
+        stream.write_all(b"hello").expect("it writes");
+        thread::sleep(Duration::from_millis(30));
+        stream.shutdown(Shutdown::Both).expect("it ends");
+    }
+    let mut stream = served.connect();
+    stream.write_all(b"hello").expect("it writes");
+    stream.read_exact(&mut [0; 5]).expect("it echoes");
+    let (client, listen) = (stream.local_addr().expect("an address"), served.listen);
+    let deadline = Instant::now() + SOON;
+    let found = loop {
+        let alone = |found: &Found| found.flow.gate == gate::ALONE && found.flow.key.source.port() == client.port();
+        if let Some(found) = store.walk().into_iter().find(alone) {
+            break found;
+        }
+        assert!(Instant::now() < deadline, "{:?}", store.walk());
+        thread::sleep(Duration::from_millis(1));
+    };
+    let there = store.entry(&found.flow.key).expect("an entry");
+    let back = store.entry(&there.opposite_key(IPV4)).expect("its opposite");
+    assert_eq!(found.flow.key.destination.port(), listen.port());
+    assert!(RESERVED.contains(&there.source.port()), "{there:?}");
+    assert_eq!((there.dseq, there.dack), (back.dack, back.dseq));
+    // Nothing of ours is on the machine any more, and nobody was told.
+    stream.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
+    let silence = stream.read(&mut [0; 1]).expect_err("neither FIN nor RST");
+    assert!(matches!(silence.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut), "{silence}");
+    stream.write_all(b"who is there").expect("it is sent");
+    let reset = stream.read(&mut [0; 1]).expect_err("no socket answers");
+    assert_eq!(reset.kind(), std::io::ErrorKind::ConnectionReset);
 }

@@ -47,7 +47,7 @@ pub fn nft_listing() -> Result<String> {
 pub fn kernel_locks_tables() -> bool {
     static LOCKS: OnceLock<bool> = OnceLock::new();
     *LOCKS.get_or_init(|| {
-        let locks = capability::probe().nft_owner_persist;
+        let locks = capability::probe_details().capabilities().nft_owner_persist;
         if !locks {
             println!("this kernel locks no tables");
         }

@@ -140,7 +140,8 @@ fn urgent_data_holds_nothing_up() -> Result<()> {
     let lab = Lab::new()?;
     let _servers = servers(&lab, &Behaviour::Echo)?;
     let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    on_every_relay(|relay| {
+    // Once handed over, urgent data is between the two ends, who may take it out of the stream.
+    on_each(&[Relay::Copy, Relay::Splice, Relay::Promoted], |relay| {
         let mut stream = relay.connect(&lab, &shunt)?;
         stream.set_nodelay(true)?;
         for round in 0..3 {

@@ -23,8 +23,9 @@ const TARGET: &str = "bpfel-unknown-none";
 /// One object for each folder in here.
 const PROGRAMS: &str = "proxy-ebpf/src/bin";
 const OBJECTS: &str = "proxy-ebpf/objects";
-/// As bpf-linker itself generates code: for the oldest instruction set, memcpy expanded in order for the verifier's sake.
-const LLC_ARGUMENTS: [&str; 4] = ["-O3", "-mcpu=generic", "-filetype=obj", "--bpf-expand-memcpy-in-order"];
+/// For the oldest instruction set. Not `--bpf-expand-memcpy-in-order`: with it, filling memory with zeros is a call of `memset`, which no
+/// kernel has.
+const LLC_ARGUMENTS: [&str; 3] = ["-O3", "-mcpu=generic", "-filetype=obj"];
 /// What `sha256sum` prints of them; `sha256sum --check` in the folder reads it.
 const CHECKSUMS: &str = "proxy-ebpf/objects/SHA256SUMS";
 

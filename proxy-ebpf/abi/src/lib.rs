@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod flow;
+pub mod handoff;
 pub mod lookup;
 pub mod outcome;
 #[cfg(feature = "pod")]

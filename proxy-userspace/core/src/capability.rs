@@ -25,7 +25,28 @@ pub struct Capabilities {
     pub conntrack_netlink: bool,
     /// IPv6 is there (`/proc/sys/net/ipv6`).
     pub ipv6: bool,
+    /// Whether established connections can be handed over to the packet level.
+    pub handoff: Handoff,
+    /// A chain of somebody else that filters forwarded packets, as the firewall's tool names it. Connections that are handed
+    /// over do not pass it.
+    pub forward_filter: Option<String>,
     pub sockmap: Sockmap,
+}
+
+/// What keeps the engine `handoff` from this kernel or process, if anything does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Handoff {
+    /// The self-probe has passed.
+    Works,
+    NotPermitted,
+    /// Neither tcx (v6.6+) nor clsact.
+    NoTc,
+    /// No `bpf_redirect_neigh` (v5.10+).
+    NoRedirect,
+    /// The check that failed, in its own words.
+    ProbeFailed(String),
+    /// The daemon was started without a route that hands over: nobody has asked.
+    NotAsked,
 }
 
 /// Whether the kernel may be let to join sockets.
@@ -53,6 +74,8 @@ impl Capabilities {
             conntrack_netlink: true,
             ipv6: true,
             sockmap: Sockmap::Trusted,
+            handoff: Handoff::Works,
+            forward_filter: None,
         }
     }
 }

@@ -13,6 +13,8 @@ pub mod config;
 pub mod conntrack;
 pub mod diff;
 pub mod flow;
+pub mod handed;
+pub mod handoff;
 pub mod plan;
 pub mod pool;
 pub mod reason;

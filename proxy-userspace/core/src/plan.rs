@@ -7,7 +7,7 @@ use std::{collections::HashMap, net::SocketAddr, ops::Range, sync::Arc};
 
 use ipnet::IpNet;
 
-pub use refusal::{Capability, MAX_STREAM_PORTS, Need, Refusal};
+pub use refusal::{AUTO_HANDS_OVER, Capability, MAX_STREAM_PORTS, Need, Refusal, may_hand_over};
 
 use crate::{
     capability::Capabilities,
@@ -98,9 +98,17 @@ impl Plan {
 }
 
 impl RoutePlan {
-    /// The daemon listens, dials and relays.
+    /// The daemon listens, dials and relays; with `handoff` until it hands over.
     pub fn is_relayed(&self) -> bool {
-        matches!(self.engine, Some(Engine::Sockmap | Engine::Splice | Engine::Copy))
+        match self.engine {
+            Some(Engine::Handoff | Engine::Sockmap | Engine::Splice | Engine::Copy) => true,
+            Some(Engine::Nft) | None => false,
+        }
+    }
+
+    /// Established connections leave the daemon for the packet level.
+    pub fn hands_over(&self) -> bool {
+        self.engine == Some(Engine::Handoff)
     }
 
     /// The daemon dials its backends from the client's address.
@@ -143,6 +151,10 @@ impl RoutePlan {
             (Some(Engine::Nft), EngineChoice::Auto) => {
                 "the first packet decides: address, port and client are all this route looks at".into()
             }
+            (Some(Engine::Handoff), EngineChoice::Auto) => match self.refused.first() {
+                Some((_, refusal)) => format!("{refusal}: the daemon begins, and hands over to the kernel"),
+                None => format!("{} is the cheapest engine that can serve it", Engine::Handoff),
+            },
             (Some(engine), EngineChoice::Auto) => match self.refused.first() {
                 Some((_, refusal)) => format!("{refusal}: the daemon relays"),
                 None => format!("{engine} is the cheapest engine that can serve it"),

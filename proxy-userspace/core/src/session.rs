@@ -184,6 +184,17 @@ impl Session {
         Self { state: State::Classifying { until: now.after(initial_data) }, began: now, active: now }
     }
 
+    /// One that a daemon before this one has accepted.
+    pub fn established(began: Tick, active: Tick) -> Self {
+        Self { state: State::Established { warned: false }, began, active }
+    }
+
+    /// The same on a clock that began so many milliseconds earlier. For established sessions: the deadlines of others stay.
+    pub fn on_older_clock(self, milliseconds: u64) -> Self {
+        let shifted = |Tick(tick): Tick| Tick(tick.saturating_add(milliseconds));
+        Self { state: self.state, began: shifted(self.began), active: shifted(self.active) }
+    }
+
     pub fn state(&self) -> State {
         self.state
     }

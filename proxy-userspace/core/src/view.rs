@@ -23,6 +23,8 @@ pub struct Status {
     pub connections_total: u64,
     pub reconcile: ReconcileStatus,
     pub conntrack: ConntrackStatus,
+    /// `None`: nothing can be handed over to the packet level here.
+    pub handoff: Option<HandoffStatus>,
     pub reloads_ok: u64,
     pub reloads_failed: u64,
     /// The names whose certificates come from a CA, in their order.
@@ -64,6 +66,20 @@ pub struct ConntrackStatus {
     pub events_lost: u64,
     pub dumps: u64,
     pub last_dump_ms: f64,
+}
+
+/// The table of the engine `handoff`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct HandoffStatus {
+    /// Living ones.
+    pub connections: u64,
+    /// Taken places in the table, those of ended connections that linger included.
+    pub entries: u64,
+    pub max: u64,
+    /// Taken over from an earlier daemon.
+    pub adopted: u64,
+    /// Attempts to hand connections over: `done`, or what kept one in the daemon.
+    pub results: BTreeMap<String, u64>,
 }
 
 /// One of `GET /v1/routes`

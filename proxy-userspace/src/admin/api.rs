@@ -29,6 +29,8 @@ use crate::{
 const ANSWER: Duration = Duration::from_secs(10);
 /// A reload resolves names and programs the kernel.
 const RELOAD: Duration = Duration::from_secs(60);
+/// Numbers that are a little older do as well.
+const REFRESH: Duration = Duration::from_secs(1);
 /// `limit` when none is asked for.
 const CONNECTIONS: usize = 1000;
 
@@ -119,11 +121,18 @@ pub(super) async fn readyz(State(api): State<Api>) -> Response {
     }
 }
 
+/// Numbers of handed-over connections are as of now. As they were, when the daemon is busy or stops.
+pub(super) async fn refresh(api: &Api) {
+    drop(ask(&api.control.streams, REFRESH, |reply| StreamCommand::Refresh { reply }).await);
+}
+
 pub(super) async fn status(State(api): State<Api>) -> Json<view::Status> {
+    refresh(&api).await;
     Json(merge::status(&Known::now(&api), api.started.elapsed()))
 }
 
 pub(super) async fn routes(State(api): State<Api>) -> Response {
+    refresh(&api).await;
     let known = Known::now(&api);
     json(move || merge::routes(&known)).await
 }

@@ -1,6 +1,12 @@
 //! What the owners know, put together: routes and backends from one, their numbers from the others.
 
-use std::{borrow::Cow, collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use proxy_core::view;
 
@@ -65,6 +71,13 @@ pub(super) fn status(known: &Known, uptime: Duration) -> view::Status {
         connections_total: total.chain(engines().map(|(_, engine)| engine.total)).sum(),
         reconcile: routes.reconcile.clone(),
         conntrack: flows.conntrack.clone(),
+        handoff: known.relayed.handed.status().map(|handoff| {
+            let mut results = BTreeMap::new();
+            for (result, count) in relayed.values().flat_map(|(totals, _)| &totals.handovers) {
+                *results.entry((*result).to_owned()).or_default() += count;
+            }
+            view::HandoffStatus { results, ..handoff }
+        }),
         reloads_ok: routes.reloads_ok,
         reloads_failed: routes.reloads_failed,
         acme: known.relayed.acme.views(),

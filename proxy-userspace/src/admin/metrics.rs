@@ -1,6 +1,7 @@
 //! `/metrics`: the last snapshots of the owners, written out at every scrape. Nothing is kept between scrapes, so a route
 //! that is gone leaves no series behind. The format is OpenMetrics text 1.0.
 
+mod handoff;
 mod process;
 
 use std::{fmt, sync::atomic::Ordering::Relaxed};
@@ -34,6 +35,7 @@ use crate::{
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 pub(super) async fn scrape(State(api): State<Api>) -> Response {
+    api::refresh(&api).await;
     let known = Known::now(&api);
     // 50,000 routes with traffic are 500,000 lines and some 160 ms, with ages 1.1 million and 280 ms: not on the daemon's
     // only thread.
@@ -70,6 +72,8 @@ impl Collector for Snapshots {
         connect(&mut encoder, &measured)?;
         ages(&mut encoder, &measured)?;
         backends(&mut encoder, &measured)?;
+        handoff::attempts(&mut encoder, &measured)?;
+        handoff::table(&mut encoder, &self.0.relayed.handed)?;
         tls(&mut encoder, &measured)?;
         self.certificates(&mut encoder)?;
         self.overflows(&mut encoder)?;
@@ -100,6 +104,8 @@ struct Measured {
     handshakes: Vec<(&'static str, u64)>,
     /// Streams of clients and of backends that ended without `close_notify`.
     truncated: [u64; 2],
+    /// Connections handed over, and attempts that came to nothing, by result.
+    handovers: Vec<(&'static str, u64)>,
 }
 
 /// A route by one engine.
@@ -139,6 +145,7 @@ fn unrouted(totals: RouteTotals) -> Measured {
         backends: Vec::new(),
         handshakes: Vec::new(),
         truncated: [0; 2],
+        handovers: Vec::new(),
     }
 }
 
@@ -163,9 +170,9 @@ impl Snapshots {
         let mut engines: Vec<_> =
             flows.routes.get(&route.name).map(|stats| (Engine::Nft.as_str(), forwarded(stats))).into_iter().collect();
         let mut ages = flows.ages.get(&route.name).copied();
-        let (mut connect, mut handshakes, mut truncated) = (None, Vec::new(), [0; 2]);
+        let (mut connect, mut handshakes, mut truncated, mut handovers) = (None, Vec::new(), [0; 2], Vec::new());
         if let Some(totals) = relayed {
-            (handshakes, truncated) = (totals.handshakes, totals.truncated);
+            (handshakes, truncated, handovers) = (totals.handshakes, totals.truncated, totals.handovers);
             ages = with(ages, totals.ages);
             connect =
                 Some((totals.connect, totals.connect_seconds)).filter(|(counts, _)| counts.iter().any(|n| *n > 0));
@@ -175,7 +182,7 @@ impl Snapshots {
             // Zeros for a route that has had no connection yet.
             engines.push((route.engine.as_str(), EngineTotals::default()));
         }
-        Measured { name: route.name.clone(), engines, ages, connect, backends, handshakes, truncated }
+        Measured { name: route.name.clone(), engines, ages, connect, backends, handshakes, truncated, handovers }
     }
 
     fn daemon(&self, encoder: &mut DescriptorEncoder) -> fmt::Result {

@@ -110,7 +110,7 @@ pub(super) fn relayed() -> (Reader, Rates) {
     };
     let (web, none) = (meters(7, "web"), meters(0, "-"));
     for worker in &web.workers {
-        let [copy, splice, _] = &worker.engines;
+        let [copy, splice, ..] = &worker.engines;
         copy.began.add(3);
         copy.bytes_in.add(100);
         copy.terminations[Reason::ConnectRefused as usize].add(1);
@@ -148,6 +148,7 @@ fn answer_stream(command: StreamCommand) {
                 && filter.client_port.is_none_or(|port| port == one.client.port());
             reply.send(Ok(if wanted { vec![one] } else { Vec::new() })).expect("a listener");
         }
+        StreamCommand::Refresh { reply } => reply.send(Ok(())).expect("a listener"),
         StreamCommand::Kill { id, reply } => {
             let one = relayed_connection();
             reply

@@ -92,7 +92,7 @@ fn check(file: &Path) -> Result<Exit, Failure> {
 
 fn plan(file: &Path, format: PlanFormat) -> Result<Exit, Failure> {
     let config = load(file)?;
-    let mut capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe() };
+    let mut capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe(&config) };
     if !capabilities.net_admin {
         // A plan touches nothing: it is of use also to somebody who may not carry it out.
         eprintln!(

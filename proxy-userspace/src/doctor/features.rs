@@ -1,6 +1,9 @@
 //! What the kernel was built with.
 
-use proxy_core::{capability::Sockmap, plan::MAX_STREAM_PORTS};
+use proxy_core::{
+    capability::{Handoff, Sockmap},
+    plan::MAX_STREAM_PORTS,
+};
 
 use super::Check;
 use crate::kernel::{
@@ -126,6 +129,21 @@ pub(super) fn sockmap(trust: &Sockmap) -> Check {
     }
 }
 
+/// Whether connections can be handed over to the packet level.
+pub(super) fn handoff(found: &Handoff) -> Check {
+    let check = Check::of("handoff", "the engine handoff: relayed connections at the cost of forwarded ones");
+    let mend = match found {
+        Handoff::Works => return check.ok("the self-probe has passed"),
+        Handoff::NotAsked => return check.ok("not asked"),
+        Handoff::NotPermitted => {
+            "run with CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_NET_RAW; splice serves these routes meanwhile"
+        }
+        Handoff::NoTc | Handoff::NoRedirect => "use a newer kernel; splice serves these routes meanwhile",
+        Handoff::ProbeFailed(_) => "report it with the output of uname -a; splice serves these routes meanwhile",
+    };
+    check.warn(found.to_string(), mend)
+}
+
 /// All eBPF features in one line: they are there together or not at all.
 pub(super) fn ebpf(features: &[Feature]) -> Check {
     let check = Check::of("eBPF", "the engines handoff and sockmap; the nft engine works without");
@@ -170,6 +188,8 @@ mod tests {
             conntrack_netlink: Some(false),
             sk_lookup: None,
             ipv6: false,
+            handoff: Handoff::NotPermitted,
+            forward_filter: None,
             scratch_namespace: false,
         };
         let states: Vec<_> = checks(&probe).into_iter().map(|check| (check.name, check.state)).collect();

@@ -22,7 +22,7 @@ pub(super) fn checks(settings: &Settings, routes: Routes) -> Vec<Check> {
 fn check(settings: &Settings, need: &sysctl::Needed) -> Check {
     let check = Check::of(need.name.to_string(), need.why);
     match settings.read(&need.name) {
-        Ok(value) if value == need.value => check.ok(format!("{value}, as needed")),
+        Ok(value) if need.value.instead_of(&value).is_none() => check.ok(format!("{value}, as needed")),
         Ok(value) if settings.writable(&need.name) => {
             check.ok(format!("{value}; shunt run sets it to {}, shunt cleanup puts it back", need.value))
         }

@@ -1,6 +1,7 @@
 //! eBPF: the object that is part of this binary, and the probe that shows whether this kernel runs it rightly.
 
 mod error;
+pub mod handoff;
 mod packet;
 
 use std::{collections::HashMap, fmt, time::Duration};

@@ -7,15 +7,21 @@
 //! The kernel may load its nf_tables modules on the way.
 
 pub mod ebpf;
+pub(crate) mod handoff;
 pub(crate) mod netlink;
 mod nft;
 pub mod privileges;
 
 use std::{io, path::Path};
 
+use super::firewall;
 pub use nft::NftFacts;
 use nix::sched::{CloneFlags, unshare};
-use proxy_core::capability::{Capabilities, Sockmap};
+use proxy_core::{
+    capability::{Capabilities, Handoff, Sockmap},
+    config::Config,
+    plan::may_hand_over,
+};
 
 use super::{bpf::BpfError, lookup};
 
@@ -33,13 +39,21 @@ pub struct Probe {
     /// `None`: not allowed to ask.
     pub sk_lookup: Option<bool>,
     pub ipv6: bool,
+    pub handoff: Handoff,
+    /// A foreign chain that filters forwarded packets.
+    pub forward_filter: Option<String>,
     /// The batch went to a network namespace of its own.
     pub scratch_namespace: bool,
 }
 
 /// What the daemon can use here. What could not be asked for want of privilege counts as there; `net_admin` is false then.
-pub fn probe() -> Capabilities {
-    probe_details().capabilities()
+/// Whether connections can be handed over is only asked for routes that would: it takes the kernel a while to say.
+pub fn probe(config: &Config) -> Capabilities {
+    let mut capabilities = probe_details().capabilities();
+    if config.routes.iter().any(|route| may_hand_over(route)) {
+        capabilities.handoff = handoff::ask();
+    }
+    capabilities
 }
 
 /// Asks everything; some milliseconds, more when modules must be loaded.
@@ -68,7 +82,23 @@ pub fn probe_details() -> Probe {
             Some(false)
         }
     };
-    Probe { net_admin, nf_tables, nft, conntrack_netlink, sk_lookup, ipv6, scratch_namespace }
+    Probe {
+        net_admin,
+        nf_tables,
+        nft,
+        conntrack_netlink,
+        sk_lookup,
+        ipv6,
+        handoff: Handoff::NotAsked,
+        forward_filter: forward_filter(),
+        scratch_namespace,
+    }
+}
+
+/// Unknown is as good as none: the chains of a process that may not ask cannot be passed by either.
+fn forward_filter() -> Option<String> {
+    let chains = firewall::forward_chains().unwrap_or_default();
+    chains.into_iter().find(|chain| chain.filters).map(|chain| chain.name)
 }
 
 fn ask_nft() -> (Option<NftFacts>, bool) {
@@ -105,6 +135,8 @@ impl Probe {
             ipv6: self.ipv6,
             // Its own probe asks: `stream::trust_in_sockmap`.
             sockmap: Sockmap::Refused("not asked".into()),
+            handoff: self.handoff.clone(),
+            forward_filter: self.forward_filter.clone(),
         }
     }
 }
@@ -121,6 +153,8 @@ mod tests {
             conntrack_netlink: None,
             sk_lookup: None,
             ipv6: true,
+            handoff: Handoff::NotPermitted,
+            forward_filter: None,
             scratch_namespace: false,
         }
     }
@@ -128,7 +162,8 @@ mod tests {
     #[test]
     fn what_may_not_be_asked_counts_as_there_but_the_privilege_is_missing() {
         let sockmap = Sockmap::Refused("not asked".into());
-        let expected = Capabilities { net_admin: false, sockmap, ..Capabilities::all() };
+        let expected =
+            Capabilities { net_admin: false, handoff: Handoff::NotPermitted, sockmap, ..Capabilities::all() };
         assert_eq!(unprivileged().capabilities(), expected);
     }
 

@@ -1,5 +1,6 @@
 //! Conntrack over netlink (`nf_conntrack_netlink`): events, dumps, and changes to single entries.
 
+pub mod forget;
 mod netlink;
 mod nudge;
 pub mod parse;

@@ -13,6 +13,8 @@ use record::{Entry, Pair};
 pub use record::{Restored, restore};
 use thiserror::Error;
 
+use crate::stream::handover::RESERVED;
+
 /// The name of one setting. Shown as `sysctl` writes it: `net.ipv4.ip_forward`; a dot inside a part
 /// (an interface `eth0.100`) is shown as `/`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -123,7 +125,8 @@ impl Settings {
         fs::OpenOptions::new()
             .write(true)
             .open(name.file(&self.root))
-            .and_then(|mut file| file.write_all(value.as_bytes()))
+            // The newline is what makes an empty value a value.
+            .and_then(|mut file| file.write_all(format!("{value}\n").as_bytes()))
             .map_err(|source| SysctlError::Write { name: name.clone(), value: value.to_owned(), source })
     }
 
@@ -154,7 +157,7 @@ pub fn record_beside(socket: &Path) -> PathBuf {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Needed {
     pub name: Sysctl,
-    pub value: &'static str,
+    pub value: Value,
     /// Half a sentence.
     pub why: &'static str,
     /// Settings the kernel changes by itself when this one is written.
@@ -164,14 +167,56 @@ pub struct Needed {
     pub optional: bool,
 }
 
+/// What a setting must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Value {
+    Exactly(&'static str),
+    /// A list of numbers and ranges that has at least these.
+    Among {
+        first: u16,
+        last: u16,
+    },
+}
+
+impl Value {
+    /// What is to be written where it is `now` something else; `None`: it is as it must be.
+    pub fn instead_of(self, now: &str) -> Option<String> {
+        match self {
+            Self::Exactly(value) => (now != value).then(|| value.to_owned()),
+            Self::Among { first, last } => {
+                // The kernel joins ranges that touch (`proc_do_large_bitmap`).
+                let covers = |range: &str| {
+                    let (from, to) = range.split_once('-').unwrap_or((range, range));
+                    let number = |text: &str| text.trim().parse::<u16>().ok();
+                    number(from).is_some_and(|from| from <= first) && number(to).is_some_and(|to| to >= last)
+                };
+                let has = now.split(',').any(covers);
+                let others = if now.is_empty() { String::new() } else { format!("{now},") };
+                (!has).then(|| format!("{others}{first}-{last}"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exactly(value) => f.write_str(value),
+            Self::Among { first, last } => write!(f, "{first}-{last}"),
+        }
+    }
+}
+
 /// What the routes ask of the kernel.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Routes {
     /// The kernel forwards some …
     pub ipv4: bool,
     pub ipv6: bool,
-    /// … and the daemon relays some.
+    /// … and the daemon relays some …
     pub relayed: bool,
+    /// … of which it hands some over.
+    pub handed: bool,
 }
 
 /// The settings these routes need.
@@ -180,9 +225,19 @@ pub fn needed(routes: Routes) -> Vec<Needed> {
     if routes.relayed {
         needed.push(Needed {
             name: Sysctl::new("net/ipv4/tcp_tw_reuse"),
-            value: "1",
+            value: Value::Exactly("1"),
             // tcp_twsk_unique(), v6.18
             why: "a source port towards a backend is used again after a second, not after a minute of TIME_WAIT",
+            follows: &[],
+            optional: true,
+        });
+    }
+    if routes.handed {
+        let (first, last) = (*RESERVED.start(), *RESERVED.end());
+        needed.push(Needed {
+            name: Sysctl::new("net/ipv4/ip_local_reserved_ports"),
+            value: Value::Among { first, last },
+            why: "the kernel does not give out source ports of connections that have been handed over",
             follows: &[],
             optional: true,
         });
@@ -193,7 +248,7 @@ pub fn needed(routes: Routes) -> Vec<Needed> {
     if routes.ipv4 {
         needed.push(Needed {
             name: Sysctl::new("net/ipv4/ip_forward"),
-            value: "1",
+            value: Value::Exactly("1"),
             why: "the kernel forwards IPv4 packets between interfaces",
             // inet_forward_change() and devinet_sysctl_forward(), v6.18
             follows: &[("ipv4", "forwarding"), ("ipv4", "accept_redirects")],
@@ -203,7 +258,7 @@ pub fn needed(routes: Routes) -> Vec<Needed> {
     if routes.ipv6 {
         needed.push(Needed {
             name: Sysctl::new("net/ipv6/conf/all/forwarding"),
-            value: "1",
+            value: Value::Exactly("1"),
             why: "the kernel forwards IPv6 packets between interfaces",
             // addrconf_fixup_forwarding(), v6.18
             follows: &[("ipv6", "forwarding")],
@@ -212,14 +267,14 @@ pub fn needed(routes: Routes) -> Vec<Needed> {
     }
     needed.push(Needed {
         name: Sysctl::new("net/netfilter/nf_conntrack_acct"),
-        value: "1",
+        value: Value::Exactly("1"),
         why: "conntrack counts the packets and bytes of every connection",
         follows: &[],
         optional: false,
     });
     needed.push(Needed {
         name: Sysctl::new("net/netfilter/nf_conntrack_timestamp"),
-        value: "1",
+        value: Value::Exactly("1"),
         why: "conntrack remembers when each connection began, also for the next daemon",
         follows: &[],
         optional: true,
@@ -248,8 +303,8 @@ impl Settings {
         let mut pending = Vec::new();
         for need in needed {
             let Some(from) = self.read_needed(need)? else { continue };
-            if from != need.value {
-                pending.push(Change { name: need.name.clone(), from, to: need.value.to_owned(), why: need.why });
+            if let Some(to) = need.value.instead_of(&from) {
+                pending.push(Change { name: need.name.clone(), from, to, why: need.why });
             }
         }
         Ok(pending)
@@ -271,39 +326,41 @@ impl Settings {
         let mut applied = Applied::default();
         for need in needed {
             let Some(from) = self.read_needed(need)? else { continue };
-            if from == need.value {
-                continue;
-            }
+            let Some(to) = need.value.instead_of(&from) else { continue };
             if need.name.0 == "net/ipv6/conf/all/forwarding" {
                 applied.warnings.extend(self.router_advertisements_lost());
             }
-            match self.apply_one(need, &from, record) {
+            match self.apply_one(need, &from, &to, record) {
                 Err(error) if need.optional => {
                     applied.warnings.push(format!("{error}; with it, {}", need.why));
                     continue;
                 }
                 result => result?,
             }
-            tracing::info!(sysctl = %need.name, from, to = need.value, "changed a kernel setting: {}", need.why);
-            applied.changed.push(Change { name: need.name.clone(), from, to: need.value.to_owned(), why: need.why });
+            tracing::info!(sysctl = %need.name, from, to, "changed a kernel setting: {}", need.why);
+            applied.changed.push(Change { name: need.name.clone(), from, to, why: need.why });
         }
         Ok(applied)
     }
 
-    fn apply_one(&self, need: &Needed, from: &str, record: &Path) -> Result<(), SysctlError> {
+    fn apply_one(&self, need: &Needed, from: &str, to: &str, record: &Path) -> Result<(), SysctlError> {
         let follows = need.follows.iter().flat_map(|(family, setting)| self.per_interface(family, setting));
         let before: Vec<_> = follows.filter(|(name, _)| *name != need.name).collect();
-        let pair = Pair { was: from.to_owned(), set: need.value.to_owned() };
+        let pair = Pair { was: from.to_owned(), set: to.to_owned() };
         let mut entry = Entry { pair, followed: BTreeMap::new() };
         // Recorded first: dying between the two leaves a record of a change that did not happen, which restore skips.
         record::remember(record, &need.name, &entry)?;
-        self.write(&need.name, need.value)?;
+        self.write(&need.name, to)?;
+        // As the kernel writes it: a list comes back sorted and joined.
+        let set = self.read(&need.name)?;
+        let rewritten = set != entry.pair.set;
+        entry.pair.set = set;
         // Also those that did not change: writing the old value of this setting will change them.
         entry.followed = before
             .into_iter()
             .filter_map(|(name, was)| self.read(&name).ok().map(|set| (name, Pair { was, set })))
             .collect();
-        if entry.followed.is_empty() { Ok(()) } else { record::remember(record, &need.name, &entry) }
+        if entry.followed.is_empty() && !rewritten { Ok(()) } else { record::remember(record, &need.name, &entry) }
     }
 
     /// A router does not accept router advertisements unless `accept_ra` is 2 (`ipv6_accept_ra`, v6.18): interfaces that

@@ -430,6 +430,7 @@ pub fn routes_of<'a>(routes: impl Iterator<Item = &'a Arc<RoutePlan>>) -> sysctl
         all.ipv4 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv4());
         all.ipv6 |= forwarded && plan.route.listen.iter().any(|l| l.address.is_ipv6());
         all.relayed |= plan.is_relayed();
+        all.handed |= plan.hands_over();
     }
     all
 }

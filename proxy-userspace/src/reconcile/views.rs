@@ -161,6 +161,10 @@ fn relayed(served: &Served, to: Option<String>) -> Vec<String> {
             "bytes: copied by the daemon at first; a connection that goes on has its sockets joined, and the kernel passes \
              the bytes on; the daemon relays while the reader is slow"
         }
+        Engine::Handoff => {
+            "bytes: copied by the daemon at first; then both connections are handed over to a program at the network \
+             interfaces that translates one into the other, and the daemon is not involved any more"
+        }
         Engine::Splice => {
             "bytes: copied by the daemon at first; a connection that carries much is moved in the kernel, from socket to \
              socket through a pipe"

@@ -8,7 +8,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     net::IpAddr,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::Duration,
@@ -47,6 +47,19 @@ pub struct Admitted {
     client: Option<IpAddr>,
 }
 
+/// A place under a route's limits, given back when dropped.
+#[derive(Debug)]
+pub struct Seat {
+    pub admission: Arc<Admission>,
+    pub admitted: Admitted,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.admission.leave(self.admitted);
+    }
+}
+
 impl Admission {
     /// `now`: on a monotonic clock that all workers share.
     pub fn enter(&self, route: &config::Route, client: IpAddr, now: Duration) -> Result<Admitted, Reason> {
@@ -77,6 +90,18 @@ impl Admission {
             self.open.fetch_sub(1, Relaxed);
         }
         counted
+    }
+
+    /// Counts a connection that is there already.
+    pub fn enter_anyway(&self, route: &config::Route, client: IpAddr) -> Admitted {
+        let client = client.to_canonical();
+        self.open.fetch_add(1, Relaxed);
+        let limits = &route.limits;
+        if limits.connections_per_client.is_none() && limits.rate_per_client.is_none() {
+            return Admitted { client: None };
+        }
+        self.with(client, |known| known.open += 1);
+        Admitted { client: Some(client) }
     }
 
     pub fn leave(&self, admitted: Admitted) {
@@ -135,7 +160,7 @@ mod tests {
 
     use super::*;
 
-    fn route(extra: &str) -> std::sync::Arc<config::Route> {
+    fn route(extra: &str) -> Arc<config::Route> {
         let text =
             format!("[[route]]\nname = \"web\"\nlisten = [\"10.0.0.1:80\"]\nbackends = [\"10.0.1.1:80\"]\n{extra}\n");
         let config = config::parse(&text, Path::new("/t.toml")).unwrap_or_else(|problems| panic!("{problems}"));

@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
 
 use proxy_core::{config::Engine, reason::Reason};
 
-/// Names a connection of the stream path for as long as the daemon lives: never given twice.
+/// Names a connection of the stream path: never given twice, not even by the next daemon, which may have taken some over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StreamId(u64);
 
@@ -20,6 +20,15 @@ impl StreamId {
 
     pub const fn number(self) -> u64 {
         self.0 & ((1 << 52) - 1)
+    }
+
+    /// The whole id, as it stands beside a handed-over flow in the kernel.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
     }
 }
 

@@ -19,6 +19,7 @@ use rustls::ServerConfig;
 
 use super::{
     admission::Admitted,
+    handover::{Handing, SourcePort},
     poll::{NUMBER_MASK, Source},
     relay::{Means, Way, secured::Secured, sockmap::Joined},
     route::Listen,
@@ -54,6 +55,8 @@ pub struct Flow {
     pub early: Option<Box<Early>>,
     pub admitted: Option<Admitted>,
     pub counted: Option<Counted>,
+    /// On its way out of the daemon, or kept here.
+    pub handover: Option<Box<Handing>>,
     /// Its turn was over before its bytes were: it is in the worker's queue.
     pub queued: bool,
     /// Microseconds on the worker's clock when it was accepted.
@@ -65,7 +68,7 @@ pub struct Flow {
 }
 
 // An idle connection is this and its two sockets in the kernel.
-const _: () = assert!(size_of::<Flow>() <= 448);
+const _: () = assert!(size_of::<Flow>() <= 456);
 
 /// What is only needed until a backend has answered.
 #[derive(Debug)]
@@ -88,6 +91,8 @@ pub struct Early {
     pub attempt_until: Option<Tick>,
     /// The one before, which has not answered yet and still may.
     pub rival: Option<Dialled>,
+    /// Of the one asked last.
+    pub port: Option<SourcePort>,
 }
 
 /// A backend that is being connected to.
@@ -96,6 +101,7 @@ pub struct Dialled {
     pub socket: Socket,
     pub address: SocketAddr,
     pub counted: Counted,
+    pub port: Option<SourcePort>,
 }
 
 /// One connection more for a backend, as long as it lives.

@@ -14,16 +14,18 @@ use std::{
 use proxy_core::{
     config::Engine,
     flow::{AGE_BUCKETS, AgeHistogram},
+    handoff::Failure,
     reason::Reason,
 };
 
+use super::handed::Gauge;
 use crate::{acme, tls};
 
 /// Upper bounds in seconds of `shunt_connect_seconds`.
 pub const CONNECT_BUCKETS: [f64; 10] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0, 5.0, 30.0];
 
 /// The engines that count here, in the order of their slots.
-pub const ENGINES: [Engine; 3] = [Engine::Copy, Engine::Splice, Engine::Sockmap];
+pub const ENGINES: [Engine; 4] = [Engine::Copy, Engine::Splice, Engine::Sockmap, Engine::Handoff];
 
 /// A number that one thread writes and others read.
 #[derive(Debug, Default)]
@@ -115,6 +117,9 @@ pub struct RouteMeter {
     pub age_micros: Counter,
     /// With the client, and with the backend.
     pub tls: [TlsMeter; 2],
+    pub handed_over: Counter,
+    /// Attempts that came to nothing, indexed by `Failure as usize`.
+    pub not_handed_over: [Counter; Failure::ALL.len()],
 }
 
 /// … by one engine. A connection is begun in the engine it starts with, active in the one it has and ended in the one it
@@ -137,7 +142,7 @@ pub struct EngineMeter {
 pub struct Meters {
     pub id: u32,
     pub name: Arc<str>,
-    /// One per worker.
+    /// One per worker, and the last for the owner of what has been handed over.
     pub workers: Vec<Arc<RouteMeter>>,
     /// Open connections by backend, over all workers.
     pub backends: RwLock<Vec<(SocketAddr, Arc<AtomicU64>)>>,
@@ -169,6 +174,8 @@ pub struct RouteTotals {
     pub handshakes: Vec<(&'static str, u64)>,
     /// Streams that ended without `close_notify`: of clients, and of backends.
     pub truncated: [u64; 2],
+    /// Connections that were handed over, and attempts that were not to be, by the `result` label; zeros left out.
+    pub handovers: Vec<(&'static str, u64)>,
 }
 
 impl RouteMeter {
@@ -190,8 +197,13 @@ fn bucket<'a>(counters: &'a [Counter], bounds: &[f64], value: Duration) -> &'a C
 
 impl Meters {
     pub fn new(id: u32, name: &str, workers: usize) -> Self {
-        let workers = (0..workers).map(|_| Arc::new(RouteMeter::default())).collect();
+        let workers = (0..=workers).map(|_| Arc::new(RouteMeter::default())).collect();
         Self { id, name: name.into(), workers, backends: RwLock::default() }
+    }
+
+    /// Written by the owner of what has been handed over, and by nobody else.
+    pub fn of_owner(&self) -> Option<&Arc<RouteMeter>> {
+        self.workers.last()
     }
 
     /// Counted so far. Exact for each number; the numbers are not of one instant.
@@ -223,8 +235,16 @@ impl Meters {
             },
             backends: backends.unwrap_or_default(),
             handshakes: self.handshakes(),
+            handovers: self.handovers(),
             truncated: std::array::from_fn(|side| sum(&|w| w.tls[side].truncated.get())),
         }
+    }
+
+    fn handovers(&self) -> Vec<(&'static str, u64)> {
+        let sum = |of: &dyn Fn(&RouteMeter) -> u64| self.workers.iter().map(|w| of(w)).fold(0, u64::wrapping_add);
+        let failed = Failure::ALL.iter().map(|why| (why.label(), sum(&|w| w.not_handed_over[*why as usize].get())));
+        let done = std::iter::once(("done", sum(&|w| w.handed_over.get())));
+        done.chain(failed).filter(|(_, n)| *n > 0).collect()
     }
 
     fn handshakes(&self) -> Vec<(&'static str, u64)> {
@@ -282,6 +302,7 @@ pub struct Pressure {
 pub struct Reader {
     pub meters: Registry,
     pub pressure: Arc<Pressure>,
+    pub handed: Arc<Gauge>,
     pub tls: tls::Registry,
     pub acme: acme::Told,
 }

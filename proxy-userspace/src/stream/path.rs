@@ -23,7 +23,8 @@ use rustix::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Change, Options, StreamCommand, StreamError, StreamId, Streams,
+    Change, Options, StreamCommand, StreamError, StreamId, Streams, handed,
+    handover::{self, HandoffEngine, SourcePorts},
     meter::{Meters, Reader, RouteMeter},
     ranges::{Group, Home},
     route::{Listen, Route},
@@ -31,6 +32,7 @@ use super::{
 };
 use crate::{
     kernel::{
+        grace::Grace,
         lookup::{Block, Lookup},
         memory,
         nft::TRANSPARENT_TABLE,
@@ -72,6 +74,8 @@ pub struct StreamPath {
     joins: bool,
     /// Workers that have yet to serve the last change.
     settling: Vec<oneshot::Receiver<()>>,
+    /// Of what was handed over; `None`: nothing is.
+    owner: Option<handed::Owner>,
     /// From the first route with `source_address = "client"` on: what looks after its way back.
     return_path: Option<AbortOnDrop>,
 }
@@ -147,17 +151,19 @@ impl StreamPath {
         let pipes = (usable / PIPE_SHARE / 2 / workers as u64).min(MAX_PIPES);
         let for_sockets = usable - pipes * 2 * workers as u64;
         reader.pressure.max.store(for_sockets / 2, Relaxed);
-        let shared = Shared {
+        let mut shared = Shared {
             open: Arc::new(AtomicU64::new(0)),
             pressure: Arc::clone(&reader.pressure),
             began: Instant::now(),
             failed_dials: options.failed_dials,
             drained: options.drained,
             ended: options.ended,
+            handoff: None,
             challenges: reader.acme.challenges.clone(),
         };
         let unrouted = Arc::new(Meters::new(0, "-", workers));
         reader.meters.put(Arc::clone(&unrouted));
+        let owner = options.handoff.map(|store| own(store, &mut shared, &unrouted, &reader)).transpose()?;
         let handles = (0..workers).map(|index| {
             let meter = Arc::clone(&unrouted.workers[index]);
             spawn(index as u8, shared.clone(), meter, pipes as usize)
@@ -165,7 +171,8 @@ impl StreamPath {
         let workers = handles.collect::<Result<Vec<Handle>, StreamError>>()?;
         let (commands, queue) = mpsc::channel(64);
         let links = workers.iter().map(|worker| worker.link.clone()).collect();
-        tokio::spawn(answer(queue, links));
+        let owner_commands = owner.as_ref().map(|owner| owner.commands.clone());
+        tokio::spawn(answer(queue, links, owner_commands));
         let certificates = Watch::start(reader.tls.clone());
         let certificates = certificates.map_err(|error| StreamError::Start { call: "clone", error })?;
         Ok(Self {
@@ -179,10 +186,23 @@ impl StreamPath {
             lookup: None,
             lock_tables: options.lock_tables,
             joins: false,
+            owner,
             settling: Vec::new(),
             return_path: None,
             certificates,
         })
+    }
+
+    /// To be told [`handed::Command::Adopt`] when every route of the configuration is served. `None`: nothing is handed over.
+    pub fn adopter(&self) -> Option<mpsc::UnboundedSender<handed::Command>> {
+        self.owner.as_ref().map(|owner| owner.commands.clone())
+    }
+
+    fn tell_owner(&self, command: handed::Command) {
+        // A failed send means that it has ended.
+        if let Some(owner) = &self.owner {
+            let _ = owner.commands.send(command);
+        }
     }
 
     /// The addresses whose routes are the same as before while what tells them apart has changed.
@@ -267,10 +287,12 @@ impl Streams for StreamPath {
         }
         self.share_descriptors();
         for id in gone {
-            let leaving = Leaving::new(self.workers.len());
+            let leaving = Leaving::new(self.workers.len() + usize::from(self.owner.is_some()));
             self.reader.tls.put(id, None);
             changes.iter_mut().for_each(|change| change.gone.push((id, leaving.clone())));
+            self.tell_owner(handed::Command::Gone(id, leaving));
         }
+        self.tell_owner(handed::Command::Routes(routes.clone()));
         self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
         self.settling.clear();
         for (worker, change) in self.workers.iter().zip(changes) {
@@ -297,6 +319,7 @@ impl Streams for StreamPath {
     }
 
     async fn stop(self) {
+        let owner = self.owner;
         let threads: Vec<JoinHandle<()>> = self
             .workers
             .into_iter()
@@ -310,6 +333,8 @@ impl Streams for StreamPath {
                 // One that panicked has ended the process.
                 let _ = thread.join();
             }
+            // They may have handed something over with their last breath.
+            owner.into_iter().for_each(handed::Owner::stop);
         });
         let _ = joined.await;
     }
@@ -323,6 +348,36 @@ impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
     }
+}
+
+/// Starts the owner of what is handed over. The ports of what an earlier daemon has left are taken before anybody dials.
+fn own(
+    store: handed::Store,
+    shared: &mut Shared,
+    unrouted: &Arc<Meters>,
+    reader: &Reader,
+) -> Result<handed::Owner, StreamError> {
+    let failed = |error| StreamError::Start { call: "clone", error };
+    let ports = SourcePorts::default();
+    let (sender, receiver) = handover::channel();
+    let options = handed::Options {
+        remnants: handed::Remnants::collect(&*store.table, &ports),
+        store: Arc::clone(&store.table),
+        handed: receiver,
+        unrouted: Arc::clone(unrouted),
+        drained: shared.drained.clone(),
+        ended: shared.ended.clone(),
+        gauge: Arc::clone(&reader.handed),
+    };
+    shared.handoff = Some(HandoffEngine {
+        store: store.table,
+        owner: sender,
+        ports,
+        grace: Grace::start().map_err(failed)?,
+        on: store.on,
+        when: handover::WHEN,
+    });
+    handed::Owner::spawn(options).map_err(failed)
 }
 
 fn spawn(index: u8, shared: Shared, unrouted: Arc<RouteMeter>, pipes: usize) -> Result<Handle, StreamError> {
@@ -370,8 +425,12 @@ fn raise_descriptors() -> u64 {
     beyond.or_else(|| raised(hard, hard)).unwrap_or(current)
 }
 
-/// Asks the workers what others want to know.
-async fn answer(mut queue: mpsc::Receiver<StreamCommand>, links: Vec<Link>) {
+/// Asks the workers, and the owner of what they have handed over, what others want to know.
+async fn answer(
+    mut queue: mpsc::Receiver<StreamCommand>,
+    links: Vec<Link>,
+    owner: Option<mpsc::UnboundedSender<handed::Command>>,
+) {
     while let Some(command) = queue.recv().await {
         match command {
             StreamCommand::Connections { filter, reply } => {
@@ -385,26 +444,55 @@ async fn answer(mut queue: mpsc::Receiver<StreamCommand>, links: Vec<Link>) {
                 for answered in asked {
                     rows.extend(answered.await.unwrap_or_default());
                 }
-                rows.truncate(most);
-                let _ = reply.send(Ok(rows.iter().map(connection).collect()));
+                // Then its owner: a connection that is handed over meanwhile is shown once, where it is now.
+                let mut found = ask(&owner, |reply| handed::Command::List(filter, reply)).await.unwrap_or_default();
+                let handed: HashSet<String> = found.iter().map(|one| one.id.clone()).collect();
+                found.extend(rows.iter().map(connection).filter(|one| !handed.contains(&one.id)));
+                found.truncate(most);
+                let _ = reply.send(Ok(found));
             }
             StreamCommand::Kill { id, reply } => {
-                let _ = reply.send(kill(id, &links).await);
+                let _ = reply.send(kill(id, &links, &owner).await);
+            }
+            StreamCommand::Refresh { reply } => {
+                let _ = ask(&owner, handed::Command::Refresh).await;
+                let _ = reply.send(Ok(()));
             }
         }
     }
 }
 
-async fn kill(id: StreamId, links: &[Link]) -> Result<view::Killed, view::Failure> {
+/// `None`: there is no owner, or it has ended.
+async fn ask<T>(
+    owner: &Option<mpsc::UnboundedSender<handed::Command>>,
+    command: impl FnOnce(oneshot::Sender<T>) -> handed::Command,
+) -> Option<T> {
+    let (reply, answered) = oneshot::channel();
+    owner.as_ref()?.send(command(reply)).ok()?;
+    answered.await.ok()
+}
+
+async fn kill(
+    id: StreamId,
+    links: &[Link],
+    owner: &Option<mpsc::UnboundedSender<handed::Command>>,
+) -> Result<view::Killed, view::Failure> {
     let missing = || view::Failure {
         error: format!("there is no connection {id}"),
         hint: Some("`shunt connections` lists the ids of living connections".into()),
     };
-    let link = links.get(usize::from(id.worker())).ok_or_else(missing)?;
-    let (reply, answered) = oneshot::channel();
-    link.send(Command::Kill { number: id.number(), reply });
-    let row = answered.await.ok().flatten().ok_or_else(missing)?;
-    Ok(view::Killed { id: id.to_string(), route: row.route.to_string(), client: row.client })
+    let killed = |route: Arc<str>, client| view::Killed { id: id.to_string(), route: route.to_string(), client };
+    if let Some(link) = links.get(usize::from(id.worker())) {
+        let (reply, answered) = oneshot::channel();
+        link.send(Command::Kill { number: id.number(), reply });
+        if let Ok(Some(row)) = answered.await {
+            return Ok(killed(row.route, row.client));
+        }
+    }
+    // What it has handed over has arrived by now.
+    let handed = ask(owner, |reply| handed::Command::Kill(id, reply)).await.flatten();
+    let (route, client) = handed.ok_or_else(missing)?;
+    Ok(killed(route, client))
 }
 
 fn connection(row: &Row) -> view::Connection {

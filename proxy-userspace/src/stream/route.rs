@@ -19,7 +19,12 @@ use proxy_core::{
 
 use rustls::pki_types::ServerName;
 
-use super::{RouteSpec, admission::Admission, meter::Meters};
+use super::{
+    RouteSpec,
+    admission::{Admission, Seat},
+    flow::Counted,
+    meter::Meters,
+};
 use crate::tls::{RouteTls, TlsError};
 
 #[derive(Debug)]
@@ -106,6 +111,18 @@ impl Route {
             open: Arc::clone(self.open.get(index)?),
             is_last: tried.len() + 1 >= endpoints.iter().filter(|e| e.up).count(),
         })
+    }
+
+    /// A place for a connection that an earlier daemon let in, whatever the limits say now.
+    pub fn seat_of(&self, client: IpAddr) -> Seat {
+        Seat { admission: Arc::clone(&self.admission), admitted: self.admission.enter_anyway(&self.config, client) }
+    }
+
+    /// One connection more for that backend, if it is one of the route's.
+    pub fn count(&self, backend: SocketAddr) -> Option<Counted> {
+        let is = |e: &Endpoint| e.address == backend.ip() && e.port.is_none_or(|port| port == backend.port());
+        let index = self.chooser.endpoints().iter().position(is)?;
+        self.open.get(index).map(|open| Counted::new(Arc::clone(open)))
     }
 
     /// Backends see the client's address.

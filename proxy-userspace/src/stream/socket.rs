@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs::File,
     io::{self, BufRead, BufReader},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
@@ -15,6 +15,8 @@ use rustix::{
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, bind, connect, getsockname, ipproto, listen, socket_with, sockopt},
 };
+
+use crate::kernel::repair;
 
 /// Connections that may wait to be accepted; `net.core.somaxconn` caps it.
 const BACKLOG: i32 = 4096;
@@ -169,9 +171,19 @@ pub fn start_listening(fd: &OwnedFd) -> io::Result<()> {
     Ok(listen(fd, BACKLOG)?)
 }
 
-/// Begins to connect, from `source` where one is given, be it an address of this machine or not. The socket becomes writable
-/// when the backend has answered.
-pub fn dial(to: SocketAddr, source: Option<IpAddr>, keepalive: bool) -> Result<Socket, Errno> {
+/// From where a backend is dialled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    /// An address and port of this machine that the kernel chooses.
+    Anywhere,
+    /// This address, be it one of this machine or not.
+    Address(IpAddr),
+    /// This port, with segments of at most so many bytes.
+    Port { port: u16, segment: Option<u16> },
+}
+
+/// Begins to connect. The socket becomes writable when the backend has answered.
+pub fn dial(to: SocketAddr, from: From, keepalive: bool) -> Result<Socket, Errno> {
     let fd = socket_with(family(to.ip()), SocketType::STREAM, FLAGS, Some(ipproto::TCP))?;
     sockopt::set_tcp_nodelay(&fd, true)?;
     sockopt::set_socket_oobinline(&fd, true)?;
@@ -181,13 +193,20 @@ pub fn dial(to: SocketAddr, source: Option<IpAddr>, keepalive: bool) -> Result<S
     // The acknowledgement of the backend's SYN goes with the first bytes, a segment less for each connection
     // (`tcp_rcv_synsent_state_process`). Who has none to send asks for it: `Socket::acknowledge`.
     sockopt::set_tcp_quickack(&fd, false)?;
-    if let Some(source) = source {
-        bind_to_foreign(&fd, source)?;
+    match from {
+        From::Anywhere => {}
+        From::Address(source) => bind_to_foreign(&fd, source)?,
+        From::Port { port, segment } => bind_to_port(&fd, family(to.ip()), port, segment)?,
     }
     match connect(&fd, &to) {
-        Ok(()) | Err(Errno::INPROGRESS) => Ok(Socket::new(fd)),
-        Err(errno) => Err(errno),
+        Ok(()) | Err(Errno::INPROGRESS) => {}
+        Err(errno) => return Err(errno),
     }
+    if let From::Port { segment: Some(_), .. } = from {
+        // The SYN has said it. What the answer says would be cut to it, too (`tcp_parse_options`, v6.18).
+        let _ = repair::limit_segments(&fd, 0);
+    }
+    Ok(Socket::new(fd))
 }
 
 /// The port is chosen when it is known where to, so that as many connections are possible as to each backend.
@@ -197,6 +216,20 @@ fn bind_to_foreign(fd: &OwnedFd, source: IpAddr) -> Result<(), Errno> {
     setsockopt(fd, options::IpTransparent, &true).map_err(errno)?;
     setsockopt(fd, options::IpBindAddressNoPort, &true).map_err(errno)?;
     bind(fd, &SocketAddr::new(source, 0))
+}
+
+/// Towards other backends the port has other sockets of ours (`SO_REUSEADDR`).
+fn bind_to_port(fd: &OwnedFd, family: AddressFamily, port: u16, segment: Option<u16>) -> Result<(), Errno> {
+    sockopt::set_socket_reuseaddr(fd, true)?;
+    if let Some(segment) = segment {
+        // Best effort: the pair is looked at before it is handed over.
+        let _ = repair::limit_segments(fd, segment);
+    }
+    let any: IpAddr = match family {
+        AddressFamily::INET => Ipv4Addr::UNSPECIFIED.into(),
+        _ => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    bind(fd, &SocketAddr::new(any, port))
 }
 
 /// What the client dialled.

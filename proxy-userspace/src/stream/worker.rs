@@ -5,6 +5,7 @@ mod carry;
 mod command;
 mod dial;
 mod first;
+mod handover;
 mod handshake;
 mod join;
 
@@ -30,6 +31,7 @@ use self::{accept::Listener, command::Departure, join::Joins};
 use super::{
     Ended, StreamId,
     flow::{Flow, Flows},
+    handover::{HandoffEngine, Paths},
     meter::{ENGINES, Pressure, RouteMeter},
     poll::{Events, Poll, Source},
     relay::{Means, Stores, buffers::Buffers, pipes::Pipes},
@@ -57,6 +59,8 @@ pub struct Shared {
     pub failed_dials: tokio::sync::mpsc::Sender<FailedDial>,
     pub drained: tokio::sync::mpsc::Sender<u32>,
     pub ended: tokio::sync::mpsc::Sender<Vec<Ended>>,
+    /// `None`: every connection is relayed to its end.
+    pub handoff: Option<HandoffEngine>,
     /// What is answered to a CA that looks whose a name is.
     pub challenges: Challenges,
 }
@@ -92,6 +96,8 @@ pub struct Worker {
     tell_at: Option<u64>,
     /// Nothing is accepted before.
     accept_at: Option<u64>,
+    /// From the first connection that is to be handed over on.
+    paths: Option<Paths>,
     random: u64,
     gone_since_trim: usize,
     stopping: bool,
@@ -160,7 +166,8 @@ impl Worker {
             micros: shared.began.elapsed().as_micros() as u64,
             rounds: 0,
             flows: Flows::default(),
-            next_number: 0,
+            // Beyond what an earlier daemon gave: connections that it handed over live on with their ids.
+            next_number: wall().as_secs() << 20,
             wheel: Wheel::new(Tick(0)),
             woken: Vec::new(),
             queue: VecDeque::new(),
@@ -174,6 +181,7 @@ impl Worker {
             told: Vec::new(),
             tell_at: None,
             accept_at: None,
+            paths: None,
             random: 0x9e37_79b9_7f4a_7c15 ^ u64::from(index) << 32 ^ wall().as_nanos() as u64,
             gone_since_trim: 0,
             stopping: false,
@@ -315,12 +323,18 @@ impl Worker {
             return Fate::Over;
         }
         self.take_count(flow);
-        self.step(key, flow, Event::Tick)
+        if self.step(key, flow, Event::Tick) == Fate::Over {
+            return Fate::Over;
+        }
+        self.handover_due(key, flow)
     }
 
     /// Tells the session, and does what it says.
     fn step(&mut self, key: u32, flow: &mut Flow, event: Event) -> Fate {
         let now = self.now();
+        if flow.is_handed_over() {
+            return self.while_leaving(key, flow, event);
+        }
         match flow.session.step(event, &self.slots[flow.slot].limits, now) {
             Action::Nothing => {
                 self.arm(key, flow);
@@ -351,6 +365,7 @@ impl Worker {
             flow.early.as_ref().and_then(|early| early.attempt_until),
             slot.leaving.as_ref().map(|leaving| leaving.until),
             flow.joined.as_ref().and_then(|joined| joined.look_at),
+            flow.handover.as_ref().and_then(|handing| self.next_look(handing)),
         ];
         let Some(due) = deadlines.into_iter().flatten().min() else { return self.wheel.clear(key) };
         if self.wheel.due(key).is_none_or(|set| set > due) {

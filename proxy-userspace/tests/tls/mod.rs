@@ -173,6 +173,7 @@ impl Served {
             drained: mpsc::channel(16).0,
             ended: ended_tx,
             lock_tables: false,
+            handoff: None,
         };
         let mut path = runtime.block_on(async { StreamPath::start(options) }).expect("it starts");
         let list: Vec<String> = backends.iter().map(|b| format!("\"{b}\"")).collect();

@@ -38,6 +38,9 @@ pub enum Relay {
     Promoted,
     /// A route with `engine = "sockmap"`, and the connection's sockets are joined: [`Self::prime`].
     Joined,
+    /// A route with `engine = "handoff"`, and the connection has been handed over: [`Self::prime`]. In none of the lists: it has tests
+    /// of its own.
+    Handoff,
     /// TLS with the client ends in the daemon.
     Terminated,
     /// … and begins again towards the backend.
@@ -63,6 +66,7 @@ impl Relay {
             Self::Splice => "splice",
             Self::Promoted => "promoted",
             Self::Joined => "joined",
+            Self::Handoff => "handoff",
             Self::Terminated => "terminated",
             Self::Again => "again",
         }
@@ -74,6 +78,7 @@ impl Relay {
             Self::Copy | Self::Terminated | Self::Again => "copy",
             Self::Splice | Self::Promoted => "splice",
             Self::Joined => "sockmap",
+            Self::Handoff => "handoff",
         }
     }
 
@@ -153,7 +158,9 @@ impl Relay {
         let (tcp, _) = listener.accept()?;
         match self {
             Self::Again => Ok(lab.tls()?.acceptor.accept(tcp)?),
-            Self::Copy | Self::Splice | Self::Promoted | Self::Joined | Self::Terminated => Ok(tcp.into()),
+            Self::Copy | Self::Splice | Self::Promoted | Self::Joined | Self::Handoff | Self::Terminated => {
+                Ok(tcp.into())
+            }
         }
     }
 
@@ -161,6 +168,7 @@ impl Relay {
     pub fn prime(self, shunt: &Shunt, stream: &mut (impl Read + Write + AsFd)) -> Result<u64> {
         let (engine, chunk, most, asked_every) = match self {
             Self::Copy | Self::Splice | Self::Terminated | Self::Again => return Ok(0),
+            Self::Handoff => return handed_over(shunt, stream).map(|()| 0),
             Self::Promoted => ("splice", CHUNK, SURELY_PROMOTED, 4 << 20),
             Self::Joined => ("sockmap", 100, SURELY_JOINED, 1000),
         };
@@ -180,6 +188,17 @@ impl Relay {
             (shunt.engine_of(stream).ok()?.as_deref() == Some(engine)).then_some(echoed)
         })
     }
+}
+
+/// Waits until the connection of the client's `stream` has no socket in the daemon any more. It must be quiet meanwhile.
+pub fn handed_over(shunt: &Shunt, stream: &impl AsFd) -> Result<()> {
+    wait_for("the connection is handed over", Duration::from_secs(5), || {
+        (shunt.engine_of(stream).ok()?.as_deref() == Some("handoff")).then_some(())
+    })
+    .map_err(|error| {
+        let why = shunt.metrics().map(|metrics| metrics.samples("shunt_handovers_total"));
+        error.context(format!("{why:?}; {:?}", shunt.connection_of(stream)))
+    })
 }
 
 /// A server on backend 1 for each way, in the order of [`Relay::ALL`].

@@ -97,8 +97,8 @@ impl ShuntBuilder {
         let (config_file, socket) =
             (lab.dir().join(format!("{}.toml", self.name)), lab.dir().join(format!("{}.sock", self.name)));
         let binary = self.binary.clone().map_or_else(shunt_binary, Ok)?;
-        let mut shunt =
-            Shunt { options: self, host, dir: lab.dir().to_owned(), binary, config_file, socket, running: None };
+        let dir = lab.dir().to_owned();
+        let mut shunt = Shunt { options: self, host, dir, binary, config_file, socket, running: None };
         shunt.write_config(config)?;
         shunt.launch()?;
         Ok(shunt)

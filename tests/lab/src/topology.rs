@@ -15,6 +15,7 @@ use tempfile::TempDir;
 use crate::{
     host::Host,
     leftovers::{self, PREFIX, ip_batch},
+    pins::Pins,
 };
 
 /// The gateway, seen by clients.
@@ -87,6 +88,8 @@ pub struct Lab {
     gateway: Host,
     backends: Vec<Host>,
     client_addresses: u8,
+    /// Before the folder it is in.
+    pins: Pins,
     dir: TempDir,
     #[cfg(feature = "tls")]
     tls: crate::tls::OfLab,
@@ -137,6 +140,11 @@ impl Lab {
         self.dir.path()
     }
 
+    /// What the daemon has pinned in the BPF file system beside its socket.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
     /// Certificates of this lab and whom its clients believe, made when first asked for.
     #[cfg(feature = "tls")]
     pub fn tls(&self) -> Result<std::sync::Arc<crate::tls::Material>> {
@@ -155,11 +163,13 @@ impl Lab {
             .zip(&names.backends)
             .map(|(n, name)| Host::open(name, backend_ip(n), backend_ip6(n)))
             .collect::<Result<Vec<_>>>()?;
+        let pins = Pins::mount(dir.path())?;
         let lab = Self {
             client,
             gateway,
             backends,
             client_addresses: spec.client_addresses,
+            pins,
             dir,
             #[cfg(feature = "tls")]
             tls: Default::default(),

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::{
-    capability::{Capabilities, Sockmap},
+    capability::{Capabilities, Handoff, Sockmap},
     config::{Balance, Engine, EngineChoice, Protocol, Route, RouteName, SourceAddress, Target, TlsMode},
     plan::Port,
     ruleset::Family,
@@ -37,8 +37,15 @@ pub enum Refusal {
     Untrusted(String),
     /// It could serve the route, and moves bytes no better than those after it (docs/sockmap.md).
     NotBetter,
-    /// This version of shunt has no such engine.
-    NotInThisBuild,
+    CannotHandOver(Handoff),
+    /// What is handed over does not pass this chain of the host's firewall: not without being asked for.
+    BypassesFirewall(String),
+    /// Both ends of a connection that is handed over are on other machines.
+    StaysOnThisMachine,
+    /// The port of a connection that is handed over must stay taken, and those of clients' addresses are not ours to keep.
+    ClientsPorts,
+    /// See [`AUTO_HANDS_OVER`].
+    OnlyWhenForced,
 }
 
 /// What only a reader or writer of the stream can do.
@@ -99,7 +106,18 @@ impl fmt::Display for Refusal {
                 "no better in bulk, and messages wait for a kernel thread where processors are busy (docs/sockmap.md); \
                  engine = \"sockmap\" forces it",
             ),
-            Self::NotInThisBuild => f.write_str("not in this version of shunt"),
+            Self::CannotHandOver(why) => write!(f, "{why}"),
+            Self::BypassesFirewall(chain) => write!(
+                f,
+                "what is handed over would pass by {chain} of the host's firewall; engine = \"handoff\" says that it may"
+            ),
+            Self::StaysOnThisMachine => {
+                f.write_str("hands over connections between other machines, and these begin or end on this one")
+            }
+            Self::ClientsPorts => {
+                f.write_str("source_address = \"client\": the ports of clients' addresses cannot be kept for it")
+            }
+            Self::OnlyWhenForced => f.write_str("taken where engine = \"handoff\" asks for it"),
         }
     }
 }
@@ -141,6 +159,24 @@ impl fmt::Display for Capability {
     }
 }
 
+impl fmt::Display for Handoff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Works => f.write_str("connections can be handed over"),
+            Self::NotPermitted => f.write_str("CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN or CAP_NET_RAW is missing"),
+            Self::NoTc => f.write_str("this kernel has neither tcx (Linux 6.6) nor clsact (CONFIG_NET_CLS_ACT)"),
+            Self::NoRedirect => f.write_str("this kernel has no bpf_redirect_neigh (Linux 5.10)"),
+            Self::ProbeFailed(check) => write!(f, "its self-probe failed on this kernel: {check}"),
+            Self::NotAsked => f.write_str(
+                "the daemon was started without a route that hands over, and is not ready for it: restart it",
+            ),
+        }
+    }
+}
+
+/// Whether `auto` takes the engine `handoff` where it can serve, or leaves it to routes that name it.
+pub const AUTO_HANDS_OVER: bool = false;
+
 /// Ports of one route where each has sockets.
 pub const MAX_STREAM_PORTS: usize = 1024;
 
@@ -148,8 +184,9 @@ pub const MAX_STREAM_PORTS: usize = 1024;
 pub(super) fn refusals(route: &Route, port: &Port, capabilities: &Capabilities) -> Vec<(Engine, Refusal)> {
     let mut refused: Vec<(Engine, Refusal)> =
         nft(route, port, capabilities).into_iter().map(|r| (Engine::Nft, r)).collect();
-    refused.push((Engine::Handoff, Refusal::NotInThisBuild));
     let relays = stream(route, capabilities);
+    let handoff = relays.iter().cloned().chain(handoff(route, capabilities));
+    refused.extend(handoff.map(|refusal| (Engine::Handoff, refusal)));
     for engine in [Engine::Sockmap, Engine::Splice, Engine::Copy] {
         refused.extend(relays.iter().map(|refusal| (engine, refusal.clone())));
         if engine == Engine::Sockmap {
@@ -200,6 +237,41 @@ fn sockmap(route: &Route, capabilities: &Capabilities) -> Option<Refusal> {
         Sockmap::Trusted if route.engine == EngineChoice::Auto => Some(Refusal::NotBetter),
         Sockmap::Trusted => None,
     }
+}
+
+/// Whether the kernel must be asked if connections can be handed over ([`Capabilities::handoff`]).
+pub fn may_hand_over(route: &Route) -> bool {
+    let stays = !encrypts(route).is_empty() || route.protocol == Protocol::Udp;
+    match route.engine {
+        EngineChoice::Forced(engine) => engine == Engine::Handoff,
+        EngineChoice::Auto => AUTO_HANDS_OVER && !stays && !needs(route).is_empty(),
+    }
+}
+
+/// Against handing over, beyond what the daemon needs to relay until then.
+fn handoff(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
+    let mut refusals: Vec<Refusal> = encrypts(route).into_iter().map(Refusal::NeedsBytes).collect();
+    let mut refuse = |condition: bool, refusal| {
+        if condition {
+            refusals.push(refusal);
+        }
+    };
+    let is_loopback = |target: &Target| matches!(target, Target::Address { ip, .. } if ip.is_loopback());
+    let from_here = route.listen.iter().all(|listen| listen.address.is_loopback());
+    let to_here = route.backends.iter().all(|backend| is_loopback(&backend.target));
+    refuse(route.source_address == SourceAddress::Client, Refusal::ClientsPorts);
+    refuse(from_here || to_here, Refusal::StaysOnThisMachine);
+    // What nobody asks for is not asked of the kernel either.
+    let unasked = capabilities.handoff == Handoff::NotAsked && !may_hand_over(route);
+    if capabilities.handoff != Handoff::Works && !unasked {
+        refusals.push(Refusal::CannotHandOver(capabilities.handoff.clone()));
+    }
+    if route.engine == EngineChoice::Auto {
+        let chain = capabilities.forward_filter.iter().cloned();
+        refusals.extend(chain.map(Refusal::BypassesFirewall));
+        refusals.extend((!AUTO_HANDS_OVER).then_some(Refusal::OnlyWhenForced));
+    }
+    refusals
 }
 
 /// Ciphers that the route needs.

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use super::*;
 use crate::{
-    capability::Sockmap,
+    capability::{Handoff, Sockmap},
     config::{Protocol, parse},
 };
 
@@ -271,4 +271,57 @@ fn sockets_are_joined_only_by_order_and_only_by_a_trusted_kernel() {
         Capabilities { sockmap: Sockmap::Refused("half-close: bytes are missing".into()), ..Capabilities::all() };
     let (chosen, why) = engine(forced, &doubtful);
     assert!(chosen.is_none() && why.contains("half-close"), "{chosen:?} {why}");
+}
+
+/// What the first route, forced to `handoff`, comes to, and why not.
+fn handed(extra: &str, capabilities: &Capabilities) -> (Option<Engine>, Vec<Refusal>) {
+    let plan = planned(&route(&format!("engine = \"handoff\"\n{extra}")), capabilities);
+    let route = &plan.routes[0];
+    (route.engine, route.refused.iter().map(|(_, refusal)| refusal.clone()).collect())
+}
+
+#[test]
+fn a_route_that_asks_for_handoff_gets_it_where_both_ends_can_be_on_the_wire() {
+    let all = Capabilities::all();
+    for extra in ["", "balance = \"least-connections\"", "proxy_protocol = { send = \"v2\" }"] {
+        assert_eq!(handed(extra, &all), (Some(Engine::Handoff), Vec::new()), "{extra}");
+    }
+    let ends = "tls = { mode = \"terminate\", certificates = [{ cert = \"c.pem\", key = \"k.pem\" }] }";
+    let refused = |extra: &str| match handed(extra, &all) {
+        (None, refused) => refused,
+        (engine, _) => panic!("{extra}: {engine:?}"),
+    };
+    assert_eq!(refused(ends), [Refusal::NeedsBytes(Need::TlsTermination)]);
+    assert_eq!(refused("protocol = \"udp\""), [Refusal::OnlyTcp]);
+    assert_eq!(refused("source_address = \"client\""), [Refusal::ClientsPorts]);
+    let to_itself = route("engine = \"handoff\"").replace("10.0.1.1:80", "127.0.0.1:80");
+    let refused: Vec<_> = planned(&to_itself, &all).routes[0].refused.iter().map(|(_, r)| r.clone()).collect();
+    assert_eq!(refused, [Refusal::StaysOnThisMachine]);
+}
+
+#[test]
+fn a_kernel_that_cannot_hand_over_is_an_error_that_says_which_check_failed() {
+    let broken = Capabilities { handoff: Handoff::ProbeFailed("SACK blocks".into()), ..Capabilities::all() };
+    assert_eq!(
+        planned(&route("engine = \"handoff\""), &broken).unserved()[0].to_string(),
+        "route \"web\": no engine can serve it here: handoff: its self-probe failed on this kernel: SACK blocks"
+    );
+    let relayed = planned(&route("balance = \"least-connections\""), &broken);
+    assert_eq!(relayed.routes[0].engine, Some(Engine::Splice));
+}
+
+#[test]
+fn a_host_firewall_is_passed_by_only_where_the_configuration_says_so() {
+    let filtered = Capabilities { forward_filter: Some("ip filter FORWARD".into()), ..Capabilities::all() };
+    assert_eq!(handed("", &filtered).0, Some(Engine::Handoff));
+    let auto = planned(&route("balance = \"least-connections\""), &filtered);
+    assert!(auto.routes[0].refused.contains(&(Engine::Handoff, Refusal::BypassesFirewall("ip filter FORWARD".into()))));
+    assert_ne!(auto.routes[0].engine, Some(Engine::Handoff));
+}
+
+#[test]
+fn auto_takes_handoff_before_splice_when_it_may() {
+    let plan = planned(&route("balance = \"least-connections\""), &Capabilities::all());
+    let wanted = if AUTO_HANDS_OVER { Engine::Handoff } else { Engine::Splice };
+    assert_eq!(plan.routes[0].engine, Some(wanted));
 }

@@ -15,7 +15,7 @@ pub(in crate::cli) fn routes_counted(routes: usize) -> String {
 }
 
 pub(in crate::cli) fn status(status: &view::Status) -> String {
-    let view::Status { reconcile, conntrack, .. } = status;
+    let view::Status { reconcile, conntrack, handoff, .. } = status;
     let mut text = String::new();
     let ready = if status.ready { format!("{GOOD}ready{GOOD:#}") } else { format!("{BAD}not ready{BAD:#}") };
     let up = seconds(status.uptime_seconds);
@@ -39,6 +39,19 @@ pub(in crate::cli) fn status(status: &view::Status) -> String {
         let entries = format!("{} of {} entries", count(conntrack.entries), count(conntrack.max));
         let events = format!("{} events, {} lost", count(conntrack.events), count(conntrack.events_lost));
         line(&mut text, "conntrack", &format!("{entries}, {events}, last dump {:.1} ms", conntrack.last_dump_ms));
+    }
+    if let Some(handoff) = handoff {
+        let entries = format!("{} of {} entries", count(handoff.entries), count(handoff.max));
+        let of_earlier = match handoff.adopted {
+            0 => String::new(),
+            adopted => format!(", {} taken over at start", count(adopted)),
+        };
+        line(&mut text, "handed over", &format!("{} open, {entries}{of_earlier}", count(handoff.connections)));
+        let results: Vec<String> =
+            handoff.results.iter().map(|(result, times)| format!("{result} {}", count(*times))).collect();
+        if !results.is_empty() {
+            line(&mut text, "handovers", &results.join(", "));
+        }
     }
     if let Some(acme) = acme(&status.acme) {
         line(&mut text, "acme", &acme);

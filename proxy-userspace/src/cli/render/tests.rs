@@ -128,14 +128,30 @@ fn status_says_every_warning() {
         connections_total: 4,
         reconcile: view::ReconcileStatus { last_error: Some("EPERM".into()), ..Default::default() },
         conntrack: view::ConntrackStatus { entries: 90, max: 100, events_lost: 5, ..Default::default() },
+        handoff: Some(view::HandoffStatus {
+            connections: 7,
+            entries: 9,
+            max: 131_072,
+            adopted: 2,
+            results: [("done".to_owned(), 9), ("no_port".to_owned(), 3)].into(),
+        }),
         reloads_ok: 1,
         reloads_failed: 2,
         acme: Vec::new(),
         warnings: vec!["conntrack is nearly full".into(), "events were lost".into()],
     };
     let text = plain(&super::status(&status));
-    for part in ["not ready", "EPERM", "90 of 100", "5 lost", "3 reloads, 2 failed", "nearly full", "events were lost"]
-    {
+    for part in [
+        "not ready",
+        "EPERM",
+        "90 of 100",
+        "7 open, 9 of 131",
+        "no_port 3",
+        "5 lost",
+        "3 reloads, 2 failed",
+        "nearly full",
+        "events were lost",
+    ] {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
 }

@@ -29,6 +29,7 @@ fn screen() -> Screen {
         connections_total: 0,
         reconcile: view::ReconcileStatus::default(),
         conntrack: view::ConntrackStatus::default(),
+        handoff: None,
         reloads_ok: 0,
         reloads_failed: 0,
         acme: Vec::new(),

@@ -11,14 +11,14 @@ const CAP_BPF: u32 = 39;
 const PROBE: u64 = 1 << CAP_NET_ADMIN | 1 << CAP_BPF;
 
 /// The effective capabilities of this thread.
-fn effective() -> u64 {
+pub(super) fn effective() -> u64 {
     let status = fs::read_to_string("/proc/thread-self/status").expect("proc");
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("CapEff");
     u64::from_str_radix(line.trim(), 16).expect("a hexadecimal set")
 }
 
 /// Takes every capability from this thread that is not in `keep`.
-fn keep_only(keep: u64) {
+pub(super) fn keep_only(keep: u64) {
     #[repr(C)]
     struct Header {
         version: u32,

@@ -56,6 +56,14 @@ pub fn entry(payload: &[u8], id_mask: u32) -> Option<Entry> {
     })
 }
 
+/// The addresses of an entry in both directions, whatever its mark.
+pub fn directions(payload: &[u8]) -> Option<[Tuple; 2]> {
+    let attributes = payload.get(NFGENMSG..)?;
+    let (_, original) = tuple(find(attributes, cta::TUPLE_ORIG)?)?;
+    let (_, reply) = tuple(find(attributes, cta::TUPLE_REPLY)?)?;
+    Some([original, reply])
+}
+
 fn tuple(bytes: &[u8]) -> Option<(Protocol, Tuple)> {
     let (mut ips, mut protos) = (&[][..], &[][..]);
     for (kind, value) in Attributes(bytes) {

@@ -38,6 +38,8 @@ pub struct Listener {
     pub listen: Arc<Listen>,
     /// Many ports are led to it by `sk_lookup`: only an accepted socket knows which was dialled.
     pub is_group: bool,
+    /// Clients have been told of no larger segments since a backend took no larger ones.
+    pub segment: Option<u16>,
 }
 
 impl Worker {
@@ -126,6 +128,7 @@ impl Worker {
             early: Some(Box::new(early)),
             admitted: None,
             counted: None,
+            handover: None,
             queued: false,
             accepted: self.micros,
             dialed: 0,

@@ -24,6 +24,9 @@ const PROMOTE_AFTER: u64 = 4 << 20;
 impl Worker {
     /// Passes on what can be passed on, in both directions.
     pub(super) fn relay(&mut self, key: u32, flow: &mut Flow) -> Fate {
+        if flow.is_handed_over() {
+            return self.look_after(key, flow);
+        }
         let Some(backend) = flow.backend.as_mut() else {
             return self.step(key, flow, Event::Cut(Reason::InternalError));
         };
@@ -65,7 +68,7 @@ impl Worker {
                 return Fate::Over;
             }
         }
-        Fate::Lives
+        self.hand_over(key, flow)
     }
 
     fn count(&mut self, key: u32, flow: &mut Flow, (up, down): (u64, u64)) {
@@ -80,7 +83,7 @@ impl Worker {
         meter.bytes_out.add(bytes_out);
         match (slot.engine, flow.means) {
             (Engine::Sockmap, Means::Copy | Means::Splice) => self.join_when_worth_it(key, flow),
-            (Engine::Splice, Means::Copy) => self.splice_when_worth_it(flow),
+            (Engine::Splice | Engine::Handoff, Means::Copy) => self.splice_when_worth_it(flow),
             _ => {}
         }
     }
@@ -109,6 +112,7 @@ impl Worker {
         }
         self.take_count(flow);
         self.unjoin(flow);
+        self.stays(flow);
         let age = Duration::from_micros(self.micros.saturating_sub(flow.accepted));
         let slot = &mut self.slots[flow.slot];
         slot.open -= 1;

@@ -73,8 +73,8 @@ impl Leaving {
         Self(Arc::new(AtomicUsize::new(workers)))
     }
 
-    /// True for the last worker.
-    fn done(&self) -> bool {
+    /// True for the last of them.
+    pub fn done(&self) -> bool {
         self.0.fetch_sub(1, AcqRel) == 1
     }
 }
@@ -131,9 +131,11 @@ impl Worker {
         }
         for (address, port) in change.ports {
             match port {
-                PortChange::Open(fd, listen) => self.listen_on(Listener { fd, address, listen, is_group: false }),
+                PortChange::Open(fd, listen) => {
+                    self.listen_on(Listener { fd, address, listen, is_group: false, segment: None })
+                }
                 PortChange::OpenGroup(fd, listen) => {
-                    self.listen_on(Listener { fd, address, listen, is_group: true });
+                    self.listen_on(Listener { fd, address, listen, is_group: true, segment: None });
                 }
                 PortChange::Update(listen) => self.replace_listen(address, &listen),
                 PortChange::Close => {

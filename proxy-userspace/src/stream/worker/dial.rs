@@ -21,7 +21,7 @@ use crate::{
     stream::{
         flow::{Counted, Dialled, Early, Flow},
         relay::{Waiting, buffers::Held},
-        socket::{self, Socket},
+        socket::Socket,
     },
     track::FailedDial,
 };
@@ -66,9 +66,10 @@ impl Worker {
             let Some(chosen) = route.choose(asked, flow.listen.port(), &early.tried) else {
                 return match early.rival.take() {
                     // It may still answer.
-                    Some(Dialled { socket, address, counted }) => {
+                    Some(Dialled { socket, address, counted, port }) => {
                         (flow.backend, flow.counted, flow.backend_address) =
                             (Some(socket), Some(counted), Some(address));
+                        early.port = port;
                         self.arm(key, flow);
                         Fate::Lives
                     }
@@ -84,7 +85,7 @@ impl Worker {
                 continue;
             }
             flow.backend_address = Some(chosen.address);
-            let dialled = socket::dial(chosen.address, source, route.probes_peers());
+            let (dialled, port) = self.dial_from(flow, &route, chosen.address, source);
             let added = dialled.and_then(|socket| {
                 self.poll.add_flow(&socket, flow.source(key, Side::Backend))?;
                 Ok(socket)
@@ -97,6 +98,7 @@ impl Worker {
                         flow.early.get_or_insert_default().attempt_until = Some(until);
                     }
                     flow.counted = Some(Counted::new(chosen.open));
+                    flow.early.get_or_insert_default().port = port;
                     (flow.backend, flow.asked_in) = (Some(socket), self.rounds);
                     self.arm(key, flow);
                     return Fate::Lives;
@@ -135,6 +137,7 @@ impl Worker {
             (Answer::Connected | Answer::Reset, _) => {
                 (flow.backend, flow.counted) = (Some(rival.socket), Some(rival.counted));
                 flow.backend_address = Some(rival.address);
+                flow.early.get_or_insert_default().port = rival.port;
                 self.won(key, flow)
             }
             (_, Answer::Connected | Answer::Reset) => self.won(key, flow),
@@ -163,7 +166,8 @@ impl Worker {
         let early = flow.early.get_or_insert_default();
         (early.attempt_until, early.failure) = (None, Reason::ConnectTimeout);
         if let (Some(socket), Some(address), Some(counted)) = asked {
-            let before = early.rival.replace(Dialled { socket, address, counted });
+            let port = early.port.take();
+            let before = early.rival.replace(Dialled { socket, address, counted, port });
             if let Some(before) = before {
                 self.tell_failed_dial(flow.slot, before.address);
             }
@@ -176,7 +180,7 @@ impl Worker {
             self.tell_failed_dial(flow.slot, backend);
         }
         let early = flow.early.get_or_insert_default();
-        (early.failure, early.attempt_until) = (reason, None);
+        (early.failure, early.attempt_until, early.port) = (reason, None, None);
         (flow.backend, flow.counted) = (None, None);
         self.dial(key, flow)
     }
@@ -195,7 +199,8 @@ impl Worker {
         self.slots[flow.slot].meter.connected(took);
         let route = self.slots[flow.slot].route.as_ref();
         let tls = route.and_then(|route| route.tls.as_ref()).is_some_and(|tls| tls.encrypts_again());
-        if let Some(early) = flow.early.take() {
+        if let Some(mut early) = flow.early.take() {
+            self.will_hand_over(flow, early.port.take());
             let header = self.outgoing_header(flow, &early);
             if tls {
                 let secured = flow.tls.get_or_insert_default();
@@ -289,6 +294,7 @@ impl Default for Early {
             failure: Reason::NoBackend,
             attempt_until: None,
             rival: None,
+            port: None,
         }
     }
 }

@@ -32,6 +32,12 @@ impl Metrics {
         Some(values.sum())
     }
 
+    /// Every sample of `name`, as the page has it.
+    pub fn samples(&self, name: &str) -> Vec<String> {
+        let of = |sample: &&Sample| sample.metric == name;
+        self.0.iter().filter(of).map(|sample| format!("{:?} {:?}", sample.labels, sample.value)).collect()
+    }
+
     /// As [`Self::get`]; 0 without such a sample, as Prometheus treats a counter that has not begun.
     pub fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.get(name, labels).unwrap_or(0.0)

@@ -4,31 +4,8 @@ use std::io;
 
 use proxy_core::ruleset::TABLE;
 
+use super::ForwardChain;
 use crate::kernel::capability::netlink::{Message, SUBSYS_NFTABLES, attributes, be32, dump, text};
-
-/// A base chain of the forward hook that is not shunt's.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::doctor) struct ForwardChain {
-    /// `ip filter FORWARD`
-    pub(in crate::doctor) name: String,
-    pub(super) policy_drops: bool,
-    /// Its last rule drops or rejects everything that came so far.
-    pub(super) last_rule_drops: bool,
-    /// A rule looks at the DNAT bit of conntrack: taken for the accepting rule.
-    pub(super) knows_dnat: bool,
-    /// The command that lets shunt's packets through.
-    pub(in crate::doctor) mend: String,
-}
-
-impl ForwardChain {
-    pub(in crate::doctor) fn is_in_the_way(&self) -> bool {
-        (self.policy_drops || self.last_rule_drops) && !self.knows_dnat
-    }
-
-    pub(in crate::doctor) fn closes(&self) -> &'static str {
-        if self.policy_drops { "its policy is drop" } else { "its last rule drops everything" }
-    }
-}
 
 /// Reads the network namespace of this process.
 pub(super) fn read() -> io::Result<Vec<ForwardChain>> {
@@ -77,7 +54,9 @@ impl Chain {
                 && !rule.contains(&Expression::Other)
                 && !rule.contains(&Expression::DnatStatus)
         };
+        let decides = |rule: &Vec<Expression>| rule.iter().any(|expression| *expression != Expression::Neutral);
         ForwardChain {
+            filters: self.policy_drops || rules.iter().any(decides),
             policy_drops: self.policy_drops,
             last_rule_drops: rules.last().is_some_and(drops_all),
             knows_dnat: rules.iter().flatten().any(|expression| *expression == Expression::DnatStatus),
@@ -152,6 +131,14 @@ mod tests {
         );
         assert!(!chain().with_rules(&[vec![DnatStatus, Other], vec![Drop]]).is_in_the_way());
         assert!(!chain().with_rules(&[]).is_in_the_way());
+    }
+
+    #[test]
+    fn a_chain_that_only_counts_filters_nothing() {
+        use Expression::{Neutral, Other};
+        assert!(!chain().with_rules(&[vec![Neutral]]).filters && !chain().with_rules(&[]).filters);
+        assert!(chain().with_rules(&[vec![Neutral], vec![Other]]).filters);
+        assert!(Chain { policy_drops: true, ..chain() }.with_rules(&[]).filters);
     }
 
     #[test]

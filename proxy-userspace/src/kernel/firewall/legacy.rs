@@ -26,6 +26,7 @@ fn parse(program: &str, rules: &str) -> ForwardChain {
     };
     ForwardChain {
         name: format!("{program} FORWARD"),
+        filters: rules.lines().any(|rule| rule.trim() == "-P FORWARD DROP" || rule.starts_with("-A ")),
         policy_drops: rules.lines().any(|rule| rule.trim() == "-P FORWARD DROP"),
         last_rule_drops: rules.lines().next_back().is_some_and(drops_all),
         knows_dnat: rules.lines().any(|rule| rule.contains("DNAT") && rule.contains("-j ACCEPT")),

@@ -1,0 +1,111 @@
+//! Where a translated packet leaves: the FIB is asked for each, so routes and neighbours may change at any time.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::{
+        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as Lookup,
+    },
+    helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh},
+    programs::TcContext,
+};
+use proxy_abi::{
+    flow::IPV4,
+    handoff::{HandoffEntry, outcome},
+};
+use proxy_translate::{
+    network::{ETHERNET, words},
+    tcp::{self, Tcp},
+};
+
+use crate::{arrival::Decided, maps::Scratch};
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// What the way of a packet depends on besides its addresses.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Leaves {
+    /// Where packets of the end it goes to come from, 0 = not known.
+    last: u32,
+    /// Bytes of its TCP header, 0 for an ICMP error.
+    tcp_bytes: u32,
+}
+
+impl Leaves {
+    #[inline(always)]
+    pub const fn new(last: u32, header: &tcp::Header) -> Self {
+        Self { last, tcp_bytes: Tcp::of(header).header_bytes as u32 }
+    }
+
+    #[inline(always)]
+    pub const fn of_icmp(last: u32) -> Self {
+        Self { last, tcp_bytes: 0 }
+    }
+}
+
+/// Sends the packet, whose headers are the entry's already, as the FIB answers the question in the scratch.
+#[inline(never)]
+pub fn send(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
+    // SAFETY: this CPU's scratch; two fields of it.
+    let (leaves, lookup) = unsafe { ((*scratch).leaves, &mut (*scratch).question) };
+    // SAFETY: helper on the context that the program was given; the question is as long as is said.
+    let answer = unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), lookup, size_of::<Lookup>() as i32, 0) };
+    match answer as u32 {
+        BPF_FIB_LKUP_RET_SUCCESS => {
+            let [a, b, c, d, e, f] = lookup.dmac;
+            let [g, h, i, j, k, l] = lookup.smac;
+            if ctx.store(0, &[a, b, c, d, e, f, g, h, i, j, k, l], 0).is_err() {
+                return Decided::drop(outcome::NOT_WRITABLE);
+            }
+            // SAFETY: helper without pointers.
+            Decided::new(outcome::TRANSLATED, unsafe { bpf_redirect(lookup.ifindex, 0) } as i32)
+        }
+        BPF_FIB_LKUP_RET_NO_NEIGH => Decided::new(outcome::NEIGHBOUR, by_neighbour(lookup.ifindex)),
+        // Forwarding is off: the FIB is not asked for packets in transit. The neighbour layer may still be.
+        BPF_FIB_LKUP_RET_FWD_DISABLED if leaves.last != 0 => {
+            Decided::new(outcome::BY_LAST_INTERFACE, by_neighbour(leaves.last))
+        }
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => Decided::drop(outcome::TOO_BIG),
+        _ => Decided::drop(outcome::NO_ROUTE),
+    }
+}
+
+/// Out on that interface, to the next hop that the neighbour layer finds (v5.10+).
+#[inline(always)]
+fn by_neighbour(ifindex: u32) -> i32 {
+    // SAFETY: without parameters of its own the helper takes the next hop from the packet.
+    unsafe { bpf_redirect_neigh(ifindex, ptr::null_mut(), 0, 0) as i32 }
+}
+
+/// Writes the question for the way of a translated packet into the scratch.
+#[inline(never)]
+pub fn ask(ctx: &TcContext, scratch: *mut Scratch, entry: &HandoffEntry) {
+    // SAFETY: this CPU's scratch; three fields of it.
+    let (network, tcp_bytes, lookup) =
+        unsafe { (&(*scratch).network, (*scratch).leaves.tcp_bytes, &mut (*scratch).question) };
+    // SAFETY: integers only, for which zeros are values; fields of the context.
+    let (gso_size, ifindex) = unsafe {
+        *lookup = core::mem::zeroed();
+        ((*ctx.skb.skb).gso_size, (*ctx.skb.skb).ifindex)
+    };
+    // A super-packet is as large as its segments.
+    let after_ip = if gso_size > 0 { tcp_bytes + gso_size } else { network.length as u32 };
+    lookup.l4_protocol = network.protocol;
+    lookup.__bindgen_anon_1.tot_len = (network.transport - ETHERNET) as u16 + after_ip as u16;
+    lookup.ifindex = ifindex;
+    lookup.sport = u16::from_ne_bytes(entry.source.port_be);
+    lookup.dport = u16::from_ne_bytes(entry.destination.port_be);
+    if network.version == IPV4 {
+        lookup.family = AF_INET;
+        lookup.__bindgen_anon_2.tos = network.class;
+        lookup.__bindgen_anon_3.ipv4_src = words(&entry.source)[0];
+        lookup.__bindgen_anon_4.ipv4_dst = words(&entry.destination)[0];
+    } else {
+        lookup.family = AF_INET6;
+        lookup.__bindgen_anon_3.ipv6_src = words(&entry.source);
+        lookup.__bindgen_anon_4.ipv6_dst = words(&entry.destination);
+    }
+}

@@ -1,0 +1,192 @@
+//! What a segment means for its flow: whose it is while our sockets are still there, how much was carried, and when it is over.
+
+use proxy_abi::handoff::{HandoffEnd, HandoffEntry, closing, gate, outcome, seen};
+
+use crate::tcp::{ACK, FIN, RST, SYN, Tcp};
+
+/// How far a sequence number may be ahead of what was acknowledged: the largest window (RFC 7323 §2.3). What is farther is not the end's
+/// own, and counts for nothing.
+const WINDOW: u32 = 1 << 30;
+
+/// The flow as one of its directions sees it.
+#[derive(Debug)]
+pub struct Flow<'a> {
+    /// As it was when the packet came: one read for all decisions.
+    pub gate: u32,
+    pub closing: &'a mut u32,
+    pub closed_ns: &'a mut u64,
+    /// The end that sent the packet.
+    pub this: &'a mut HandoffEnd,
+    /// The end that it goes to.
+    pub other: &'a HandoffEnd,
+}
+
+/// A segment and when it came.
+#[derive(Debug, Clone, Copy)]
+pub struct Segment {
+    pub tcp: Tcp,
+    /// Payload bytes.
+    pub payload: u32,
+    /// Segments that a super-packet is made of; 0 or 1 for an ordinary one.
+    pub segments: u32,
+    /// `CLOCK_MONOTONIC`.
+    pub now_ns: u64,
+    /// Interface it came on.
+    pub ifindex: u32,
+}
+
+/// What becomes of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is for our own socket.
+    Stack(u32),
+    Drop(u32),
+    /// Both entries go, and the stack gets it.
+    Replace,
+    /// The other end gets a probe instead.
+    Probe,
+    /// Translated with this acknowledgement, and without SACK blocks when they are about our socket's bytes.
+    Forward {
+        ack: u32,
+        without_sack: bool,
+    },
+}
+
+/// Decides, and notes when this end has acknowledged all that our socket wrote.
+#[inline(always)]
+pub fn judge(segment: &Segment, flow: &mut Flow<'_>) -> Fate {
+    let tcp = &segment.tcp;
+    if flow.gate == gate::CLOSED {
+        return Fate::Stack(outcome::PENDING);
+    }
+    if tcp.has(SYN) {
+        return syn(segment, flow);
+    }
+    let forward = Fate::Forward { ack: tcp.ack, without_sack: false };
+    if !tcp.has(ACK) || flow.gate == gate::ALONE || flow.this.seen & seen::DRAINED != 0 {
+        return forward;
+    }
+    let beyond = tcp.ack.wrapping_sub(flow.this.own_seq) as i32;
+    if beyond >= 0 {
+        flow.this.seen |= seen::DRAINED;
+    }
+    if beyond > 0 || tcp.has(RST) {
+        forward
+    } else if segment.payload == 0 && !tcp.has(FIN) {
+        Fate::Stack(outcome::OWN_ACK)
+    } else {
+        // The other end was told of everything up to here by our socket.
+        Fate::Forward { ack: flow.this.own_seq, without_sack: true }
+    }
+}
+
+#[inline(always)]
+fn syn(segment: &Segment, flow: &Flow<'_>) -> Fate {
+    if segment.tcp.has(ACK) {
+        Fate::Drop(outcome::SYN_ACK)
+    } else if *flow.closing & closing::OVER != 0 {
+        Fate::Replace
+    } else if segment.payload != 0 {
+        // With Fast Open. The next SYN is sent without data.
+        Fate::Drop(outcome::MALFORMED)
+    } else {
+        Fate::Probe
+    }
+}
+
+/// Counts a segment that is sent on; whether it ended the flow. Before its translation: numbers are still this end's.
+#[inline(always)]
+pub fn record(segment: &Segment, entry: &HandoffEntry, flow: &mut Flow<'_>) -> bool {
+    let Segment { tcp, payload, .. } = segment;
+    let this = &mut *flow.this;
+    this.packets = this.packets.wrapping_add(if segment.segments > 1 { u64::from(segment.segments) } else { 1 });
+    this.last_seen_ns = segment.now_ns;
+    this.ifindex = segment.ifindex;
+    let acked = acknowledged(entry, this, flow.other, flow.gate);
+    let end = tcp.seq.wrapping_add(*payload);
+    let own = end.wrapping_sub(acked) <= WINDOW;
+    let is_reset = tcp.has(RST) && (tcp.seq == acked || tcp.seq == next_seq(this));
+    if tcp.has(RST) {
+        return is_reset && over(flow, reset_by(entry), segment.now_ns, seen::RST);
+    }
+    let advance = end.wrapping_sub(this.end_seq as u32);
+    // What comes after a FIN begins behind it, and carries nothing.
+    if own && *payload > 0 && advance as i32 > 0 {
+        this.end_seq = this.end_seq.wrapping_add(u64::from(advance));
+    }
+    if own && tcp.has(FIN) {
+        this.fin_end = end.wrapping_add(1);
+        this.seen |= seen::FIN;
+        if flow.other.seen & seen::FIN == 0 {
+            *flow.closing |= first(entry);
+        }
+    }
+    if tcp.has(ACK) && !acknowledges(segment, entry, flow) {
+        return false;
+    }
+    let both = flow.this.seen & flow.other.seen & seen::ACKED_FIN != 0;
+    both && over(flow, closing::FINISHED, segment.now_ns, 0)
+}
+
+/// Takes the acknowledgement and the window, when it is of bytes that the other end sent.
+#[inline(always)]
+fn acknowledges(segment: &Segment, entry: &HandoffEntry, flow: &mut Flow<'_>) -> bool {
+    let (ack, this) = (segment.tcp.ack, &mut *flow.this);
+    let of_other = ack.wrapping_sub(entry.dack);
+    if (next_seq(flow.other).wrapping_sub(of_other) as i32) < 0 {
+        return false;
+    }
+    if this.seen & seen::ACK == 0 || ack.wrapping_sub(this.ack) as i32 >= 0 {
+        this.ack = ack;
+        this.window = segment.tcp.window;
+        this.seen |= seen::ACK;
+    }
+    if flow.other.seen & seen::FIN != 0 && of_other == flow.other.fin_end {
+        this.seen |= seen::ACKED_FIN;
+    }
+    true
+}
+
+/// The sequence number that this end sends next.
+#[inline(always)]
+pub const fn next_seq(end: &HandoffEnd) -> u32 {
+    if end.seen & seen::FIN != 0 { end.fin_end } else { end.end_seq as u32 }
+}
+
+/// Up to where the other end, or our socket before it, acknowledged this end's bytes.
+#[inline(always)]
+const fn acknowledged(entry: &HandoffEntry, this: &HandoffEnd, other: &HandoffEnd, gate: u32) -> u32 {
+    let drained = gate == gate::ALONE || other.seen & seen::DRAINED != 0;
+    if drained && other.seen & seen::ACK != 0 { other.ack.wrapping_sub(entry.dseq) } else { this.first_seq }
+}
+
+/// The acknowledgement that this end gave last, as the other connection may be told it again.
+#[inline(always)]
+pub const fn last_ack(this: &HandoffEnd) -> u32 {
+    if this.seen & seen::ACK != 0 { this.ack } else { this.own_seq }
+}
+
+#[inline(always)]
+fn over(flow: &mut Flow<'_>, why: u32, now_ns: u64, seen: u32) -> bool {
+    let first = *flow.closing & closing::OVER == 0;
+    flow.this.seen |= seen;
+    *flow.closing |= why;
+    if first {
+        *flow.closed_ns = now_ns;
+    }
+    first
+}
+
+#[inline(always)]
+const fn reset_by(entry: &HandoffEntry) -> u32 {
+    if entry.direction == proxy_abi::handoff::FROM_CLIENT {
+        closing::RESET_BY_CLIENT
+    } else {
+        closing::RESET_BY_BACKEND
+    }
+}
+
+#[inline(always)]
+const fn first(entry: &HandoffEntry) -> u32 {
+    if entry.direction == proxy_abi::handoff::FROM_CLIENT { closing::CLIENT_FIRST } else { closing::BACKEND_FIRST }
+}

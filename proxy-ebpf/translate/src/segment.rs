@@ -1,0 +1,154 @@
+//! One TCP segment, from arrival to what is sent on.
+
+use proxy_abi::handoff::{HandoffEntry, option, outcome};
+
+use crate::{
+    Packet,
+    flow::{self, Fate, Flow, Segment},
+    network::{self, Change, Network},
+    options::{self, Work},
+    tcp::{self, Tcp},
+};
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Untouched, to the stack.
+    Stack(u32),
+    Drop(u32),
+    /// Untouched, to the stack, once both entries are deleted.
+    Replace,
+    /// Translated: out, to the destination that it names now. `ended`: this packet ended the flow.
+    Send {
+        outcome: u32,
+        ended: bool,
+    },
+}
+
+/// What the kernel knows of a packet besides its bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Context {
+    pub now_ns: u64,
+    /// Segments of a super-packet.
+    pub segments: u32,
+    pub ifindex: u32,
+}
+
+/// Translates a segment whose IP header at `network_at` said `network`, and whose TCP header is `header`.
+#[inline(always)]
+pub fn translate<P: Packet>(
+    packet: &mut P,
+    (network_at, network): (usize, &Network),
+    header: &tcp::Header,
+    entry: &HandoffEntry,
+    flow: &mut Flow<'_>,
+    context: Context,
+) -> Verdict {
+    let tcp = Tcp::of(header);
+    let options = match acceptable(network, &tcp, flow) {
+        Ok(options) => options,
+        Err(verdict) => return verdict,
+    };
+    let segment = Segment {
+        tcp,
+        payload: (network.length - tcp.header_bytes) as u32,
+        segments: context.segments,
+        now_ns: context.now_ns,
+        ifindex: context.ifindex,
+    };
+    let (new, mode, ended) = match flow::judge(&segment, flow) {
+        Fate::Stack(outcome) => return Verdict::Stack(outcome),
+        Fate::Drop(outcome) => return Verdict::Drop(outcome),
+        Fate::Replace => return Verdict::Replace,
+        Fate::Probe => (probe(entry, flow), options::BLANK, false),
+        Fate::Forward { ack, without_sack } => {
+            let ended = flow::record(&segment, entry, flow);
+            let mode = if without_sack { options::WITHOUT_SACK } else { options::TRANSLATE };
+            (forward(&tcp, ack, entry), mode, ended)
+        }
+    };
+    let (mode, ended) = (packet.opaque(mode), packet.opaque(usize::from(ended)));
+    let work = Work { entry, tcp, mode, now_ns: context.now_ns };
+    match write(packet, (network_at, network), header, options, new, work, flow) {
+        None => Verdict::Drop(outcome::NOT_WRITABLE),
+        Some(()) => {
+            let outcome = if mode == options::BLANK { outcome::PROBED } else { outcome::TRANSLATED };
+            Verdict::Send { outcome, ended: ended != 0 }
+        }
+    }
+}
+
+/// Whether it can be translated at all; the bytes of its options.
+#[inline(always)]
+fn acceptable(network: &Network, tcp: &Tcp, flow: &Flow<'_>) -> Result<usize, Verdict> {
+    if flow.gate == proxy_abi::handoff::gate::CLOSED {
+        Err(Verdict::Stack(outcome::PENDING))
+    } else if network.fragment {
+        Err(Verdict::Drop(outcome::FRAGMENT))
+    } else if network.has_options {
+        Err(Verdict::Drop(outcome::IP_OPTIONS))
+    } else if tcp.header_bytes < tcp::HEADER || tcp.header_bytes > network.length {
+        Err(Verdict::Drop(outcome::MALFORMED))
+    } else if network.hops <= 1 {
+        Err(Verdict::Drop(outcome::TTL_EXPIRED))
+    } else {
+        Ok(tcp.header_bytes - tcp::HEADER)
+    }
+}
+
+#[inline(always)]
+const fn forward(tcp: &Tcp, ack: u32, entry: &HandoffEntry) -> tcp::New {
+    tcp::New {
+        seq: tcp.seq.wrapping_add(entry.dseq),
+        ack: if tcp.has(tcp::ACK) { ack.wrapping_sub(entry.dack) } else { tcp.ack },
+        flags: tcp.flags,
+        window: tcp::window(tcp.window, entry),
+        clear_ecn: clears_ecn(entry),
+    }
+}
+
+/// A keep-alive probe (RFC 9293 §3.8.4) to the other end instead of a SYN of this one: if this end knows nothing of the connection
+/// any more, the answer will make it say so (RFC 5961 §4).
+#[inline(always)]
+const fn probe(entry: &HandoffEntry, flow: &Flow<'_>) -> tcp::New {
+    tcp::New {
+        seq: flow::next_seq(flow.this).wrapping_sub(1).wrapping_add(entry.dseq),
+        ack: flow::last_ack(flow.this).wrapping_sub(entry.dack),
+        flags: tcp::ACK,
+        window: tcp::window(flow.this.window, entry),
+        clear_ecn: true,
+    }
+}
+
+/// Options, both headers and the checksum.
+#[inline(always)]
+fn write<P: Packet>(
+    packet: &mut P,
+    (network_at, network): (usize, &Network),
+    header: &tcp::Header,
+    options: usize,
+    new: tcp::New,
+    work: Work<'_>,
+    flow: &mut Flow<'_>,
+) -> Option<()> {
+    let (at, entry) = (network.transport, work.entry);
+    let mut header = *header;
+    let of_header = tcp::rewrite(&mut header, entry, new);
+    packet.store(at, &header)?;
+    let of_options = options::translate(packet, at + tcp::HEADER, options, work, flow.this, flow.other)?;
+    let change = Change {
+        source: Some(&entry.source),
+        destination: &entry.destination,
+        clear_ecn: new.clear_ecn,
+        forwarded: true,
+    };
+    let pseudo = network::rewrite(packet, network.version, network_at, change)?;
+    packet.adjust_checksum(at + tcp::CHECKSUM, pseudo, crate::checksum::add(of_header, of_options))
+}
+
+/// Congestion is signalled end to end only where both connections agreed to it.
+#[inline(always)]
+const fn clears_ecn(entry: &HandoffEntry) -> bool {
+    let both = option::ECN_IN | option::ECN_OUT;
+    entry.options & both != both
+}

@@ -1,0 +1,318 @@
+//! How a connection leaves the daemon for the packet level: `State × Event × now → Action`, without a socket.
+//!
+//! The one thing that must never happen is that our stack acknowledges a byte that does not reach the other end. So entries are
+//! made while bytes are still relayed (armed), the gate opens only when nothing is on its way through the daemon (committed),
+//! what slipped in between is still relayed (draining), and the sockets go when neither end can reach them any more (leaving).
+
+mod offsets;
+
+use std::time::Duration;
+
+pub use self::offsets::{Facts, Offsets, Seen, Unfit, fit};
+use crate::session::Tick;
+
+/// When a connection is worth it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct When {
+    /// Bytes relayed in both directions together …
+    pub bytes: u64,
+    /// … or the time since a backend answered.
+    pub age: Duration,
+}
+
+/// After so many attempts that came to nothing, the next ones are rarer.
+const EAGER: u32 = 8;
+/// Between attempts that found the connection busy.
+const SOON: Duration = Duration::from_millis(2);
+/// … and once it has been busy for long, or something was full. Doubled up to [`RARELY`].
+const LATER: Duration = Duration::from_millis(50);
+const RARELY: Duration = Duration::from_secs(2);
+/// Entries that were made wait so long for the moment in which they can be used.
+const ARMED: Duration = Duration::from_millis(20);
+/// A peer that has not acknowledged our last bytes by then is gone: what TCP itself tries for (`tcp_retries2`, RFC 9293 §3.8.3).
+pub const DRAIN: Duration = Duration::from_secs(100);
+
+/// Why a connection is not handed over, or not yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Failure {
+    /// Something was on its way through the daemon: tried again.
+    Busy,
+    /// Segments came out of order; what is missing would be sent again late, were they given up: tried again.
+    OutOfOrder,
+    /// The table of the program is full: tried again.
+    TableFull,
+    /// An older flow of the same addresses and ports lingers: tried again.
+    Taken,
+    /// Its owner is behind: tried again.
+    OwnerBusy,
+    /// A call failed: tried again.
+    Kernel,
+    /// No source port of our own was free when it was dialled.
+    NoPort,
+    /// One side has finished.
+    Finished,
+    /// Urgent data has come: its pointer is not translated.
+    Urgent,
+    /// One end would send larger segments than the other takes.
+    SegmentSize,
+    /// One end speaks IPv4, the other IPv6.
+    AddressFamilies,
+    /// One end is on this machine: its packets do not come by the program.
+    OnThisMachine,
+    /// The program is not on the interface that leads to one end.
+    Interface,
+    /// Somebody's NAT changes the addresses between the wire and our socket.
+    Translated,
+    /// A defect in shunt: must stay 0.
+    OffsetsMoved,
+}
+
+impl Failure {
+    /// In the order of the documentation.
+    pub const ALL: [Self; 15] = [
+        Self::Busy,
+        Self::OutOfOrder,
+        Self::TableFull,
+        Self::Taken,
+        Self::OwnerBusy,
+        Self::Kernel,
+        Self::NoPort,
+        Self::Finished,
+        Self::Urgent,
+        Self::SegmentSize,
+        Self::AddressFamilies,
+        Self::OnThisMachine,
+        Self::Interface,
+        Self::Translated,
+        Self::OffsetsMoved,
+    ];
+
+    /// The value of the `reason` label.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Busy => "busy",
+            Self::OutOfOrder => "out_of_order",
+            Self::TableFull => "table_full",
+            Self::Taken => "taken",
+            Self::OwnerBusy => "owner_busy",
+            Self::Kernel => "kernel",
+            Self::NoPort => "no_port",
+            Self::Finished => "finished",
+            Self::Urgent => "urgent",
+            Self::SegmentSize => "segment_size",
+            Self::AddressFamilies => "address_families",
+            Self::OnThisMachine => "on_this_machine",
+            Self::Interface => "interface",
+            Self::Translated => "translated",
+            Self::OffsetsMoved => "offsets_moved",
+        }
+    }
+
+    /// It may go better later.
+    const fn passes(self) -> bool {
+        match self {
+            Self::Busy | Self::OutOfOrder | Self::TableFull | Self::Taken | Self::OwnerBusy | Self::Kernel => true,
+            Self::NoPort
+            | Self::Finished
+            | Self::Urgent
+            | Self::SegmentSize
+            | Self::AddressFamilies
+            | Self::OnThisMachine
+            | Self::Interface
+            | Self::Translated
+            | Self::OffsetsMoved => false,
+        }
+    }
+}
+
+/// Client and backend, in this order.
+pub type Both<T> = [T; 2];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Bytes go through the daemon; an attempt is due at the first quiet moment after this.
+    Relaying {
+        not_before: Tick,
+    },
+    /// Entries are there, their gate is closed: packets come to the sockets.
+    Armed {
+        offsets: Offsets,
+        until: Tick,
+    },
+    /// The gate is open. What the sockets had written is not acknowledged yet.
+    Draining {
+        written: Both<u32>,
+        until: Tick,
+    },
+    /// No packet is for the sockets any more; one that was already on its way to them may still arrive.
+    Leaving {
+        written: Both<u32>,
+    },
+    Vanished,
+    /// Relayed to its end.
+    Never(Failure),
+}
+
+/// What the program knows of one end: what it has acknowledged, if anything came.
+pub type Acknowledged = Option<u32>;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// Everything that was read is written.
+    Quiet { bytes: u64, age: Duration },
+    /// As [`Action::Measure`] asked.
+    Measured { sockets: Both<Seen>, established: bool },
+    /// What was asked for could not be done.
+    Failed(Failure),
+    /// As [`Action::Look`] asked, while draining or leaving.
+    Looked { sockets: Both<Seen>, acknowledged: Both<Acknowledged>, settled: bool },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    Nothing,
+    /// Hold both sockets and read their numbers: [`Event::Measured`].
+    Measure,
+    /// Make the entries, then measure again.
+    Arm(Offsets),
+    /// Open the gate. From here on there is no way back.
+    Commit,
+    /// Take the entries away, if there are any, release the sockets and go on relaying.
+    Relay {
+        armed: bool,
+        why: Failure,
+    },
+    /// Look again soon.
+    Look,
+    /// Pass on what has slipped into the sockets, then look again.
+    PassOn,
+    /// Nothing is for the sockets any more: say so to the program, and wait until what was on its way has arrived.
+    Leave,
+    /// Close both sockets without a packet.
+    Vanish,
+    /// A peer is gone: end the connection.
+    GiveUp,
+}
+
+/// One connection on its way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Handover {
+    state: State,
+    attempts: u32,
+    wait: Duration,
+}
+
+impl Handover {
+    /// A connection whose backend has answered. Without a port of our own it stays.
+    pub fn new(has_port: bool, now: Tick) -> Self {
+        let state = if has_port { State::Relaying { not_before: now } } else { State::Never(Failure::NoPort) };
+        Self { state, attempts: 0, wait: LATER }
+    }
+
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// The gate is open: bytes pass by the daemon.
+    pub fn is_committed(&self) -> bool {
+        matches!(self.state, State::Draining { .. } | State::Leaving { .. } | State::Vanished)
+    }
+
+    /// When a quiet moment should be looked for, should none come by itself. `None`: there is nothing to wait for.
+    pub fn due(&self, when: &When, connected: Tick) -> Option<Tick> {
+        match self.state {
+            State::Relaying { not_before } => Some(not_before.max(connected.after(when.age))),
+            State::Armed { until, .. } => Some(until),
+            State::Draining { .. } | State::Leaving { .. } | State::Vanished | State::Never(_) => None,
+        }
+    }
+
+    pub fn step(&mut self, event: Event, when: &When, now: Tick) -> Action {
+        match (self.state, event) {
+            (State::Vanished | State::Never(_), _) => Action::Nothing,
+            (State::Relaying { not_before }, Event::Quiet { bytes, age }) => {
+                let worth = bytes >= when.bytes || age >= when.age;
+                if worth && now >= not_before { Action::Measure } else { Action::Nothing }
+            }
+            (State::Armed { .. }, Event::Quiet { .. }) => Action::Measure,
+            (State::Relaying { .. } | State::Armed { .. }, Event::Failed(why)) => self.back(why, now),
+            (State::Relaying { .. } | State::Armed { .. }, Event::Measured { established: false, .. }) => {
+                self.back(Failure::Finished, now)
+            }
+            (State::Relaying { .. }, Event::Measured { sockets, .. }) => match Offsets::at_rest(&sockets) {
+                Some(offsets) => {
+                    self.state = State::Armed { offsets, until: now.after(ARMED) };
+                    Action::Arm(offsets)
+                }
+                None => self.back(Failure::Busy, now),
+            },
+            (State::Armed { offsets, until }, Event::Measured { sockets, .. }) => match Offsets::at_rest(&sockets) {
+                Some(same) if same == offsets => {
+                    let written = sockets.map(|socket| socket.write_seq);
+                    self.state = State::Draining { written, until: now.after(DRAIN) };
+                    Action::Commit
+                }
+                Some(_) => self.back(Failure::OffsetsMoved, now),
+                None if now < until => Action::Relay { armed: false, why: Failure::Busy },
+                None => self.back(Failure::Busy, now),
+            },
+            (State::Draining { until, .. }, Event::Looked { sockets, acknowledged, .. }) => {
+                let written = sockets.map(|socket| socket.write_seq);
+                self.state = State::Draining { written, until };
+                if sockets.iter().any(|socket| socket.unread > 0) {
+                    return Action::PassOn;
+                }
+                if (0..2).all(|end| is_drained(&sockets[end], acknowledged[end])) {
+                    self.state = State::Leaving { written };
+                    return Action::Leave;
+                }
+                if now >= until { Action::GiveUp } else { Action::Look }
+            }
+            (State::Leaving { .. }, Event::Looked { settled: false, .. }) => Action::Look,
+            (State::Leaving { .. }, Event::Looked { sockets, settled: true, .. }) => {
+                if sockets.iter().any(|socket| socket.unread > 0) {
+                    // It came before the gate was open, so it is not for the other end's program yet.
+                    let written = sockets.map(|socket| socket.write_seq);
+                    self.state = State::Draining { written, until: now.after(DRAIN) };
+                    return Action::PassOn;
+                }
+                self.state = State::Vanished;
+                Action::Vanish
+            }
+            // Nothing of the kind was asked for.
+            (State::Relaying { .. } | State::Armed { .. }, Event::Looked { .. })
+            | (
+                State::Draining { .. } | State::Leaving { .. },
+                Event::Quiet { .. } | Event::Measured { .. } | Event::Failed(_),
+            ) => Action::Nothing,
+        }
+    }
+
+    /// Bytes go on through the daemon.
+    fn back(&mut self, why: Failure, now: Tick) -> Action {
+        let armed = matches!(self.state, State::Armed { .. });
+        if !why.passes() {
+            self.state = State::Never(why);
+            return Action::Relay { armed, why };
+        }
+        self.attempts += 1;
+        let wait = if why == Failure::Busy && self.attempts < EAGER {
+            SOON
+        } else {
+            let wait = self.wait;
+            self.wait = (wait * 2).min(RARELY);
+            wait
+        };
+        self.state = State::Relaying { not_before: now.after(wait) };
+        Action::Relay { armed, why }
+    }
+}
+
+/// Everything that this socket wrote has been acknowledged: to it, or, as the program saw, by a packet that was not for it.
+fn is_drained(socket: &Seen, acknowledged: Acknowledged) -> bool {
+    let reached = |ack: u32| ack.wrapping_sub(socket.write_seq) as i32 >= 0;
+    socket.unacked == 0 || acknowledged.is_some_and(reached)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,156 @@
+//! The engine `handoff` from outside: where its maps are pinned, the interfaces its program is on,
+//! and taking all of it away again.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use proxy_core::{handed::route_hash, plan::Plan};
+use tokio::io::unix::AsyncFd;
+
+use crate::{
+    kernel::{
+        bpf::handoff::{HandoffError, HandoffStore, HandoffTable, Sizes},
+        interfaces::{InterfaceError, Interfaces},
+        segment::Sender,
+    },
+    stream::{
+        handed::{Resets, Store, ends_of},
+        handover::OnInterfaces,
+    },
+};
+
+/// 131,072 connections: 32 MiB of kernel memory at once, and some 500 bytes more for each that is there.
+const SIZES: Sizes = Sizes { flows: 1 << 17, events: 1 << 20 };
+/// Where systemd mounts it.
+const BPF_FS: &str = "/sys/fs/bpf";
+
+/// Where the daemon with this admin socket pins what outlives it: in a BPF file system that is mounted in `bpf` beside the
+/// socket, where there is one, else in `/sys/fs/bpf`. A folder per network namespace and socket.
+pub fn folder(socket: &Path) -> PathBuf {
+    let beside = socket.with_file_name("bpf");
+    let base = if is_bpf_fs(&beside) { beside } else { PathBuf::from(BPF_FS) };
+    let namespace = fs::metadata("/proc/thread-self/ns/net").map_or(0, |namespace| namespace.ino());
+    base.join(format!("shunt-{namespace}-{:08x}", route_hash(&socket.to_string_lossy()) as u32))
+}
+
+fn is_bpf_fs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// The table, where a route hands over or a daemon before this one has left connections in it.
+pub fn open(plan: &Plan, socket: &Path) -> Result<Option<Arc<HandoffTable>>, HandoffError> {
+    let folder = folder(socket);
+    if !folder.exists() && !plan.routes().iter().any(|route| route.hands_over()) {
+        return Ok(None);
+    }
+    HandoffTable::open(&folder, SIZES).map(Arc::new).map(Some)
+}
+
+/// Puts the program on every interface, and goes on doing so with new ones, inside a tokio runtime.
+pub fn follow_interfaces(table: Arc<HandoffTable>) -> Result<Store, InterfaceError> {
+    let on = OnInterfaces::default();
+    tokio::spawn(Attached::new(Arc::clone(&table), on.clone())?.follow());
+    Ok(Store { table, on: Some(on) })
+}
+
+/// Keeps the program on every interface that connections between other machines can come from.
+#[derive(Debug)]
+struct Attached {
+    table: Arc<HandoffTable>,
+    /// As workers are told.
+    on: OnInterfaces,
+    interfaces: AsyncFd<Interfaces>,
+    /// Tried, whether the kernel took the program or not.
+    known: BTreeSet<u32>,
+}
+
+impl Attached {
+    /// To those there are, inside a tokio runtime: before the first connection is handed over.
+    fn new(table: Arc<HandoffTable>, on: OnInterfaces) -> Result<Self, InterfaceError> {
+        let interfaces = Interfaces::open()?.into_async()?;
+        let mut attached = Self { table, on, interfaces, known: BTreeSet::new() };
+        attached.look()?;
+        Ok(attached)
+    }
+
+    /// Follows new ones for as long as the task runs.
+    async fn follow(mut self) {
+        loop {
+            match self.interfaces.readable_mut().await {
+                Ok(mut guard) => {
+                    let news = guard.get_inner_mut().drain();
+                    guard.clear_ready();
+                    if let Err(error) = news.and_then(|()| self.look()) {
+                        tracing::error!(%error, "interfaces cannot be followed");
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(%error, "interfaces cannot be awaited");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn look(&mut self) -> Result<(), InterfaceError> {
+        let in_use = self.interfaces.get_mut().in_use()?;
+        for &interface in in_use.difference(&self.known) {
+            match self.table.attach(interface) {
+                Ok(()) => tracing::debug!(interface, "connections can be handed over on this interface"),
+                Err(error) => tracing::warn!(%error, "connections over this interface stay in the daemon"),
+            }
+        }
+        // An interface that goes takes the program with it; its number may come again.
+        self.known = in_use;
+        self.on.set(self.table.attached().into_iter().collect());
+        Ok(())
+    }
+}
+
+/// Ends every handed-over connection with resets and takes program and maps away: what was done, one line.
+pub fn remove(socket: &Path) -> Result<Option<String>, HandoffError> {
+    let folder = folder(socket);
+    if !folder.exists() {
+        return Ok(None);
+    }
+    let ended = match HandoffTable::open(&folder, SIZES) {
+        Ok(table) => end_all(&table),
+        // Another version's: its flows end with their next packets.
+        Err(HandoffError::Layout { .. }) => 0,
+        Err(error) => return Err(error),
+    };
+    HandoffTable::remove_pins(&folder)?;
+    Ok(Some(format!("deleted the table of handed-over connections; {ended} were reset")))
+}
+
+fn end_all(table: &HandoffTable) -> usize {
+    let resets = Resets::new(Sender::open());
+    let mut ended = 0;
+    for found in table.walk() {
+        if let Some(ends) = ends_of(table, &found.flow.key).filter(|_| !found.flow.is_over()) {
+            resets.send(table, &found.flow, &ends);
+            ended += 1;
+        }
+        table.remove(found.gate);
+    }
+    ended
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn daemons_with_other_sockets_have_other_folders() {
+        let of = |socket: &str| folder(Path::new(socket));
+        assert_eq!(of("/run/shunt/admin.sock"), of("/run/shunt/admin.sock"));
+        assert_ne!(of("/run/shunt/admin.sock"), of("/run/other/admin.sock"));
+        assert!(of("/run/shunt/admin.sock").starts_with(BPF_FS));
+    }
+}

@@ -1,0 +1,134 @@
+//! The table and the program on this kernel. Capabilities belong to a thread, so each test takes its own away in a thread that ends with it.
+
+use std::{ffi::CStr, path::Path};
+
+use nix::sched::{CloneFlags, unshare};
+use proxy_abi::flow::{Endpoint, IPV4};
+
+use super::*;
+use crate::kernel::bpf::tests::{effective, keep_only};
+
+const CAP_NET_ADMIN: u64 = 1 << 12;
+const CAP_BPF: u64 = 1 << 39;
+const CAP_PERFMON: u64 = 1 << 38;
+
+/// Whether this run may load programs; says so when not.
+fn privileged() -> bool {
+    let enough = effective() & (CAP_BPF | CAP_NET_ADMIN) == CAP_BPF | CAP_NET_ADMIN;
+    if !enough {
+        println!("skipped: needs CAP_BPF and CAP_NET_ADMIN");
+    }
+    enough
+}
+
+#[test]
+fn cap_bpf_cap_perfmon_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_comes_out_as_computed_here() {
+    if !privileged() {
+        return;
+    }
+    for keep in [CAP_BPF | CAP_NET_ADMIN | CAP_PERFMON, u64::MAX] {
+        let probe = move || {
+            keep_only(keep);
+            HandoffTable::self_probe()
+        };
+        let report =
+            std::thread::spawn(probe).join().expect("the thread ends").unwrap_or_else(|e| panic!("{e}: {e:?}"));
+        println!("{report:?}");
+        assert!(report.packets > 200);
+    }
+}
+
+#[test]
+fn without_cap_perfmon_the_probe_says_so_at_once() {
+    if !privileged() {
+        return;
+    }
+    let probe = || {
+        keep_only(CAP_BPF | CAP_NET_ADMIN);
+        HandoffTable::self_probe()
+    };
+    let error = std::thread::spawn(probe).join().expect("the thread ends").expect_err("no CAP_PERFMON");
+    assert!(matches!(error, HandoffError::NoPerfmon), "{error:?}");
+}
+
+/// A test that needs the kernel: on a thread with a network of its own and a BPF file system of its own, which go with the thread.
+fn in_a_namespace(test: impl FnOnce(&Path) + Send) {
+    const CAP_SYS_ADMIN: u64 = 1 << 21;
+    if !privileged() || effective() & CAP_SYS_ADMIN == 0 {
+        println!("skipped: needs CAP_SYS_ADMIN too, for namespaces");
+        return;
+    }
+    let inside = || {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces of its own");
+        mount(c"none", c"/", c"none", libc::MS_REC | libc::MS_PRIVATE);
+        mount(c"bpf", c"/sys/fs", c"bpf", 0);
+        test(Path::new("/sys/fs/handoff"));
+    };
+    std::thread::scope(|scope| scope.spawn(inside).join().expect("the test"));
+}
+
+fn mount(source: &CStr, target: &CStr, kind: &CStr, flags: libc::c_ulong) {
+    // SAFETY: three strings that live during the call, and no data.
+    let done = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, std::ptr::null()) };
+    assert_eq!(done, 0, "mount {target:?}: {}", std::io::Error::last_os_error());
+}
+
+const SIZES: Sizes = Sizes { flows: 2, events: 4096 };
+
+fn new_flow(id: u64, port: u16) -> NewFlow {
+    let end = |host, port: u16| Endpoint::v4([192, 0, 2, host], port.to_be_bytes());
+    let (client, listen, source, backend) = (end(1, port), end(2, 443), end(3, port), end(4, 80));
+    let there = HandoffEntry { source, destination: backend, ..HandoffEntry::default() };
+    let back = HandoffEntry { source: listen, destination: client, ..HandoffEntry::default() };
+    let entries = [(HandoffKey::new(client, listen, IPV4), there), (HandoffKey::new(backend, source, IPV4), back)];
+    NewFlow { id, owner: [7; OWNER_BYTES], entries, interfaces: [0; 2] }
+}
+
+#[test]
+fn a_daemon_that_comes_after_finds_the_flows_and_the_interfaces_and_nothing_is_left_at_the_end() {
+    const LOOPBACK: u32 = 1;
+    in_a_namespace(|folder| {
+        let first = HandoffTable::open(folder, SIZES).expect("new maps");
+        first.attach(LOOPBACK).expect("attached");
+        first.attach(LOOPBACK).expect("attached already");
+        let gate = first.insert(&new_flow(41, 1_000)).expect("room");
+        first.open_gate(gate, [Boundary { own_seq: 5, first_seq: 6, drained: true }; 2]);
+        drop(first);
+
+        // Sizes are those of the maps that are there.
+        let second = HandoffTable::open(folder, Sizes { flows: 64, events: 8192 }).expect("adopted");
+        assert_eq!(second.attached(), [LOOPBACK]);
+        assert_eq!(second.used(), (1, 2));
+        let found = second.walk();
+        assert_eq!((found[0].gate, found[0].flow.id, found[0].flow.gate), (gate, 41, proxy_abi::handoff::gate::OPEN));
+        assert_eq!(found[0].flow.ends[1].own_seq, 5);
+        second.detach(LOOPBACK).expect("detached");
+        assert_eq!(second.attached(), [] as [u32; 0]);
+        assert_eq!(second.remove(gate).map(|flow| flow.id), Some(41));
+        assert_eq!(second.entry(&new_flow(41, 1_000).entries[1].0), None);
+        drop(second);
+        HandoffTable::remove_pins(folder).expect("removed");
+        assert!(!folder.exists());
+    });
+}
+
+#[test]
+fn a_full_table_and_ports_that_are_taken_are_refused_and_leave_nothing_behind() {
+    in_a_namespace(|folder| {
+        let table = HandoffTable::open(folder, SIZES).expect("new maps");
+        let gate = table.insert(&new_flow(1, 1)).expect("room");
+        assert!(matches!(table.insert(&new_flow(2, 1)), Err(InsertError::Taken)));
+        assert_eq!(table.entry(&new_flow(1, 1).entries[0].0).map(|entry| entry.flow), Some(gate.0));
+        table.insert(&new_flow(3, 3)).expect("room for a second");
+        assert!(matches!(table.insert(&new_flow(4, 4)), Err(InsertError::Full { capacity: 2 })));
+        assert!(table.remove(gate).is_some());
+        assert!(table.remove(gate).is_none());
+        table.insert(&new_flow(5, 5)).expect("room again");
+    });
+}
+
+#[test]
+fn a_folder_that_is_not_in_a_bpf_file_system_is_refused_by_name() {
+    let error = HandoffTable::open(Path::new("/tmp/shunt-no-bpffs"), SIZES).expect_err("no BPF file system");
+    assert!(matches!(&error, HandoffError::NotBpffs(folder) if folder == Path::new("/tmp/shunt-no-bpffs")), "{error}");
+}
