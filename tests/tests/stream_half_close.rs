@@ -73,7 +73,7 @@ fn a_fin_goes_on_at_once_and_the_other_direction_stays_open() -> Result<()> {
             let mut client = relay.open(&lab)?;
             let mut backend = relay.accept(&lab, &listeners[relay as usize])?;
             match relay {
-                Relay::Copy | Relay::Splice | Relay::Terminated | Relay::Again => {}
+                Relay::Copy | Relay::Splice | Relay::Terminated | Relay::Again | Relay::Handoff => {}
                 Relay::Promoted => promote(&shunt, &mut client, &mut backend)?,
                 Relay::Joined => join(&shunt, &mut client, &mut backend)?,
             }
@@ -140,8 +140,7 @@ fn urgent_data_holds_nothing_up() -> Result<()> {
     let lab = Lab::new()?;
     let _servers = servers(&lab, &Behaviour::Echo)?;
     let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    // Once handed over, urgent data is between the two ends, who may take it out of the stream.
-    on_each(&[Relay::Copy, Relay::Splice, Relay::Promoted], |relay| {
+    on_every_relay(|relay| {
         let mut stream = relay.connect(&lab, &shunt)?;
         stream.set_nodelay(true)?;
         for round in 0..3 {

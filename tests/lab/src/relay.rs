@@ -38,13 +38,13 @@ pub enum Relay {
     Promoted,
     /// A route with `engine = "sockmap"`, and the connection's sockets are joined: [`Self::prime`].
     Joined,
-    /// A route with `engine = "handoff"`, and the connection has been handed over: [`Self::prime`]. In none of the lists: it has tests
-    /// of its own.
-    Handoff,
     /// TLS with the client ends in the daemon.
     Terminated,
     /// … and begins again towards the backend.
     Again,
+    /// A route with `engine = "handoff"`, and the connection has been handed over: [`Self::prime`]. In none of the lists: it has tests
+    /// of its own.
+    Handoff,
 }
 
 impl Relay {
