@@ -213,10 +213,6 @@ fn a_forced_engine_that_cannot_serve_is_an_error_that_says_why() {
         unserved.to_string()
     };
     assert_eq!(
-        unserved("engine = \"handoff\""),
-        "route \"web\": no engine can serve it here: handoff: not in this version of shunt"
-    );
-    assert_eq!(
         unserved("engine = \"splice\"\nprotocol = \"udp\""),
         "route \"web\": no engine can serve it here: splice: relays TCP only"
     );
