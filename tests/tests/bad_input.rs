@@ -44,7 +44,7 @@ fn a_file_that_cannot_be_served_leaves_the_kernel_untouched() -> Result<()> {
             &format!("{WEB}engine = \"nft\"\nproxy_protocol = {{ send = \"v2\" }}\n"),
             &["\"web\"", "proxy_protocol.send"],
         ),
-        ("forced", &format!("{WEB}engine = \"handoff\"\n"), &["\"web\"", "handoff", "not in this version"]),
+        ("forced", &format!("{WEB}engine = \"handoff\"\nprotocol = \"udp\"\n"), &["\"web\"", "handoff", "TCP only"]),
     ];
     for (name, config, words) in cases {
         refused(&run(&lab, name, config)?, 1, words)?;
