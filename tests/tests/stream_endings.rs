@@ -75,7 +75,8 @@ fn what_was_held_for_connections_is_given_back() -> Result<()> {
         round(200)?;
     }
     let mut now = before;
-    let settled = wait_until("sockets and threads are as before", SOON, || {
+    // A thread of tokio's for blocking calls stays for ten seconds.
+    let settled = wait_until("sockets and threads are as before", Duration::from_secs(20), || {
         now = kernel::holdings(shunt.pid().unwrap_or_default()).unwrap_or(now);
         now.sockets <= before.sockets && now.others <= before.others && now.threads <= before.threads
     });
