@@ -12,7 +12,6 @@ use anyhow::{Context, Result, ensure};
 
 use crate::ui;
 
-const MIRROR: &str = "http://deb.debian.org";
 /// Archive and suite, oldest first. One that is not there any more is passed over.
 const SUITES: [(&str, &str); 9] = [
     ("debian", "bullseye"),
@@ -60,8 +59,9 @@ impl Apt {
         for name in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(folder.join(name)).context("make apt's folders")?;
         }
+        let mirror = mirror()?;
         let line =
-            |(archive, suite): &(&str, &str)| format!("deb [signed-by={KEYS}] {MIRROR}/{archive} {suite} main\n");
+            |(archive, suite): &(&str, &str)| format!("deb [signed-by={KEYS}] {mirror}/{archive} {suite} main\n");
         let sources: String = SUITES.iter().map(line).collect();
         let apt = Self { folder };
         let list = apt.folder.join("sources.list");
@@ -96,7 +96,7 @@ impl Apt {
     /// given. Oldest first.
     pub fn choose(&self, names: &[String]) -> Result<Vec<Kernel>> {
         let kernels = self.kernels()?;
-        ensure!(!kernels.is_empty(), "apt knows no {META}: can {MIRROR} be reached?");
+        ensure!(!kernels.is_empty(), "apt knows no {META}: can Debian's mirror be reached?");
         let mut chosen: Vec<Kernel> = Vec::new();
         if names.is_empty() {
             for kernel in kernels {
@@ -188,6 +188,14 @@ impl Apt {
 /// The numbers of a version, which order it.
 fn numbers(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
+}
+
+/// The mirror that this machine has its own packages from; Debian's archives lie beside each other on it.
+fn mirror() -> Result<String> {
+    let output = Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)"]).output();
+    let listed = String::from_utf8(output.context("start apt-get")?.stdout).context("apt-get indextargets")?;
+    let of_debian = listed.lines().find_map(|uri| uri.trim_end_matches('/').strip_suffix("/debian"));
+    of_debian.map(str::to_owned).context("apt has no source of Debian's main archive: the kernels come from there")
 }
 
 #[cfg(test)]
