@@ -9,6 +9,7 @@ mod backends;
 mod ids;
 mod relay;
 mod start;
+mod table;
 pub mod task;
 pub mod views;
 
@@ -22,11 +23,11 @@ use std::{
 use proxy_core::{
     capability::Capabilities,
     config::{Config, Engine, Route, RouteName},
-    diff::{Assembly, Ownership, Update, Updates, diff},
+    diff::{Assembly, Ownership, Update, Updates},
     flow::MarkLayout,
     plan::{Plan, Replan, RoutePlan, Unserved, replan},
     pool::Pool,
-    ruleset::{Context, Fragment, Ruleset, draining, fragment, names, passing},
+    ruleset::Fragment,
     view,
 };
 
@@ -332,119 +333,6 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         self.ids.layout().route_mark(id).unwrap_or_default()
     }
 
-    /// What the table has of a route that is served.
-    fn fragment(&self, served: &Served) -> Fragment {
-        if served.plan.is_relayed() {
-            return passing(&served.plan).and(self.counted(&served.plan.route.name, served.id, served.carriers));
-        }
-        let endpoints = served.pool.endpoints();
-        fragment(
-            &served.plan,
-            Context {
-                mark: self.ids.layout(),
-                own: self.mark(served.id),
-                marks: &self.ids,
-                endpoints: &endpoints,
-                counts_no_backend: served.counts_no_backend,
-            },
-        )
-    }
-
-    /// What the table has of a route whose connections are let finish.
-    fn counted(&self, name: &RouteName, id: u32, carriers: Carriers) -> Fragment {
-        match carriers.kernel {
-            true => draining(name, self.mark(id)),
-            false => Fragment::default(),
-        }
-    }
-
-    /// What the table has of a route now; nothing of one that is not there.
-    fn committed(&self, id: u32) -> Fragment {
-        if let Some(drain) = self.draining.get(&id) {
-            return self.counted(&drain.name, id, drain.carriers);
-        }
-        let served = self.ids.name(id).and_then(|name| self.served.get(name));
-        served.map(|served| self.fragment(served)).unwrap_or_default()
-    }
-
-    /// The table as it should be.
-    fn wanted(&self) -> Ruleset {
-        self.wanted_with(&Updates::new())
-    }
-
-    fn wanted_with(&self, updates: &Updates) -> Ruleset {
-        let served = self.served.values().map(|served| served.id);
-        let ids = served.chain(self.draining.keys().copied()).filter(|id| !updates.contains_key(id));
-        let mut whole = self.assembly.whole();
-        ids.for_each(|id| whole.add(self.committed(id)));
-        updates.values().for_each(|update| whole.add(update.new.clone()));
-        whole.finish()
-    }
-
-    /// Both kernels of a change, or none: what can fail comes before what cannot. The number of messages to nftables.
-    fn apply(&mut self, updates: &Updates, change: stream::Change, needs_table: bool) -> Result<usize, ReconcileError> {
-        let result = self.try_apply(updates, change, needs_table);
-        match &result {
-            Ok(_) => {
-                self.status.ok += 1;
-                self.status.last_error = None;
-            }
-            Err(error) => {
-                self.status.failed += 1;
-                self.status.last_error = Some(error.to_string());
-            }
-        }
-        result
-    }
-
-    fn try_apply(
-        &mut self,
-        updates: &Updates,
-        change: stream::Change,
-        needs_table: bool,
-    ) -> Result<usize, ReconcileError> {
-        let prepared = match &mut self.streams {
-            _ if relay::is_empty(&change) => None,
-            Some(streams) => Some(streams.prepare(change)?),
-            None => return Err(ReconcileError::Stopping),
-        };
-        let changes = match self.table || needs_table {
-            true => self.change_table(updates)?,
-            false => {
-                self.assembly.commit(updates);
-                0
-            }
-        };
-        if let (Some(streams), Some(prepared)) = (&mut self.streams, prepared) {
-            streams.commit(prepared);
-        }
-        Ok(changes)
-    }
-
-    /// One atomic batch; the first one makes the table. The number of its messages.
-    fn change_table(&mut self, updates: &Updates) -> Result<usize, NftError> {
-        if !self.table {
-            return self.make_table(updates);
-        }
-        let changes = self.assembly.changes(updates);
-        if let Some(nft) = self.nft.as_mut().filter(|_| !changes.is_empty()) {
-            nft.apply(&changes)?;
-        }
-        self.assembly.commit(updates);
-        Ok(changes.len())
-    }
-
-    fn make_table(&mut self, updates: &Updates) -> Result<usize, NftError> {
-        let (ownership, wanted) = (self.ownership(false), self.wanted_with(updates));
-        let Some(nft) = &mut self.nft else { return Ok(0) };
-        let snapshot = nft.snapshot()?;
-        let changes = diff(wanted, &snapshot, ownership, |rule| nft.fingerprint(rule));
-        nft.apply(&changes)?;
-        self.assembly.commit(updates);
-        self.table = true;
-        Ok(changes.len())
-    }
-
     /// Nothing is left with one carrier of a route that was draining.
     pub fn drained(&mut self, id: u32, carrier: Carrier) -> Result<Vec<Effect>, ReconcileError> {
         let Some(drain) = self.draining.get(&id) else { return Ok(Vec::new()) };
@@ -467,22 +355,6 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         }
         self.unpublished = true;
         Ok(effects)
-    }
-
-    /// Compares the table with what it should be and mends it. True when there was something to mend.
-    pub fn repair(&mut self) -> Result<bool, NftError> {
-        let (ownership, mut wanted) = (self.ownership(true), self.wanted());
-        let Some(nft) = self.nft.as_mut().filter(|_| self.table) else { return Ok(false) };
-        let snapshot = nft.snapshot()?;
-        seed_counters(&self.last_counters, self.ids.layout(), &mut wanted);
-        let changes = diff(wanted, &snapshot, ownership, |rule| nft.fingerprint(rule));
-        if changes.is_empty() {
-            return Ok(false);
-        }
-        nft.apply(&changes)?;
-        self.status.drift += 1;
-        self.unpublished = true;
-        Ok(true)
     }
 
     /// Resolves when the stream path serves what it was given last.
@@ -523,39 +395,6 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         self.ownership(true) == Ownership::Keep
     }
 
-    /// `running`: the table is this process's already, if it is locked.
-    fn ownership(&self, running: bool) -> Ownership {
-        match (self.config.kernel.lock_table && self.capabilities.nft_owner_persist, running) {
-            (false, _) => Ownership::Shared,
-            (true, false) => Ownership::Take,
-            (true, true) => Ownership::Keep,
-        }
-    }
-
-    /// What the kernel has counted, by route id; silent routes are left out.
-    pub fn counters(&mut self) -> Result<&HashMap<u32, Counters>, NftError> {
-        let layout = self.ids.layout();
-        let mut all: HashMap<u32, Counters> = HashMap::with_capacity(self.last_counters.len());
-        let mut read = |nft: &mut N, set: &str, put: &dyn Fn(&mut Counters, proxy_core::ruleset::Counter)| {
-            let counted = |counter: &proxy_core::ruleset::Counter| counter.packets > 0;
-            for (key, counter) in nft.counters(set)?.into_iter().filter(|(_, counter)| counted(counter)) {
-                if let Some(id) = mark_of(&key).and_then(|mark| layout.route_id(mark)) {
-                    put(all.entry(id).or_default(), counter);
-                }
-            }
-            Ok::<(), NftError>(())
-        };
-        let Some(nft) = self.nft.as_mut().filter(|_| self.table) else { return Ok(&self.last_counters) };
-        read(nft, names::CONNECTIONS, &|c, n| c.connections = n.packets)?;
-        read(nft, names::TRAFFIC_IN, &|c, n| c.inbound = n)?;
-        read(nft, names::TRAFFIC_OUT, &|c, n| c.outbound = n)?;
-        for (name, reason) in names::REFUSALS {
-            read(nft, name, &|c, n| c.refused.push((reason, n.packets)))?;
-        }
-        self.last_counters = all;
-        Ok(&self.last_counters)
-    }
-
     /// True once after each change that others should be shown.
     pub fn take_unpublished(&mut self) -> bool {
         std::mem::take(&mut self.unpublished)
@@ -580,28 +419,6 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
     }
 }
 
-/// Counters of a table that somebody deleted go on from what was read last.
-fn seed_counters(last: &HashMap<u32, Counters>, layout: MarkLayout, ruleset: &mut Ruleset) {
-    let mut seed = |set: &str, of: &dyn Fn(&Counters) -> proxy_core::ruleset::Counter| {
-        let Some(set) = ruleset.sets.get_mut(set) else { return };
-        for (key, element) in &mut set.elements {
-            let known = mark_of(key).and_then(|mark| last.get(&layout.route_id(mark)?));
-            element.counter = known.map(of).unwrap_or_default();
-        }
-    };
-    let packets = |packets| proxy_core::ruleset::Counter { packets, bytes: 0 };
-    seed(names::CONNECTIONS, &|c| packets(c.connections));
-    seed(names::TRAFFIC_IN, &|c| c.inbound);
-    seed(names::TRAFFIC_OUT, &|c| c.outbound);
-    for (name, reason) in names::REFUSALS {
-        seed(name, &|c| packets(c.refused.iter().find(|(r, _)| *r == reason).map_or(0, |&(_, n)| n)));
-    }
-}
-
-fn mark_of(key: &proxy_core::ruleset::Key) -> Option<u32> {
-    Some(u32::from_ne_bytes(key.bytes().try_into().ok()?))
-}
-
 /// Nothing that is done for the route has changed. Who shares a port with a relayed route is a matter of the port: one more
 /// name on a port of 50,000 does not change the others.
 fn is_same(old: &RoutePlan, new: &RoutePlan) -> bool {
@@ -610,7 +427,7 @@ fn is_same(old: &RoutePlan, new: &RoutePlan) -> bool {
     old.route.fingerprint == new.route.fingerprint || (relayed && itself && same_listens(old, new))
 }
 
-/// What the table has of it ([`passing`]) is the same.
+/// What the table has of it ([`passing`](proxy_core::ruleset::passing)) is the same.
 fn same_listens(old: &RoutePlan, new: &RoutePlan) -> bool {
     let shared = |plan: &RoutePlan| plan.shared_listens.iter().map(|shared| shared.listen).collect::<Vec<_>>();
     let alone = |plan: &RoutePlan| plan.route.shares_port_with.is_empty();

@@ -49,6 +49,17 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Where there is no route: what comes there ends by other means.
+    pub const NONE: Self = Self {
+        initial_data: Duration::ZERO,
+        tls_handshake: Duration::ZERO,
+        connect: Duration::ZERO,
+        idle: None,
+        idle_warning: None,
+        half_closed: None,
+        lifetime: None,
+    };
+
     pub fn of(route: &Route) -> Self {
         let timeouts = &route.timeouts;
         let (idle, idle_warning) = match route.keepalive {

@@ -18,8 +18,8 @@ use proxy_core::{
 };
 
 use super::{
-    Carriers, DRAIN_OF_ADOPTED, Drain, Effect, Ids, Outcome, ReconcileError, Reconciler, Sockets, mark_of, relay,
-    without_routes,
+    Carriers, DRAIN_OF_ADOPTED, Drain, Effect, Ids, Outcome, ReconcileError, Reconciler, Sockets, relay,
+    table::mark_of, without_routes,
 };
 use crate::{
     kernel::nft::{Nft, NftError},

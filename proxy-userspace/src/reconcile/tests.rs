@@ -2,7 +2,11 @@
 
 use std::path::Path;
 
-use proxy_core::{config::parse, view::BackendAdmin};
+use proxy_core::{
+    config::parse,
+    ruleset::{Key, names},
+    view::BackendAdmin,
+};
 
 use super::{start::Found, *};
 use crate::{
@@ -61,7 +65,7 @@ impl Both {
     fn forwards(&mut self, port: u16) -> bool {
         let Some(ruleset) = self.kernel().ruleset() else { return false };
         let port = port.to_be_bytes();
-        let key = |key: &proxy_core::ruleset::Key| key.bytes().windows(2).any(|two| two == port);
+        let key = |key: &Key| key.bytes().windows(2).any(|two| two == port);
         ruleset.sets[names::EXACT[0]].elements.keys().any(key)
     }
 

@@ -51,7 +51,7 @@ pub struct HandoffEngine {
     pub when: When,
 }
 
-/// When a connection is handed over: see docs/handoff.md for what was measured.
+/// When a connection is handed over: docs/handoff.md has the reasons.
 pub const WHEN: When = When { bytes: 256 << 10, age: Duration::from_millis(20) };
 
 impl fmt::Debug for HandoffEngine {
@@ -67,18 +67,53 @@ pub struct Handing {
     /// When the backend answered.
     pub connected: Tick,
     pub port: Option<SourcePort>,
-    /// Its entries are in the table.
-    pub gate: Option<Gate>,
-    /// From commit on.
-    pub committed: Option<Committed>,
+    pub stage: Stage,
 }
 
-/// The gate is open.
+/// What there is of it outside its sockets.
+#[derive(Debug, Default)]
+pub enum Stage {
+    #[default]
+    Relayed,
+    /// Its entries are in the table, the gate is closed.
+    Armed(Armed),
+    /// The gate is open.
+    Committed(Committed),
+}
+
+impl Handing {
+    pub fn gate(&self) -> Option<Gate> {
+        match &self.stage {
+            Stage::Relayed => None,
+            Stage::Armed(armed) => Some(armed.gate),
+            Stage::Committed(committed) => Some(committed.armed.gate),
+        }
+    }
+
+    pub fn committed(&mut self) -> Option<&mut Committed> {
+        match &mut self.stage {
+            Stage::Relayed | Stage::Armed(_) => None,
+            Stage::Committed(committed) => Some(committed),
+        }
+    }
+
+    pub fn is_committed(&self) -> bool {
+        matches!(self.stage, Stage::Committed(_))
+    }
+}
+
+/// Everything that a commit needs of others: from here on it cannot fail.
 #[derive(Debug)]
-pub struct Committed {
+pub struct Armed {
+    pub gate: Gate,
     pub ends: Ends,
     /// Its place with the owner.
     pub place: mpsc::OwnedPermit<HandedOver>,
+}
+
+#[derive(Debug)]
+pub struct Committed {
+    pub armed: Armed,
     /// Payload relayed before: up, down.
     pub relayed: [u64; 2],
     /// The next byte that our sockets to client and backend would write.

@@ -1,5 +1,6 @@
 //! The owner of the workers: starts them, brings changes to them, asks them, and stops them.
 
+mod asked;
 mod listening;
 
 use std::{
@@ -15,7 +16,7 @@ use std::{
     time::Instant,
 };
 
-use proxy_core::{config::Engine, view};
+use proxy_core::config::Engine;
 use rustix::{
     event::{EventfdFlags, eventfd},
     process::{Resource, Rlimit, getrlimit, setrlimit},
@@ -23,12 +24,12 @@ use rustix::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Change, Options, StreamCommand, StreamError, StreamId, Streams, handed,
+    Change, Options, StreamCommand, StreamError, Streams, handed,
     handover::{self, HandoffEngine, SourcePorts},
     meter::{Meters, Reader, RouteMeter},
     ranges::{Group, Home},
     route::{Listen, Route},
-    worker::{Applied, Command, Leaving, Row, Shared, Worker},
+    worker::{Applied, Command, Leaving, Shared, Worker},
 };
 use crate::{
     kernel::{
@@ -172,7 +173,7 @@ impl StreamPath {
         let (commands, queue) = mpsc::channel(64);
         let links = workers.iter().map(|worker| worker.link.clone()).collect();
         let owner_commands = owner.as_ref().map(|owner| owner.commands.clone());
-        tokio::spawn(answer(queue, links, owner_commands));
+        tokio::spawn(asked::answer(queue, links, owner_commands));
         let certificates = Watch::start(reader.tls.clone());
         let certificates = certificates.map_err(|error| StreamError::Start { call: "clone", error })?;
         Ok(Self {
@@ -423,95 +424,4 @@ fn raise_descriptors() -> u64 {
     // Beyond the hard limit needs CAP_SYS_RESOURCE, and fs.nr_open to allow it.
     let beyond = if hard < WANTED { raised(WANTED, WANTED) } else { raised(WANTED, hard) };
     beyond.or_else(|| raised(hard, hard)).unwrap_or(current)
-}
-
-/// Asks the workers, and the owner of what they have handed over, what others want to know.
-async fn answer(
-    mut queue: mpsc::Receiver<StreamCommand>,
-    links: Vec<Link>,
-    owner: Option<mpsc::UnboundedSender<handed::Command>>,
-) {
-    while let Some(command) = queue.recv().await {
-        match command {
-            StreamCommand::Connections { filter, reply } => {
-                let most = if filter.limit == 0 { usize::MAX } else { filter.limit };
-                let (mut rows, mut asked) = (Vec::new(), Vec::new());
-                for link in &links {
-                    let (answer, answered) = oneshot::channel();
-                    link.send(Command::List { filter: filter.clone(), reply: answer });
-                    asked.push(answered);
-                }
-                for answered in asked {
-                    rows.extend(answered.await.unwrap_or_default());
-                }
-                // Then its owner: a connection that is handed over meanwhile is shown once, where it is now.
-                let mut found = ask(&owner, |reply| handed::Command::List(filter, reply)).await.unwrap_or_default();
-                let handed: HashSet<String> = found.iter().map(|one| one.id.clone()).collect();
-                found.extend(rows.iter().map(connection).filter(|one| !handed.contains(&one.id)));
-                found.truncate(most);
-                let _ = reply.send(Ok(found));
-            }
-            StreamCommand::Kill { id, reply } => {
-                let _ = reply.send(kill(id, &links, &owner).await);
-            }
-            StreamCommand::Refresh { reply } => {
-                let _ = ask(&owner, handed::Command::Refresh).await;
-                let _ = reply.send(Ok(()));
-            }
-        }
-    }
-}
-
-/// `None`: there is no owner, or it has ended.
-async fn ask<T>(
-    owner: &Option<mpsc::UnboundedSender<handed::Command>>,
-    command: impl FnOnce(oneshot::Sender<T>) -> handed::Command,
-) -> Option<T> {
-    let (reply, answered) = oneshot::channel();
-    owner.as_ref()?.send(command(reply)).ok()?;
-    answered.await.ok()
-}
-
-async fn kill(
-    id: StreamId,
-    links: &[Link],
-    owner: &Option<mpsc::UnboundedSender<handed::Command>>,
-) -> Result<view::Killed, view::Failure> {
-    let missing = || view::Failure {
-        error: format!("there is no connection {id}"),
-        hint: Some("`shunt connections` lists the ids of living connections".into()),
-    };
-    let killed = |route: Arc<str>, client| view::Killed { id: id.to_string(), route: route.to_string(), client };
-    if let Some(link) = links.get(usize::from(id.worker())) {
-        let (reply, answered) = oneshot::channel();
-        link.send(Command::Kill { number: id.number(), reply });
-        if let Ok(Some(row)) = answered.await {
-            return Ok(killed(row.route, row.client));
-        }
-    }
-    // What it has handed over has arrived by now.
-    let handed = ask(owner, |reply| handed::Command::Kill(id, reply)).await.flatten();
-    let (route, client) = handed.ok_or_else(missing)?;
-    Ok(killed(route, client))
-}
-
-fn connection(row: &Row) -> view::Connection {
-    view::Connection {
-        id: row.id.to_string(),
-        route: row.route.to_string(),
-        engine: row.engine,
-        protocol: "tcp".into(),
-        client: row.client,
-        listen: row.listen,
-        backend: row.backend,
-        state: row.state.into(),
-        age_seconds: row.age.as_secs_f64(),
-        idle_seconds: row.idle.as_secs_f64(),
-        expires_seconds: row.expires.map(|left| left.as_secs_f64()),
-        bytes_in: row.bytes_in,
-        bytes_out: row.bytes_out,
-        packets_in: 0,
-        packets_out: 0,
-        metered: true,
-    }
 }

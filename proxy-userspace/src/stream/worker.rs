@@ -119,16 +119,6 @@ struct Slot {
 /// The slot of connections whose route is not known.
 const NO_ROUTE: usize = 0;
 
-const NO_LIMITS: Limits = Limits {
-    initial_data: Duration::ZERO,
-    tls_handshake: Duration::ZERO,
-    connect: Duration::ZERO,
-    idle: None,
-    idle_warning: None,
-    half_closed: None,
-    lifetime: None,
-};
-
 /// Whether a flow goes on after what has been done with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
@@ -151,7 +141,7 @@ impl Worker {
         let no_route = Slot {
             route: None,
             name: "-".into(),
-            limits: NO_LIMITS,
+            limits: Limits::NONE,
             engine: Engine::Copy,
             meter: unrouted,
             open: 0,

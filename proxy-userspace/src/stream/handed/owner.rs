@@ -418,15 +418,7 @@ impl Owner {
         let until = self.clock.now().after(DRAIN_OF_ADOPTED);
         self.routes.entry(NO_ROUTE).or_insert_with(|| Served {
             name: "-".into(),
-            limits: Limits {
-                initial_data: Duration::ZERO,
-                tls_handshake: Duration::ZERO,
-                connect: Duration::ZERO,
-                idle: None,
-                idle_warning: None,
-                half_closed: None,
-                lifetime: None,
-            },
+            limits: Limits::NONE,
             drain: DRAIN_OF_ADOPTED,
             open: 0,
             leaving: Some(Departure { until, leaving: None }),

@@ -84,7 +84,9 @@ impl Worker {
         match (slot.engine, flow.means) {
             (Engine::Sockmap, Means::Copy | Means::Splice) => self.join_when_worth_it(key, flow),
             (Engine::Splice | Engine::Handoff, Means::Copy) => self.splice_when_worth_it(flow),
-            _ => {}
+            (Engine::Sockmap, Means::Sockmap)
+            | (Engine::Splice | Engine::Handoff, Means::Splice | Means::Sockmap)
+            | (Engine::Copy | Engine::Nft, _) => {}
         }
     }
 

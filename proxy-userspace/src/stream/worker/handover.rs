@@ -1,40 +1,34 @@
 //! Connections that leave for the packet level, step by step as [`proxy_core::handoff`] says.
 
+mod entries;
+mod leaving;
+
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::Arc,
     time::Duration,
 };
 
-use proxy_abi::{
-    flow::{Endpoint, IPV4, IPV6},
-    handoff::{HandoffEntry, HandoffKey, OWNER_BYTES, option, seen},
-};
+use proxy_abi::handoff::OWNER_BYTES;
 use proxy_core::{
     config::Engine,
-    flow::Side,
     handed::{Record, route_hash},
     handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, Seen, Unfit},
-    reason::Reason,
-    session::{Event, State, Tick},
+    session::{State, Tick},
 };
-use rustix::{
-    io::Errno,
-    net::{getpeername, getsockname},
-    time::{ClockId, clock_gettime},
-};
+use rustix::io::Errno;
 
-use super::{Fate, Worker, meter_slot};
+use self::entries::{ends_of, entries, monotonic_ns};
+use super::{Fate, Worker};
 use crate::{
     kernel::{
-        bpf::handoff::{Boundary, Gate, InsertError, NewFlow},
+        bpf::handoff::{Boundary, InsertError, NewFlow},
         repair::{self, RepairError},
     },
     stream::{
-        admission::Seat,
         flow::Flow,
-        handover::{Committed, Ends, HandedOver, Handing, Held, OnInterfaces, Paths, SourcePort},
-        relay::{Means, Waiting},
+        handover::{Armed, Committed, Handing, OnInterfaces, Paths, SourcePort, Stage},
+        relay::Waiting,
         route::Route,
         socket::{self, Socket},
     },
@@ -42,9 +36,6 @@ use crate::{
 
 /// Other ports that are tried when the kernel does not like one: somebody listens there, or a connection of before is not over.
 const OTHER_PORTS: usize = 4;
-/// The longest wait between two looks at a connection that is leaving.
-const MOST_PATIENCE: Duration = Duration::from_millis(16);
-
 /// What both sockets have been found to be.
 struct Found {
     sockets: Both<Seen>,
@@ -53,7 +44,7 @@ struct Found {
 
 impl Flow {
     pub(super) fn is_handed_over(&self) -> bool {
-        self.handover.as_ref().is_some_and(|handing| handing.committed.is_some())
+        self.handover.as_ref().is_some_and(|handing| handing.is_committed())
     }
 
     /// Nothing is held in the daemon.
@@ -100,7 +91,7 @@ impl Worker {
         if port.is_none() {
             self.count_failure(flow, Failure::NoPort);
         }
-        flow.handover = Some(Box::new(Handing { protocol, connected, port, gate: None, committed: None }));
+        flow.handover = Some(Box::new(Handing { protocol, connected, port, stage: Stage::Relayed }));
     }
 
     /// Its time has come, be there anything to relay or not.
@@ -111,9 +102,11 @@ impl Worker {
     /// When something is to be done without an event.
     pub(super) fn next_look(&self, handing: &Handing) -> Option<Tick> {
         let engine = self.shared.handoff.as_ref()?;
-        match &handing.committed {
-            Some(committed) => Some(committed.look_at),
-            None => handing.protocol.due(&engine.when, handing.connected).map(|due| due.max(Tick(self.now().0 + 1))),
+        match &handing.stage {
+            Stage::Committed(committed) => Some(committed.look_at),
+            Stage::Relayed | Stage::Armed(_) => {
+                handing.protocol.due(&engine.when, handing.connected).map(|due| due.max(Tick(self.now().0 + 1)))
+            }
         }
     }
 
@@ -124,7 +117,7 @@ impl Worker {
         }
         let Some(mut handing) = flow.handover.take() else { return Fate::Lives };
         self.try_to_hand_over(flow, &mut handing);
-        let committed = handing.committed.is_some();
+        let committed = handing.is_committed();
         flow.handover = Some(handing);
         self.arm(key, flow);
         if committed { self.look_after(key, flow) } else { Fate::Lives }
@@ -157,24 +150,24 @@ impl Worker {
                     let made =
                         found.as_ref().ok_or(Failure::Kernel).and_then(|found| self.arm_entries(flow, found, offsets));
                     match made {
-                        Ok(gate) => {
-                            handing.gate = Some(gate);
+                        Ok(armed) => {
+                            handing.stage = Stage::Armed(armed);
                             step(handing, handoff::Event::Quiet { bytes: u64::MAX, age })
                         }
                         Err(why) => step(handing, handoff::Event::Failed(why)),
                     }
                 }
                 Action::Commit => {
-                    if let (Some(found), Some(gate)) = (&found, handing.gate) {
-                        self.commit(flow, handing, found, gate);
+                    if let (Some(found), Stage::Armed(armed)) = (&found, std::mem::take(&mut handing.stage)) {
+                        handing.stage = Stage::Committed(self.commit(flow, found, armed));
                     }
                     return;
                 }
                 Action::Relay { armed, why } => {
                     self.count_failure(flow, why);
                     release(flow);
-                    if let Some(gate) = handing.gate.take_if(|_| armed) {
-                        engine.store.remove(gate);
+                    if armed && let Stage::Armed(armed) = std::mem::take(&mut handing.stage) {
+                        engine.store.remove(armed.gate);
                     }
                     return;
                 }
@@ -249,8 +242,9 @@ impl Worker {
         }
     }
 
-    fn arm_entries(&mut self, flow: &Flow, found: &Found, offsets: Offsets) -> Result<Gate, Failure> {
+    fn arm_entries(&mut self, flow: &Flow, found: &Found, offsets: Offsets) -> Result<Armed, Failure> {
         let engine = self.shared.handoff.as_ref().ok_or(Failure::Kernel)?;
+        let place = engine.owner.clone().try_reserve_owned().map_err(|_| Failure::OwnerBusy)?;
         let ends = ends_of(flow).ok_or(Failure::Kernel)?;
         let backend = flow.backend.as_ref().ok_or(Failure::Kernel)?;
         if ends.client.is_ipv4() != ends.backend.is_ipv4() {
@@ -268,14 +262,15 @@ impl Worker {
             entries: entries(&ends, &found.facts, offsets, clocks, monotonic_ns()),
             interfaces,
         };
-        store.insert(&new).map_err(|error| match error {
+        let gate = store.insert(&new).map_err(|error| match error {
             InsertError::Full { .. } => Failure::TableFull,
             InsertError::Taken => Failure::Taken,
             InsertError::Kernel(error) => {
                 tracing::warn!(%error, "a connection cannot be handed over");
                 Failure::Kernel
             }
-        })
+        })?;
+        Ok(Armed { gate, ends, place })
     }
 
     fn paths(&mut self, on: OnInterfaces) -> Result<&mut Paths, Failure> {
@@ -286,18 +281,7 @@ impl Worker {
     }
 
     /// From here on the ends talk to each other. The sockets stay held: even killed, they say nothing.
-    fn commit(&mut self, flow: &mut Flow, handing: &mut Handing, found: &Found, gate: Gate) {
-        let Some(engine) = self.shared.handoff.clone() else { return };
-        let (Ok(place), Some(ends)) = (engine.owner.clone().try_reserve_owned(), ends_of(flow)) else {
-            // Its owner is behind. The protocol takes it back as it does before any commit.
-            handing.protocol = Handover::new(true, self.now());
-            handing.connected = self.now();
-            self.count_failure(flow, Failure::OwnerBusy);
-            release(flow);
-            handing.gate = None;
-            engine.store.remove(gate);
-            return;
-        };
+    fn commit(&mut self, flow: &Flow, found: &Found, armed: Armed) -> Committed {
         for socket in [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten() {
             // Best effort: what is not acknowledged is sent again, and answered by the other end.
             let _ = repair::quick_ack(socket);
@@ -308,18 +292,19 @@ impl Worker {
             first_seq: socket.rcv_nxt.wrapping_sub(socket.unread),
             drained: socket.unacked == 0,
         });
-        engine.store.set_owner(gate, self.record(flow).encode());
-        engine.store.open_gate(gate, at);
-        handing.committed = Some(Committed {
-            ends,
-            place,
+        if let Some(engine) = &self.shared.handoff {
+            engine.store.set_owner(armed.gate, self.record(flow).encode());
+            engine.store.open_gate(armed.gate, at);
+        }
+        Committed {
+            armed,
             relayed: [flow.up.bytes, flow.down.bytes],
             written: found.sockets.map(|socket| socket.write_seq),
             ticket: None,
             look_at: self.now(),
             patience: Duration::from_millis(1),
             cut: None,
-        });
+        }
     }
 
     /// What the next daemon must know, should this one be gone before the connection has its owner.
@@ -333,182 +318,10 @@ impl Worker {
         }
     }
 
-    /// The connection has left the relay and its sockets are still there.
-    pub(super) fn look_after(&mut self, key: u32, flow: &mut Flow) -> Fate {
-        // A reset that slipped in: the program has not seen it.
-        let failed = |socket: &Socket| socket.failed;
-        if failed(&flow.client) {
-            return self.give_up(flow, Reason::ResetByClient);
-        }
-        if flow.backend.as_ref().is_some_and(failed) {
-            return self.give_up(flow, Reason::ResetByBackend);
-        }
-        let Some(mut handing) = flow.handover.take() else { return Fate::Lives };
-        let action = self.look_at_both(flow, &mut handing);
-        match action {
-            Ok(Action::Vanish) => return self.vanish(flow, *handing),
-            Ok(Action::GiveUp) => {
-                flow.handover = Some(handing);
-                return self.give_up(flow, Reason::ResetByBackend);
-            }
-            Ok(_) => {}
-            Err(error) => {
-                tracing::error!(%error, "a connection that was handed over cannot be looked after");
-                flow.handover = Some(handing);
-                return self.give_up(flow, Reason::InternalError);
-            }
-        }
-        if let Some(committed) = &mut handing.committed {
-            committed.look_at = self.now().after(committed.patience);
-            committed.patience = (committed.patience * 2).min(MOST_PATIENCE);
-        }
-        flow.handover = Some(handing);
-        self.arm(key, flow);
-        Fate::Lives
-    }
-
-    fn look_at_both(&mut self, flow: &mut Flow, handing: &mut Handing) -> Result<Action, RepairError> {
-        let (Some(engine), Some(gate)) = (self.shared.handoff.clone(), handing.gate) else { return Ok(Action::GiveUp) };
-        loop {
-            let Some(committed) = &mut handing.committed else { return Ok(Action::GiveUp) };
-            let Some(backend) = flow.backend.as_ref() else { return Ok(Action::GiveUp) };
-            let mut sockets: Both<Seen> = Default::default();
-            // A FIN that slipped in is passed on like a byte.
-            let fin = [flow.client.finished && !flow.up.ended, backend.finished && !flow.down.ended];
-            let held = [&flow.up, &flow.down].map(|way| match &way.waiting {
-                Waiting::Nothing => 0,
-                Waiting::Bytes(held) => held.left().len() as u32,
-                // Nothing is taken into a pipe any more, and none was loaded at commit.
-                Waiting::Pipe(loaded) => loaded.bytes as u32,
-            });
-            for (index, socket) in [&flow.client, backend].into_iter().enumerate() {
-                let queued = repair::queued(socket)?;
-                sockets[index] = Seen {
-                    write_seq: committed.written[index],
-                    rcv_nxt: 0,
-                    unread: queued.unread + held[index] + u32::from(fin[index]),
-                    unacked: queued.unacked,
-                    unsent: queued.unsent,
-                    held: 0,
-                };
-            }
-            let record = engine.store.flow(gate);
-            let written = committed.written;
-            let acknowledged = [0, 1].map(|index| {
-                let end = &record.ends[index];
-                // The program's own word holds for what was written up to commit.
-                let all = end.seen & seen::DRAINED != 0 && end.own_seq == written[index];
-                if all { Some(written[index]) } else { (end.seen & seen::ACK != 0).then_some(end.ack) }
-            });
-            let settled = committed.ticket.is_some_and(|ticket| engine.grace.passed(ticket));
-            let event = handoff::Event::Looked { sockets, acknowledged, settled };
-            match handing.protocol.step(event, &engine.when, self.now()) {
-                Action::PassOn => {
-                    for (end, socket) in sockets.iter().enumerate() {
-                        let relayed = if end == 0 { flow.up.bytes } else { flow.down.bytes };
-                        let bytes = relayed - committed.relayed[end] + u64::from(socket.unread);
-                        engine.store.passed_on(gate, end, bytes);
-                    }
-                    if !self.pass_on(flow, handing)? {
-                        return Ok(Action::Look);
-                    }
-                }
-                Action::Leave => {
-                    engine.store.leave(gate);
-                    committed.ticket = Some(engine.grace.ask());
-                    return Ok(Action::Leave);
-                }
-                action => return Ok(action),
-            }
-        }
-    }
-
-    /// What slipped into the sockets before the gate was open goes to the other end as ever. True when all of it has.
-    fn pass_on(&mut self, flow: &mut Flow, handing: &mut Handing) -> Result<bool, RepairError> {
-        let (Some(committed), Some(backend)) = (&mut handing.committed, flow.backend.as_mut()) else { return Ok(true) };
-        repair::release(&flow.client)?;
-        repair::release(&*backend)?;
-        (flow.client.readable, backend.readable) = (true, true);
-        let before = [flow.down.bytes, flow.up.bytes];
-        // An end that is gone is for the program to notice.
-        let _ = flow.up.pump(Means::Copy, &mut flow.client, backend, &mut self.stores);
-        let _ = flow.down.pump(Means::Copy, backend, &mut flow.client, &mut self.stores);
-        let after = [flow.down.bytes, flow.up.bytes];
-        for (end, written) in committed.written.iter_mut().enumerate() {
-            *written = written.wrapping_add((after[end] - before[end]) as u32);
-        }
-        let done = [&flow.up, &flow.down].iter().all(|way| matches!(way.waiting, Waiting::Nothing));
-        repair::hold(&flow.client)?;
-        repair::hold(&*backend)?;
-        Ok(done)
-    }
-
-    /// What would have ended a relayed connection ends it with its owner, a few milliseconds later.
-    pub(super) fn while_leaving(&mut self, key: u32, flow: &mut Flow, event: Event) -> Fate {
-        if let (Event::Cut(reason), Some(committed)) =
-            (event, flow.handover.as_mut().and_then(|handing| handing.committed.as_mut()))
-        {
-            committed.cut.get_or_insert(reason);
-        }
-        let committed = flow.handover.as_ref().and_then(|handing| handing.committed.as_ref());
-        if committed.is_some_and(|committed| committed.look_at <= self.now()) {
-            return self.look_after(key, flow);
-        }
-        self.arm(key, flow);
-        Fate::Lives
-    }
-
-    /// Both sockets go without a packet; the connection has another owner.
-    fn vanish(&mut self, flow: &mut Flow, handing: Handing) -> Fate {
-        let Handing { port: Some(port), gate: Some(gate), committed: Some(committed), .. } = handing else {
-            return self.give_up(flow, Reason::InternalError);
-        };
-        let index = flow.slot;
-        let slot = &mut self.slots[index];
-        let Some(route) = slot.route.clone() else { return self.give_up(flow, Reason::InternalError) };
-        slot.open -= 1;
-        slot.meter.engines[meter_slot(flow.means)].active.sub(1);
-        slot.meter.handed_over.add(1);
-        let admission = Arc::clone(&route.admission);
-        let seat = flow.admitted.take().map(|admitted| Seat { admission, admitted });
-        let [bytes_in, bytes_out] = committed.relayed;
-        let at = |micros: u64| self.shared.began + Duration::from_micros(micros);
-        let handed = HandedOver {
-            id: self.id(flow),
-            route_id: route.id,
-            route: Arc::clone(&route.meters.name),
-            client: flow.client_address,
-            ends: committed.ends,
-            gate: gate.0,
-            bytes_in,
-            bytes_out,
-            passed_on: [flow.up.bytes - bytes_in, flow.down.bytes - bytes_out],
-            accepted: at(flow.accepted),
-            active: at(flow.session.last_activity().0 * 1000),
-            limits: route.limits,
-            cut: committed.cut,
-            meters: Arc::clone(&route.meters),
-            held: Held { seat, counted: flow.counted.take(), port },
-        };
-        flow.backend = None;
-        committed.place.send(handed);
-        self.shared.open.fetch_sub(1, Relaxed);
-        self.look_whether_gone(index);
-        Fate::Over
-    }
-
-    /// The ends hear of it by a reset each, as far as their numbers are still known here.
-    fn give_up(&mut self, flow: &mut Flow, reason: Reason) -> Fate {
-        release(flow);
-        self.stays(flow);
-        flow.session.step(Event::Cut(reason), &self.slots[flow.slot].limits, self.now());
-        self.end(flow, reason, proxy_core::session::How::Reset)
-    }
-
     /// A relayed connection ends: nothing of it stays in the table.
     pub(super) fn stays(&self, flow: &mut Flow) {
         let Some(handing) = flow.handover.take() else { return };
-        if let (Some(engine), Some(gate)) = (&self.shared.handoff, handing.gate) {
+        if let (Some(engine), Some(gate)) = (&self.shared.handoff, handing.gate()) {
             engine.store.remove(gate);
         }
     }
@@ -537,66 +350,4 @@ fn segment_of(facts: &Facts) -> u16 {
     const TIMESTAMPS_TAKE: u32 = 12;
     let options = if facts.timestamps { TIMESTAMPS_TAKE } else { 0 };
     u16::try_from(facts.snd_mss + options).unwrap_or(u16::MAX)
-}
-
-fn ends_of(flow: &Flow) -> Option<Ends> {
-    let backend = flow.backend.as_ref()?;
-    let peer = |socket: &Socket| SocketAddr::try_from(getpeername(&socket.fd).ok()??).ok();
-    let own = |socket: &Socket| SocketAddr::try_from(getsockname(&socket.fd).ok()?).ok();
-    Some(Ends {
-        client: peer(&flow.client)?,
-        listen: own(&flow.client)?,
-        source: own(backend)?,
-        backend: peer(backend)?,
-    })
-}
-
-fn endpoint(address: SocketAddr) -> Endpoint {
-    let port = address.port().to_be_bytes();
-    match address.ip() {
-        IpAddr::V4(ip) => Endpoint::v4(ip.octets(), port),
-        IpAddr::V6(ip) => Endpoint::v6(ip.octets(), port),
-    }
-}
-
-fn entries(
-    ends: &Ends,
-    facts: &Both<Facts>,
-    Offsets(offsets): Offsets,
-    clocks: Both<u32>,
-    clock_ns: u64,
-) -> [(HandoffKey, HandoffEntry); 2] {
-    let version = if ends.client.is_ipv4() { IPV4 } else { IPV6 };
-    let there = [(ends.client, ends.listen), (ends.backend, ends.source)];
-    [Side::Client, Side::Backend].map(|from| {
-        let (this, other) = if from == Side::Client { (0, 1) } else { (1, 0) };
-        let (source, destination) = there[this];
-        let (other_end, own_there) = there[other];
-        let (from, to) = (&facts[this], &facts[other]);
-        let has = |yes: bool, bit: u8| if yes { bit } else { 0 };
-        let entry = HandoffEntry {
-            options: has(from.timestamps, option::TIMESTAMPS_IN)
-                | has(to.timestamps, option::TIMESTAMPS_OUT)
-                | has(from.sack, option::SACK_IN)
-                | has(to.sack, option::SACK_OUT)
-                | has(from.ecn, option::ECN_IN)
-                | has(to.ecn, option::ECN_OUT),
-            scale_in: from.peer_scale,
-            scale_out: to.own_scale,
-            dseq: offsets[this],
-            dack: offsets[other],
-            clock: clocks[other],
-            clock_tick_ns: if to.timestamps_in_micros { 1_000 } else { 1_000_000 },
-            clock_ns,
-            source: endpoint(own_there),
-            destination: endpoint(other_end),
-            ..HandoffEntry::default()
-        };
-        (HandoffKey::new(endpoint(source), endpoint(destination), version), entry)
-    })
-}
-
-fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

@@ -200,7 +200,7 @@ impl Worker {
             let Some(joined) = &flow.joined else { return Fate::Lives };
             match index {
                 Some(index) if !joined.indexes().contains(&index) => Fate::Lives,
-                _ => worker.relay(key, flow),
+                Some(_) | None => worker.relay(key, flow),
             }
         });
     }
