@@ -118,6 +118,32 @@ fn a_reset_by_the_backend_is_a_reset_for_the_client() -> Result<()> {
 }
 
 #[test]
+fn a_reset_behind_both_ends_of_tls_takes_nothing_away() -> Result<()> {
+    const MANY: u64 = 50;
+    let lab = Lab::new()?;
+    let relay = Relay::Again;
+    let listener = lab.backend(1).listen(([0, 0, 0, 0], relay.backend_port()))?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+    for done in 1..=MANY {
+        let mut client = relay.open(&lab)?;
+        let mut backend = relay.accept(&lab, &listener)?;
+        backend.set_nodelay(true)?;
+        client.shutdown(Shutdown::Write)?;
+        wait_until("the client's end is through", SOON, || {
+            shunt.connection_of(&client).is_ok_and(|c| c.is_some_and(|c| c["state"] == "half_closed"))
+        })?;
+        backend.write_all(b"answer")?;
+        // As a program that closes without reading the other's end.
+        backend.say_end()?;
+        reset(backend)?;
+        let (answer, end) = read_to_end(&mut client, SOON)?;
+        ensure!(answer == b"answer" && end == End::Finished, "{done}: {answer:?}, {end:?}");
+        shunt.wait_ended(relay.route(), &[("finished_client_first", done)], SOON)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_reset_by_the_client_reaches_the_backend_as_one() -> Result<()> {
     let lab = Lab::new()?;
     let servers = servers_with_tls(&lab, &Behaviour::Echo)?;

@@ -53,6 +53,11 @@ impl Stream {
         said
     }
 
+    /// `close_notify` alone, without a FIN.
+    pub fn say_end(&self) -> io::Result<()> {
+        self.0.session.as_ref().map_or(Ok(()), |session| session.finish(&self.0.tcp))
+    }
+
     /// A FIN alone, which TLS has not announced.
     pub fn cut(&self) -> io::Result<()> {
         self.0.tcp.shutdown(Shutdown::Write)

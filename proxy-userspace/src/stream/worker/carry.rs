@@ -53,6 +53,12 @@ impl Worker {
             (Err(Broken::From), _) | (_, Err(Broken::To)) => return self.step(key, flow, Event::Reset(Side::Client)),
             (Err(Broken::To), _) | (_, Err(Broken::From)) => return self.step(key, flow, Event::Reset(Side::Backend)),
         };
+        // Before a reset counts: one behind both ends, as of a peer that closes without reading `close_notify`, ends nothing.
+        for (side, moved) in [(Side::Client, up), (Side::Backend, down)] {
+            if moved.finished && self.step(key, flow, Event::Finished { side, silent: false }) == Fate::Over {
+                return Fate::Over;
+            }
+        }
         // Also where nobody reads or writes any more, as behind a FIN or a stalled reader.
         let failed = |side, socket: &Socket| (socket.failed && !up.again && !down.again).then_some(side);
         let backend = flow.backend.as_ref().and_then(|backend| failed(Side::Backend, backend));
@@ -62,11 +68,6 @@ impl Worker {
         if (up.again || down.again) && !flow.queued {
             flow.queued = true;
             self.queue.push_back(key);
-        }
-        for (side, moved) in [(Side::Client, up), (Side::Backend, down)] {
-            if moved.finished && self.step(key, flow, Event::Finished { side, silent: false }) == Fate::Over {
-                return Fate::Over;
-            }
         }
         self.hand_over(key, flow)
     }
