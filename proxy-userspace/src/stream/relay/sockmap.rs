@@ -92,8 +92,7 @@ impl Joined {
         // Nobody but this thread reads or writes, so these stay true until the first piece is judged.
         let up = Lane::between(client, backend)?;
         let down = Lane::between(backend, client)?;
-        // A piece that was partly read would be handed over whole, and the kernel would count its beginning as read twice: it
-        // would then take what comes next for read, too, and tell nobody (`tcp_bpf_recvmsg_parser`, v6.18).
+        // A piece that was partly read would be handed over whole: what is had twice is for the lost packets alone ([`Lane`]).
         if tcp::unread(client)? > 0 || tcp::unread(backend)? > 0 {
             return Err(Errno::AGAIN);
         }
