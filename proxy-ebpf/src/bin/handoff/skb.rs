@@ -23,12 +23,12 @@ pub struct Skb<'a>(pub &'a TcContext);
 fn from_one(number: usize, most: usize) -> Option<u32> {
     let mut less = number.wrapping_sub(1);
     // SAFETY: does nothing, with a number that may be any from here on.
-    unsafe { asm!("/* {0} */", inout(reg) less, options(pure, nomem, nostack, preserves_flags)) };
+    unsafe { asm!("{0} = {0}", inout(reg) less, options(pure, nomem, nostack, preserves_flags)) };
     if less >= most {
         return None;
     }
     // SAFETY: as above.
-    unsafe { asm!("/* {0} */", inout(reg) less, options(pure, nomem, nostack, preserves_flags)) };
+    unsafe { asm!("{0} = {0}", inout(reg) less, options(pure, nomem, nostack, preserves_flags)) };
     Some(less as u32 + 1)
 }
 
