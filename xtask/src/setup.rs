@@ -14,7 +14,7 @@ use clap::Args;
 use crate::{cargo, root, ui};
 
 /// Name of the package, and what it is for.
-const PACKAGES: [(&str, &str); 27] = [
+const PACKAGES: [(&str, &str); 28] = [
     ("gcc", "links"),
     ("libc6-dev", "links"),
     ("g++", "compiles libFuzzer"),

@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Handshakes have so much of a round, and at least one step.
-const SHARE: Duration = Duration::from_millis(1);
+const SHARE: Duration = Duration::from_micros(200);
 
 /// How far a handshake is.
 enum Step {
