@@ -38,7 +38,11 @@ use super::{
     relay::{Means, Stores, buffers::Buffers, pipes::Pipes},
     route::Route,
 };
-use crate::{acme::Challenges, kernel::memory, track::FailedDial};
+use crate::{
+    acme::Challenges,
+    kernel::{memory, schedule},
+    track::FailedDial,
+};
 
 /// Ended connections are told together, at most so many …
 const TOLD_TOGETHER: usize = 256;
@@ -184,6 +188,10 @@ impl Worker {
 
     /// Until it is told to stop and its last connection has ended.
     pub fn run(mut self) {
+        // Whoever waits for a worker waits for all of its connections: it must not stand behind the slices of others.
+        if let Err(error) = schedule::short_slices() {
+            tracing::debug!(worker = self.index, %error, "sched_setattr: the kernel's usual slices");
+        }
         let mut events = Events::default();
         while !(self.stopping && self.flows.open() == 0) {
             self.round(&mut events);
