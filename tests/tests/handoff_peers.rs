@@ -31,7 +31,7 @@ fn route(name: &str, listen: SocketAddr, backend: SocketAddr, rest: &str) -> Str
 /// Settings of one host, by dots.
 type Settings = &'static [(&'static str, &'static str)];
 
-/// A pair of ends, and what each agrees to with the gateway: as `ss -i` says it.
+/// A pair of ends, and what each agrees to with the gateway: as `ss -oi` says it.
 struct Kind {
     name: &'static str,
     client: Settings,
@@ -78,7 +78,7 @@ fn with<T>(host: &Host, settings: Settings, work: impl FnOnce() -> Result<T>) ->
 
 /// What the connection of `host` that `filter` finds has agreed to with the gateway.
 fn agreed(host: &Host, filter: &str) -> Result<String> {
-    let shown = host.sh(&format!("ss -Htni '{filter}'"))?;
+    let shown = host.sh(&format!("ss -Htnoi '{filter}'"))?;
     let known = |word: &&str| ["ts", "sack", "ecn", "wscale"].contains(word);
     let words = shown.split_whitespace().map(|word| word.split(':').next().unwrap_or(word)).filter(known);
     Ok(words.collect::<Vec<_>>().join(" "))
@@ -236,7 +236,7 @@ fn tls_behind_a_proxy_header_passes_through_to_its_server() -> Result<()> {
             Some(one["client"].as_str()?.to_owned())
         })?;
         for _ in 0..3 {
-            client.say(&format!("GET / HTTP/1.1\r\nHost: {NAME}\r\n"))?;
+            client.say(&format!("GET / HTTP/1.1\nHost: {NAME}\n"))?;
             let heard = client.hear_until(&address, SOON)?.to_lowercase();
             ensure!(heard.contains(&format!("x-client: {address}")), "{heard}");
         }
