@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use shunt_lab::{AcmeCa, AcmeOptions, Lab, Shunt, wait_until};
 
 /// An order takes a second; a machine that does much else may take longer.
-const ISSUED: Duration = Duration::from_secs(30);
+const ISSUED: Duration = Duration::from_secs(60);
 
 const PAGE: &str = "http { access_log off; server { listen 8080; location / { return 200 'page'; } } }";
 
@@ -103,8 +103,8 @@ fn certificates_are_renewed_while_clients_come_and_none_is_turned_away() -> Resu
     let lab = Lab::new()?;
     let page = PAGE.replace("location", "location /large { alias /; } location");
     let _nginx = lab.nginx_with(lab.backend(1), &page, 8080)?;
-    // Due for renewal after six seconds.
-    let ca = lab.acme_ca(lab.backend(2), &AcmeOptions { validity: Some(10), ..Default::default() })?;
+    // Due for renewal after some ten seconds.
+    let ca = lab.acme_ca(lab.backend(2), &AcmeOptions { validity: Some(16), ..Default::default() })?;
     let cache = lab.dir().join("cache");
     let shunt = Shunt::start(&lab, &format!("{}{}", ca.section(&cache), route("web", &["a.example"], "")))?;
     wait_issued(&shunt, &ca, 1.0)?;
