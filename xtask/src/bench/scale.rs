@@ -202,9 +202,9 @@ fn under_load(lab: &Lab, shunt: &Shunt, duration: Duration) -> Result<LoadRow> {
     };
     let report = load::new_connections(lab.client(), &load)?;
     let cpu = kernel::cpu_seconds(pid)? - cpu;
-    // Counts come with the next reporting interval; a wrong count is a result, not an error.
+    // Counts come with the next reporting interval, which is long with many routes; a wrong count is a result, not an error.
     let grown = |now: Numbers| (now.total - before.total, now.ended - before.ended);
-    let settled = wait_for("every connection is counted", Duration::from_secs(10), || {
+    let settled = wait_for("every connection is counted", Duration::from_secs(20), || {
         let now = Numbers::read(shunt).ok().filter(|now| now.active == 0)?;
         Some(grown(now)).filter(|(counted, ended)| *counted >= report.made && *ended >= report.made)
     });
