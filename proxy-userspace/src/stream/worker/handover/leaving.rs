@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use proxy_abi::handoff::seen;
+use proxy_abi::handoff::{closing, seen};
 use proxy_core::{
     handoff::{self, Action, Both, Seen},
     reason::Reason,
@@ -106,6 +106,12 @@ impl Worker {
                 let all = end.seen & seen::DRAINED != 0 && end.own_seq == written[index];
                 if all { Some(written[index]) } else { (end.seen & seen::ACK != 0).then_some(end.ack) }
             });
+            // Behind a reset nobody acknowledges anything, and nobody waits for what has slipped in.
+            let reset = record.closing & (closing::RESET_BY_CLIENT | closing::RESET_BY_BACKEND) != 0;
+            let acknowledged = if reset { written.map(Some) } else { acknowledged };
+            if reset {
+                sockets.iter_mut().for_each(|socket| socket.unread = 0);
+            }
             let settled = committed.ticket.is_some_and(|ticket| engine.grace.passed(ticket));
             let event = handoff::Event::Looked { sockets, acknowledged, settled };
             match handing.protocol.step(event, &engine.when, self.now()) {
