@@ -72,6 +72,8 @@ pub struct Task<N, S> {
 
 /// Kernel counters are read so often, or less often when that would cost more than a fiftieth of a core.
 const COUNTERS: Duration = Duration::from_secs(1);
+/// But not further apart than this: on a busy machine it is waiting that takes long, and numbers are looked at just then.
+const COUNTERS_AT_LEAST: Duration = Duration::from_secs(20);
 
 impl<N: Nft, S: Streams> Task<N, S> {
     /// Works until `stop` changes, and then until what the daemon relays has drained. The table is left as it is: the
@@ -98,7 +100,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
                     self.settle(effects).await;
                     if began >= rest_until {
                         self.count().await;
-                        rest_until = Instant::now() + began.elapsed() * 50;
+                        rest_until = Instant::now() + (began.elapsed() * 50).min(COUNTERS_AT_LEAST);
                     }
                 }
             }

@@ -15,6 +15,7 @@ use shunt_lab::{GATEWAY, Lab, Running, Shunt, kernel, run};
 use super::services;
 
 const RULE: &str = include_str!("../../bench/peers/rule.nft");
+const RULE_COUNTED: &str = include_str!("../../bench/peers/rule-counted.nft");
 const HAPROXY: &str = include_str!("../../bench/peers/haproxy.cfg");
 const NGINX: &str = include_str!("../../bench/peers/nginx.conf");
 pub const SHUNT: &str = include_str!("../../bench/peers/shunt.toml");
@@ -27,6 +28,8 @@ pub enum PathKind {
     Plain,
     /// A hand-written nft DNAT rule
     Rule,
+    /// The same with what counts: nf_conntrack_acct, and counters for each port and direction
+    RuleCounted,
     /// shunt, nft engine, with accounting
     Shunt,
     /// shunt, engine = "copy", a worker per core
@@ -44,9 +47,10 @@ pub enum PathKind {
 }
 
 impl PathKind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Plain,
         Self::Rule,
+        Self::RuleCounted,
         Self::Shunt,
         Self::Copy,
         Self::Splice,
@@ -63,6 +67,7 @@ impl PathKind {
         match self {
             Self::Plain => "plain routing",
             Self::Rule => "nft rule",
+            Self::RuleCounted => "nft rule, counted",
             Self::Shunt => "shunt nft",
             Self::Copy => "shunt copy",
             Self::Splice => "shunt splice",
@@ -105,12 +110,14 @@ enum Forwarder {
 impl RunningPath {
     /// Starts `kind` on the lab's gateway, which must be as [`Self::stop`] leaves it. `shunt`: the daemon's binary.
     pub fn start(kind: PathKind, lab: &Lab, shunt: Option<&Path>) -> Result<Self> {
-        // Only shunt counts bytes, and turns it on itself.
-        lab.gateway().set_sysctl("net.netfilter.nf_conntrack_acct", "0")?;
+        // shunt turns it on itself.
+        let counted = if kind == PathKind::RuleCounted { "1" } else { "0" };
+        lab.gateway().set_sysctl("net.netfilter.nf_conntrack_acct", counted)?;
         let forwarder = match kind {
             PathKind::Plain => Forwarder::Routing,
-            PathKind::Rule => {
-                kernel::nft_load(lab.gateway(), lab.dir(), RULE)?;
+            PathKind::Rule | PathKind::RuleCounted => {
+                let script = if kind == PathKind::Rule { RULE } else { RULE_COUNTED };
+                kernel::nft_load(lab.gateway(), lab.dir(), script)?;
                 Forwarder::Rule
             }
             PathKind::Haproxy | PathKind::HaproxyCopy => {
