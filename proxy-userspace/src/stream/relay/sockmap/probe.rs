@@ -114,9 +114,12 @@ fn half_close(rig: &mut Rig) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::{io::Write, time::Instant};
 
-    use super::*;
+    use rustix::io::Errno;
+
+    use super::{rig::PATIENCE, *};
+    use crate::stream::{relay::sockmap::Joined, socket::Socket};
 
     #[test]
     fn this_kernel_joins_sockets_without_harm() {
@@ -127,5 +130,36 @@ mod tests {
         let began = Instant::now();
         assert_eq!(trust_in_sockmap(), capability::Sockmap::Trusted);
         eprintln!("took {:?}", began.elapsed());
+    }
+
+    #[test]
+    fn where_the_maps_are_full_two_sockets_stay_as_they_were() {
+        if !crate::kernel::capability::privileges::effective().bpf {
+            eprintln!("skipped: needs CAP_BPF");
+            return;
+        }
+        let mut map = Sockmap::load(2).expect("maps with room for one connection");
+        let address = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let ends = || {
+            let (near, far) = rig::pair(address).expect("a connection");
+            (Socket::new(near.into()), far)
+        };
+        let [(a, _client), (b, _server)] = [ends(), ends()];
+        let first = Joined::new(&mut map, &a, &b, 0).expect("there is room");
+        let [(c, mut other), (d, _other_server)] = [ends(), ends()];
+        assert_eq!(Joined::new(&mut map, &c, &d, 0).map(drop), Err(Errno::NOSPC));
+        // What comes is for the daemon, as if nobody had tried.
+        other.write_all(b"copied").expect("room");
+        let mut bytes = [0; 16];
+        let until = Instant::now() + PATIENCE;
+        let read = loop {
+            match rustix::io::read(&c.fd, &mut bytes) {
+                Err(Errno::AGAIN) if Instant::now() < until => std::thread::yield_now(),
+                read => break read,
+            }
+        };
+        assert_eq!(read.map(|read| &bytes[..read]), Ok(&b"copied"[..]));
+        assert_eq!(map.joined(), 2);
+        first.leave(&mut map, 0);
     }
 }

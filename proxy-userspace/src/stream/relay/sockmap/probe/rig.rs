@@ -220,7 +220,7 @@ fn look(socket: &mut Socket) {
 }
 
 /// The accepted socket, and the one that dialled.
-fn pair(address: IpAddr) -> io::Result<(TcpStream, TcpStream)> {
+pub fn pair(address: IpAddr) -> io::Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind(SocketAddr::new(address, 0))?;
     let far = TcpStream::connect(listener.local_addr()?)?;
     let (near, _) = listener.accept()?;
