@@ -2,8 +2,8 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
-use anyhow::{Context, Result, ensure};
-use shunt_lab::{AcmeCa, AcmeOptions, Lab, Shunt, wait_until};
+use anyhow::{Context, Result, bail, ensure};
+use shunt_lab::{AcmeCa, AcmeOptions, Lab, Shunt, from_base64url, wait_until};
 
 /// An order takes a second; a machine that does much else may take longer.
 const ISSUED: Duration = Duration::from_secs(60);
@@ -283,5 +283,13 @@ fn a_ca_that_wants_a_certificate_renewed_before_its_time_gets_its_way() -> Resul
     ensure!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
     ensure!(began.elapsed() > Duration::from_secs(2), "one after the other: {:?}", began.elapsed());
     ensure!(Outcomes::of(&shunt)?.failed() == 0.0, "{}", shunt.log());
+    // The CA is told what the second one comes after (RFC 9773 §5); since Pebble does not repeat it, it is ordered without.
+    let ordered = ca.ordered()?;
+    let replaces: Vec<_> = ordered.iter().take(3).map(|order| order["replaces"].as_str()).collect();
+    let [None, Some(replaced), None] = replaces[..] else { bail!("{ordered:?}") };
+    let (_, serial) = replaced.split_once('.').with_context(|| replaced.to_owned())?;
+    let serial: String = from_base64url(serial)?.iter().map(|byte| format!("{byte:02x}")).collect();
+    let first = ca.serials().into_iter().next().context("a serial number")?;
+    ensure!(serial.trim_start_matches('0') == first.trim_start_matches('0'), "{serial} is not {first}");
     Ok(())
 }
