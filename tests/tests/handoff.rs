@@ -159,8 +159,14 @@ fn five_hundred_busy_ones_lose_nothing_handed_over_or_not() -> Result<()> {
     let lab = Lab::new()?;
     let server = serve(&lab, Behaviour::Exchange { seed: 6, bytes: 1 << 20, start: Start::AtOnce })?;
     let shunt = Shunt::start(&lab, &route(""))?;
-    carry_while_busy(&lab, &server, 500, 1 << 20)?;
-    println!("{} of 500 were handed over; {:?}", handovers(&shunt)?, told(&lab)?);
+    let count: u64 = std::env::var("DBG_COUNT").ok().and_then(|v| v.parse().ok()).unwrap_or(500);
+    let result = carry_while_busy(&lab, &server, count, 1 << 20);
+    let _ = std::fs::write("/tmp/busy_shunt.log", shunt.log());
+    println!("{} of 500 were handed over; {:?} {:?}", handovers(&shunt)?, told(&lab)?, shunt.metrics()?.samples("shunt_handovers_total"));
+    println!("{:?}", shunt.metrics()?.samples("shunt_terminations_total"));
+    result?;
+    println!("{} of 500 were handed over; {:?} {:?}", handovers(&shunt)?, told(&lab)?, shunt.metrics()?.samples("shunt_handovers_total"));
+    let _ = std::fs::write("/tmp/busy_shunt.log", shunt.log());
     shunt.wait_route(TO.route(), "each byte counted once", SOON, |r| {
         (r["bytes_in"] == 500u64 << 20 && r["bytes_out"] == 500u64 << 20 && r["connections_active"] == 0).then_some(())
     })

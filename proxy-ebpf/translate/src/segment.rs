@@ -3,7 +3,7 @@
 use proxy_abi::handoff::{HandoffEntry, option, outcome};
 
 use crate::{
-    Packet,
+    Packet, checksum,
     flow::{self, Fate, Flow, Segment},
     network::{self, Change, Network},
     options::{self, Work},
@@ -56,8 +56,9 @@ pub fn translate<P: Packet>(
         now_ns: context.now_ns,
         ifindex: context.ifindex,
     };
-    let (new, mode, ended) = match flow::judge(&segment, flow) {
+    let (new, mode, ended) = match flow::judge(&segment, entry, flow) {
         Fate::Stack(outcome) => return Verdict::Stack(outcome),
+        Fate::Own { ack } => return own(packet, network.transport, header, ack, flow.other.own_seq.wrapping_sub(entry.dseq)),
         Fate::Drop(outcome) => return Verdict::Drop(outcome),
         Fate::Replace => return Verdict::Replace,
         Fate::Probe => (probe(entry, flow), options::BLANK, false),
@@ -75,6 +76,22 @@ pub fn translate<P: Packet>(
             let outcome = if mode == options::BLANK { outcome::PROBED } else { outcome::TRANSLATED };
             Verdict::Send { outcome, ended: ended != 0 }
         }
+    }
+}
+
+/// An acknowledgement for our own socket, which has received everything before `rcv_nxt`: it would not believe one with a sequence
+/// number far beyond. One beyond may be a FIN that it has received.
+#[inline(always)]
+fn own<P: Packet>(packet: &mut P, at: usize, header: &tcp::Header, ack: u32, rcv_nxt: u32) -> Verdict {
+    let seq = Tcp::of(header).seq;
+    let seq = if seq.wrapping_sub(rcv_nxt) as i32 > 1 { rcv_nxt } else { seq };
+    let mut new = *header;
+    (new[1], new[2]) = (seq.to_be(), ack.to_be());
+    let difference = checksum::difference(checksum::sum(header), checksum::sum(&new));
+    let written = packet.store(at, &new).and_then(|()| packet.adjust_checksum(at + tcp::CHECKSUM, 0, difference));
+    match written {
+        Some(()) => Verdict::Stack(outcome::OWN_ACK),
+        None => Verdict::Drop(outcome::NOT_WRITABLE),
     }
 }
 
@@ -143,7 +160,7 @@ fn write<P: Packet>(
         forwarded: true,
     };
     let pseudo = network::rewrite(packet, network.version, network_at, change)?;
-    packet.adjust_checksum(at + tcp::CHECKSUM, pseudo, crate::checksum::add(of_header, of_options))
+    packet.adjust_checksum(at + tcp::CHECKSUM, pseudo, checksum::add(of_header, of_options))
 }
 
 /// Congestion is signalled end to end only where both connections agreed to it.

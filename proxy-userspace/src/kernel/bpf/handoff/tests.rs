@@ -92,7 +92,7 @@ fn a_daemon_that_comes_after_finds_the_flows_and_the_interfaces_and_nothing_is_l
         first.attach(LOOPBACK).expect("attached");
         first.attach(LOOPBACK).expect("attached already");
         let gate = first.insert(&new_flow(41, 1_000)).expect("room");
-        first.open_gate(gate, [Boundary { own_seq: 5, first_seq: 6, drained: true }; 2]);
+        first.open_gate(gate, [Boundary { own_seq: 5, first_seq: 6, acked: 5 }; 2]);
         drop(first);
 
         // Sizes are those of the maps that are there.
