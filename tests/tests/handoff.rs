@@ -162,6 +162,12 @@ fn five_hundred_busy_ones_lose_nothing_handed_over_or_not() -> Result<()> {
     let count: u64 = std::env::var("DBG_COUNT").ok().and_then(|v| v.parse().ok()).unwrap_or(500);
     let result = carry_while_busy(&lab, &server, count, 1 << 20);
     let _ = std::fs::write("/tmp/busy_shunt.log", shunt.log());
+    for host in [lab.client(), lab.gateway(), lab.backend(1)] {
+        for name in "TCPTimeouts TCPLossProbes TCPFastRetrans TCPRcvQDrop TCPZeroWindowDrop TCPSlowStartRetrans TCPBacklogDrop PAWSEstab TCPDSACKRecv TCPOFOQueue TCPSACKReneging TCPSpuriousRTOs TCPOFODrop TCPLossFailures TCPChallengeACK BeyondWindow OutOfWindowIcmps TCPACKSkippedSeq TCPAbortOnClose TCPAbortOnData TCPAbortOnTimeout".split(' ') {
+            print!("{name}={} ", wire::stack_counter(host, &format!("TcpExt{name}")).map_or(-1, |v| v as i64));
+        }
+        println!();
+    }
     println!("{} of 500 were handed over; {:?} {:?}", handovers(&shunt)?, told(&lab)?, shunt.metrics()?.samples("shunt_handovers_total"));
     println!("{:?}", shunt.metrics()?.samples("shunt_terminations_total"));
     result?;

@@ -52,6 +52,8 @@ pub enum Fate {
     /// Translated with this acknowledgement, and without SACK blocks when they are about our socket's bytes.
     Forward {
         ack: u32,
+        /// The window begins so many bytes before that.
+        raised: u32,
         without_sack: bool,
     },
 }
@@ -67,20 +69,22 @@ pub fn judge(segment: &Segment, entry: &HandoffEntry, flow: &mut Flow<'_>) -> Fa
     if tcp.has(SYN) {
         return syn(segment, flow);
     }
-    let forward = Fate::Forward { ack: tcp.ack, without_sack: false };
+    let forward = Fate::Forward { ack: tcp.ack, raised: 0, without_sack: false };
     if !tcp.has(ACK) || flow.gate == gate::ALONE || tcp.has(RST) {
         return forward;
     }
     let (own_seq, was_drained) = (flow.this.own_seq, is_drained(flow.this));
     let beyond = tcp.ack.wrapping_sub(own_seq) as i32;
-    if is_drained(flow.other) && (beyond > 0 || beyond == 0 && was_drained) {
+    // With its FIN the other end hears of a window at most, which is not too much.
+    let of_fin = flow.other.seen & seen::FIN != 0 && tcp.ack.wrapping_sub(entry.dack) == flow.other.fin_end;
+    if of_fin || is_drained(flow.other) && (beyond > 0 || beyond == 0 && was_drained) {
         forward
     } else if segment.payload == 0 && !tcp.has(FIN) {
         acknowledges(segment, entry, flow);
         Fate::Own { ack: if beyond > 0 { own_seq } else { tcp.ack } }
     } else {
         // The other end was told of everything up to here by our socket.
-        Fate::Forward { ack: own_seq, without_sack: true }
+        Fate::Forward { ack: own_seq, raised: if beyond < 0 { beyond.unsigned_abs() } else { 0 }, without_sack: true }
     }
 }
 
@@ -180,8 +184,9 @@ pub const fn last_ack(this: &HandoffEnd) -> u32 {
 fn over(flow: &mut Flow<'_>, why: u32, now_ns: u64, seen: u32) -> bool {
     let first = *flow.closing & closing::OVER == 0;
     flow.this.seen |= seen;
-    *flow.closing |= why;
     if first {
+        // A reset behind both ends is not how it ended.
+        *flow.closing |= why;
         *flow.closed_ns = now_ns;
     }
     first

@@ -62,10 +62,10 @@ pub fn translate<P: Packet>(
         Fate::Drop(outcome) => return Verdict::Drop(outcome),
         Fate::Replace => return Verdict::Replace,
         Fate::Probe => (probe(entry, flow), options::BLANK, false),
-        Fate::Forward { ack, without_sack } => {
+        Fate::Forward { ack, raised, without_sack } => {
             let ended = flow::record(&segment, entry, flow);
             let mode = if without_sack { options::WITHOUT_SACK } else { options::TRANSLATE };
-            (forward(&tcp, ack, entry), mode, ended)
+            (forward(&tcp, (ack, raised), entry), mode, ended)
         }
     };
     let (mode, ended) = (packet.opaque(mode), packet.opaque(usize::from(ended)));
@@ -114,12 +114,12 @@ fn acceptable(network: &Network, tcp: &Tcp, flow: &Flow<'_>) -> Result<usize, Ve
 }
 
 #[inline(always)]
-const fn forward(tcp: &Tcp, ack: u32, entry: &HandoffEntry) -> tcp::New {
+const fn forward(tcp: &Tcp, (ack, raised): (u32, u32), entry: &HandoffEntry) -> tcp::New {
     tcp::New {
         seq: tcp.seq.wrapping_add(entry.dseq),
         ack: if tcp.has(tcp::ACK) { ack.wrapping_sub(entry.dack) } else { tcp.ack },
         flags: tcp.flags,
-        window: tcp::window(tcp.window, entry),
+        window: tcp::window(tcp.window, raised, entry),
         clear_ecn: clears_ecn(entry),
     }
 }
@@ -132,7 +132,7 @@ const fn probe(entry: &HandoffEntry, flow: &Flow<'_>) -> tcp::New {
         seq: flow::next_seq(flow.this).wrapping_sub(1).wrapping_add(entry.dseq),
         ack: flow::last_ack(flow.this).wrapping_sub(entry.dack),
         flags: tcp::ACK,
-        window: tcp::window(flow.this.window, entry),
+        window: tcp::window(flow.this.window, 0, entry),
         clear_ecn: true,
     }
 }

@@ -56,6 +56,8 @@ pub enum Rest {
 impl Rest {
     /// In one direction, in bytes. It is sent within a round trip, and until then its reader keeps what overtakes it.
     pub const MOST: u32 = 256 << 10;
+    /// What our socket announces at most when the rest has been read from it.
+    pub const ANNOUNCED: u32 = 16 << 10;
 
     pub fn of(sockets: &Both<Seen>) -> Self {
         let [client, backend] = sockets;
@@ -73,7 +75,8 @@ impl Rest {
         let unwritten = from.unread + from.held;
         let rest = unwritten + to.unsent;
         // Beyond its window the reader would throw away what overtakes the rest.
-        let fits = u64::from(to.unacked) + u64::from(unwritten) + u64::from(from.announced) <= u64::from(to.window);
+        let announced = from.announced.max(Self::ANNOUNCED);
+        let fits = u64::from(to.unacked) + u64::from(unwritten) + u64::from(announced) <= u64::from(to.window);
         if rest == 0 || rest <= Self::MOST && fits {
             Self::Little
         } else if to.unacked > 0 {

@@ -13,7 +13,7 @@ use proxy_abi::handoff::OWNER_BYTES;
 use proxy_core::{
     config::Engine,
     handed::{Record, route_hash},
-    handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, Seen, Unfit},
+    handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, Rest, Seen, Unfit},
     session::{State, Tick},
 };
 use rustix::io::Errno;
@@ -89,7 +89,7 @@ impl Worker {
             self.count_failure(flow, Failure::NoPort);
         }
         for socket in [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten() {
-            let _ = repair::take_little(socket, 16 << 10);
+            let _ = repair::take_little(socket, 24 << 10);
         }
         flow.handover = Some(Box::new(Handing { protocol, connected, port, in_order: [0; 2], stage: Stage::Relayed }));
     }
@@ -152,7 +152,7 @@ impl Worker {
                                 sockets: measured.sockets,
                                 established: measured.facts.iter().all(|facts| facts.established),
                             };
-                            eprintln!("DBG {:?} {:?} {:?}", handing.protocol.state(), proxy_core::handoff::Rest::of(&measured.sockets), measured.sockets.map(|s| (s.unread, s.unacked, s.unsent, s.window, s.announced, s.round_trip.as_micros())));
+                            eprintln!("DBG {:?} {:?} {:?}", handing.protocol.state(), Rest::of(&measured.sockets), measured.sockets.map(|s| (s.unread, s.unacked, s.unsent, s.window, s.announced, s.round_trip.as_micros())));
                             found = Some(measured);
                             event
                         }
@@ -299,6 +299,7 @@ impl Worker {
         for socket in [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten() {
             // Best effort: what is not acknowledged is sent again, and answered by the other end.
             let _ = repair::quick_ack(socket);
+            let _ = repair::take_little(socket, Rest::ANNOUNCED as usize / 2);
         }
         let [client, backend] = found.sockets;
         let at = [(client, backend), (backend, client)].map(|(this, other)| Boundary {
