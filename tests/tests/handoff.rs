@@ -155,27 +155,22 @@ fn told(lab: &Lab) -> Result<Vec<(&str, u64)>> {
 }
 
 #[test]
-fn five_hundred_busy_ones_lose_nothing_handed_over_or_not() -> Result<()> {
+fn most_of_five_hundred_busy_ones_are_handed_over_and_lose_nothing() -> Result<()> {
     let lab = Lab::new()?;
     let server = serve(&lab, Behaviour::Exchange { seed: 6, bytes: 1 << 20, start: Start::AtOnce })?;
     let shunt = Shunt::start(&lab, &route(""))?;
-    let count: u64 = std::env::var("DBG_COUNT").ok().and_then(|v| v.parse().ok()).unwrap_or(500);
-    let result = carry_while_busy(&lab, &server, count, 1 << 20);
-    let _ = std::fs::write("/tmp/busy_shunt.log", shunt.log());
-    for host in [lab.client(), lab.gateway(), lab.backend(1)] {
-        for name in "TCPTimeouts TCPLossProbes TCPFastRetrans TCPRcvQDrop TCPZeroWindowDrop TCPSlowStartRetrans TCPBacklogDrop PAWSEstab TCPDSACKRecv TCPOFOQueue TCPSACKReneging TCPSpuriousRTOs TCPOFODrop TCPLossFailures TCPChallengeACK BeyondWindow OutOfWindowIcmps TCPACKSkippedSeq TCPAbortOnClose TCPAbortOnData TCPAbortOnTimeout".split(' ') {
-            print!("{name}={} ", wire::stack_counter(host, &format!("TcpExt{name}")).map_or(-1, |v| v as i64));
-        }
-        println!();
-    }
-    println!("{} of 500 were handed over; {:?} {:?}", handovers(&shunt)?, told(&lab)?, shunt.metrics()?.samples("shunt_handovers_total"));
-    println!("{:?}", shunt.metrics()?.samples("shunt_terminations_total"));
-    result?;
-    println!("{} of 500 were handed over; {:?} {:?}", handovers(&shunt)?, told(&lab)?, shunt.metrics()?.samples("shunt_handovers_total"));
-    let _ = std::fs::write("/tmp/busy_shunt.log", shunt.log());
+    carry_while_busy(&lab, &server, 500, 1 << 20)?;
+    let handed_over = handovers(&shunt)?;
+    let failures = shunt.metrics()?.samples("shunt_handovers_total");
+    println!("{handed_over} of 500 were handed over; sent again: {:?}; {failures:?}", told(&lab)?);
     shunt.wait_route(TO.route(), "each byte counted once", SOON, |r| {
         (r["bytes_in"] == 500u64 << 20 && r["bytes_out"] == 500u64 << 20 && r["connections_active"] == 0).then_some(())
-    })
+    })?;
+    ensure!(handed_over >= 400.0, "{handed_over} of 500: {failures:?}");
+    let ends = &shunt.route(TO.route())?["terminations"];
+    let finished = |which: &str| ends[which].as_u64().unwrap_or_default();
+    ensure!(finished("finished_client_first") + finished("finished_backend_first") == 500, "they ended by {ends}");
+    Ok(())
 }
 
 #[test]

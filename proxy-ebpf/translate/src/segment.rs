@@ -58,7 +58,9 @@ pub fn translate<P: Packet>(
     };
     let (new, mode, ended) = match flow::judge(&segment, entry, flow) {
         Fate::Stack(outcome) => return Verdict::Stack(outcome),
-        Fate::Own { ack } => return own(packet, network.transport, header, ack, flow.other.own_seq.wrapping_sub(entry.dseq)),
+        Fate::Own { ack } => {
+            return own(packet, network.transport, header, ack, flow.other.own_seq.wrapping_sub(entry.dseq));
+        }
         Fate::Drop(outcome) => return Verdict::Drop(outcome),
         Fate::Replace => return Verdict::Replace,
         Fate::Probe => (probe(entry, flow), options::BLANK, false),

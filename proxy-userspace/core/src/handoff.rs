@@ -230,6 +230,11 @@ impl Handover {
         matches!(self.state, State::Draining { .. } | State::Leaving { .. } | State::Vanished)
     }
 
+    /// It is to be handed over as soon as possible.
+    pub fn is_eager(&self) -> bool {
+        self.attempts < EAGER && !matches!(self.state, State::Never(_))
+    }
+
     /// Nothing is read from the sockets.
     pub fn is_paused(&self) -> bool {
         matches!(self.state, State::Paused { .. } | State::Armed { .. })
@@ -256,7 +261,11 @@ impl Handover {
                 }
             }
             (State::Paused { until } | State::Armed { until, .. }, Event::Turn { held: true, .. }) => {
-                if now < until { Action::Nothing } else { self.back(Failure::Busy, now) }
+                if now < until {
+                    Action::Nothing
+                } else {
+                    self.back(Failure::Busy, now)
+                }
             }
             (State::Paused { .. } | State::Armed { .. }, Event::Turn { held: false, .. }) => Action::Measure,
             (State::Relaying { .. } | State::Paused { .. } | State::Armed { .. }, Event::Failed(why)) => {

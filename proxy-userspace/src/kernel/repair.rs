@@ -118,9 +118,7 @@ const LOOKS: usize = 16;
 
 /// Of a connection that is held. `None`: bytes come faster than they can be counted.
 pub fn sequences(socket: impl AsFd) -> Result<Option<Sequences>, RepairError> {
-    let choose = |queue| {
-        set(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, queue, "setsockopt(TCP_REPAIR_QUEUE)")
-    };
+    let choose = |queue| set(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, queue, "setsockopt(TCP_REPAIR_QUEUE)");
     let number = || get::<u32>(&socket, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, "getsockopt(TCP_QUEUE_SEQ)");
     choose(SEND_QUEUE)?;
     let write_seq = number()?;
@@ -194,6 +192,11 @@ pub fn receive_memory(socket: impl AsFd) -> Result<u32, RepairError> {
 pub fn take_little(socket: impl AsFd, bytes: usize) -> Result<(), RepairError> {
     sockopt::set_socket_recv_buffer_size(&socket, bytes)
         .map_err(|e| RepairError { call: "setsockopt(SO_RCVBUF)", source: e.into() })
+}
+
+/// From now on its peer is not told that it may send more at once. What it was told holds.
+pub fn announce_little(socket: impl AsFd, bytes: c_int) -> Result<(), RepairError> {
+    set(&socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, bytes, "setsockopt(TCP_WINDOW_CLAMP)")
 }
 
 /// The kernel finds out again how much is of use (`SO_BUF_LOCK`, v5.14+).

@@ -16,8 +16,8 @@ mod table;
 use std::os::fd::BorrowedFd;
 
 use proxy_abi::handoff::{
-    FROM_BACKEND, FROM_CLIENT, HandoffEnd, HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, OWNER_BYTES,
-    closing, seen,
+    FROM_BACKEND, FROM_CLIENT, HandoffEnd, HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, OWNER_BYTES, closing,
+    seen,
 };
 
 pub use error::{HandoffError, InsertError};

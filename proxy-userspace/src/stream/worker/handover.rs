@@ -36,6 +36,10 @@ use crate::{
 
 /// Other ports that are tried when the kernel does not like one: somebody listens there, or a connection of before is not over.
 const OTHER_PORTS: usize = 4;
+/// What may wait in each socket of a connection that is to be handed over soon: with what comes behind it, it must fit into the
+/// window of its reader, which is 64 KiB in the beginning.
+const WAITING_BYTES: usize = 24 << 10;
+
 /// What both sockets have been found to be.
 struct Found {
     sockets: Both<Seen>,
@@ -88,8 +92,11 @@ impl Worker {
         if port.is_none() {
             self.count_failure(flow, Failure::NoPort);
         }
-        for socket in [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten() {
-            let _ = repair::take_little(socket, 24 << 10);
+        if port.is_some() {
+            for socket in both(flow) {
+                // Best effort: with more in its sockets it is harder to hand over while it is busy.
+                let _ = repair::take_little(socket, WAITING_BYTES);
+            }
         }
         flow.handover = Some(Box::new(Handing { protocol, connected, port, in_order: [0; 2], stage: Stage::Relayed }));
     }
@@ -152,7 +159,6 @@ impl Worker {
                                 sockets: measured.sockets,
                                 established: measured.facts.iter().all(|facts| facts.established),
                             };
-                            eprintln!("DBG {:?} {:?} {:?}", handing.protocol.state(), Rest::of(&measured.sockets), measured.sockets.map(|s| (s.unread, s.unacked, s.unsent, s.window, s.announced, s.round_trip.as_micros())));
                             found = Some(measured);
                             event
                         }
@@ -181,6 +187,12 @@ impl Worker {
                 Action::Relay { armed, why } => {
                     self.count_failure(flow, why);
                     release(flow);
+                    if !handing.protocol.is_eager() {
+                        for socket in both(flow) {
+                            // Before Linux 5.14 it stays slower than it could be.
+                            let _ = repair::take_as_ever(socket);
+                        }
+                    }
                     if armed && let Stage::Armed(armed) = std::mem::take(&mut handing.stage) {
                         engine.store.remove(armed.gate);
                     }
@@ -296,10 +308,10 @@ impl Worker {
 
     /// From here on the ends talk to each other. The sockets stay held: even killed, they say nothing.
     fn commit(&mut self, flow: &Flow, found: &Found, armed: Armed) -> Committed {
-        for socket in [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten() {
+        for socket in both(flow) {
             // Best effort: what is not acknowledged is sent again, and answered by the other end.
             let _ = repair::quick_ack(socket);
-            let _ = repair::take_little(socket, Rest::ANNOUNCED as usize / 2);
+            let _ = repair::announce_little(socket, Rest::ANNOUNCED as i32);
         }
         let [client, backend] = found.sockets;
         let at = [(client, backend), (backend, client)].map(|(this, other)| Boundary {
@@ -352,9 +364,13 @@ fn told(error: RepairError) -> Failure {
     Failure::Kernel
 }
 
+fn both(flow: &Flow) -> impl Iterator<Item = &Socket> {
+    [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten()
+}
+
 /// Both sockets are read from and written to again.
 fn release(flow: &Flow) {
-    for socket in [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten() {
+    for socket in both(flow) {
         if let Err(error) = repair::release(socket) {
             tracing::error!(%error, "a connection stays under repair");
         }

@@ -15,8 +15,8 @@ use aya::{
 use proxy_abi::handoff::{HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, OWNER_BYTES, gate, outcome};
 
 use super::{
-    Boundary, Found, Gate, HandoffError, HandoffProbe, HandoffStore, InsertError, NewFlow, PassedOn, flows::Flows, links, object,
-    prepared, probe,
+    Boundary, Found, Gate, HandoffError, HandoffProbe, HandoffStore, InsertError, NewFlow, PassedOn, flows::Flows,
+    links, object, prepared, probe,
 };
 use crate::kernel::bpf::BpfError;
 
