@@ -10,8 +10,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Host, Lab, Shunt,
-    dialog::{End, echo, end_of, reset},
+    Lab, Shunt,
+    dialog::{End, echo, end_of, exchange, reset},
     kernel, link,
     pattern::{self, Digested},
     relay::{Relay, handed_over},
@@ -20,8 +20,6 @@ use shunt_lab::{
 };
 
 const SOON: Duration = Duration::from_secs(10);
-/// A stalled or lossy connection still comes to its end in it.
-const LONG: Duration = Duration::from_secs(120);
 const TO: Relay = Relay::Handoff;
 
 fn route(rest: &str) -> String {
@@ -35,33 +33,6 @@ fn serve(lab: &Lab, behaviour: Behaviour) -> Result<TcpServer> {
 /// How often the daemon has handed a connection over.
 fn handovers(shunt: &Shunt) -> Result<f64> {
     Ok(shunt.metrics()?.value("shunt_handovers_total", &[("route", TO.route()), ("result", "done")]))
-}
-
-/// Sends and receives at once, to the end of both.
-fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Digested)> {
-    stream.set_read_timeout(Some(LONG))?;
-    stream.set_write_timeout(Some(LONG))?;
-    thread::scope(|scope| {
-        let sender = scope.spawn(move || -> Result<Digested> {
-            let mut writer = stream;
-            let sent = pattern::send(&mut writer, seed, bytes)?;
-            stream.shutdown(Shutdown::Write)?;
-            Ok(sent)
-        });
-        let received = pattern::receive(&mut &*stream).context("receiving")?;
-        Ok((sender.join().expect("sender").context("sending")?, received))
-    })
-}
-
-/// One connection that is handed over while quiet, then carries `bytes` each way.
-fn carry_after(lab: &Lab, shunt: &Shunt, server: &TcpServer, nth: usize, bytes: u64) -> Result<()> {
-    let stream = lab.client().connect(TO.listen())?;
-    handed_over(shunt, &stream)?;
-    let (sent, received) = exchange(&stream, 5, bytes)?;
-    ensure!(received == pattern::send(&mut std::io::sink(), 6, bytes)?, "backend → client: {received:?}");
-    let record = server.wait_records(nth, SOON)?.remove(nth - 1);
-    ensure!(record.received == sent, "client → backend: {:?} of {sent:?}", record.received);
-    Ok(())
 }
 
 /// `count` connections at once, busy in both directions from their first byte.
@@ -276,52 +247,6 @@ fn a_slow_reader_holds_its_sender_up_and_gets_every_byte() -> Result<()> {
     println!("{} handed over: {:?}", handovers(&shunt)?, shunt.metrics()?.samples("shunt_handovers_total"));
     stream.shutdown(Shutdown::Write)?;
     shunt.wait_ended(TO.route(), &[("finished_backend_first", 1)], SOON)
-}
-
-/// Settings of one host, by dots.
-type Settings = [(&'static str, &'static str)];
-
-fn set(host: &Host, settings: &Settings) -> Result<()> {
-    settings.iter().try_for_each(|(key, value)| host.set_sysctl(key, value))
-}
-
-#[test]
-fn peers_of_every_kind_talk_to_each_other() -> Result<()> {
-    const PLAIN: &Settings = &[];
-    const NO_TIMESTAMPS: &Settings = &[("net.ipv4.tcp_timestamps", "0")];
-    const NO_SACK: &Settings = &[("net.ipv4.tcp_sack", "0")];
-    const NO_SCALES: &Settings = &[("net.ipv4.tcp_window_scaling", "0")];
-    const SMALL_SCALE: &Settings = &[("net.ipv4.tcp_rmem", "4096 65536 131072"), ("net.core.rmem_max", "131072")];
-    const ECN: &Settings = &[("net.ipv4.tcp_ecn", "1")];
-    let kinds: [(&str, &Settings, &Settings); 8] = [
-        ("a client without timestamps", NO_TIMESTAMPS, PLAIN),
-        ("a backend without timestamps", PLAIN, NO_TIMESTAMPS),
-        ("a client without SACK", NO_SACK, PLAIN),
-        ("a backend without SACK", PLAIN, NO_SACK),
-        ("a client without window scales", NO_SCALES, PLAIN),
-        ("a backend without window scales", PLAIN, NO_SCALES),
-        ("a backend with a small window scale", PLAIN, SMALL_SCALE),
-        ("a client with ECN", ECN, PLAIN),
-    ];
-    for (kind, client, backend) in kinds {
-        let lab = Lab::new()?;
-        // Settings of the network namespace; those of net.core exist in the first one only.
-        let own = |settings: &Settings| {
-            settings.iter().filter(|(key, _)| !key.starts_with("net.core")).copied().collect::<Vec<_>>()
-        };
-        set(lab.client(), &own(client))?;
-        set(lab.backend(1), &own(backend))?;
-        for host in [lab.client(), lab.backend(1)] {
-            wire::watch_ends(host)?;
-        }
-        let start = Start::AfterClientFinished;
-        let server = serve(&lab, Behaviour::Exchange { seed: 6, bytes: 16 << 20, start })?;
-        let shunt = Shunt::start(&lab, &route(""))?;
-        carry_after(&lab, &shunt, &server, 1, 16 << 20).context(kind)?;
-        ensure!(wire::ends_seen(lab.client())?.1 == 0, "{kind}: a reset");
-        println!("{kind}: {} handed over, {:?}", handovers(&shunt)?, told(&lab)?);
-    }
-    Ok(())
 }
 
 #[test]

@@ -117,14 +117,23 @@ fn a_restart_in_the_middle_ends_what_was_there_and_the_next_are_served() -> Resu
     let outer = Shunt::start(&lab, &Relay::routes(""))?;
     let mut held: Vec<TcpStream> =
         Relay::ENGINES.iter().map(|relay| relay.connect(&lab, &outer)).collect::<Result<_>>()?;
+    wait_until("it is handed over inside too", SOON, || {
+        let inside = inner.connections(Relay::Handoff.route());
+        inside.is_ok_and(|inside| inside.len() == 1 && inside[0]["engine"] == "handoff")
+    })?;
     ensure!(inner.terminate(SOON)?.success());
-    for stream in &mut held {
-        read_to_end(stream, AT_ONCE).context("a connection of the stopped daemon")?;
+    for (stream, relay) in held.iter_mut().zip(Relay::ENGINES) {
+        if relay.outlives_the_daemon() {
+            echo(stream, b"nobody is in the middle")?;
+        } else {
+            read_to_end(stream, AT_ONCE).context("a connection of the stopped daemon")?;
+        }
     }
     inner.restart()?;
     on_each(&Relay::ENGINES, |relay| {
+        let left = u64::from(relay.outlives_the_daemon());
         outer.wait_route(relay.route(), "the old one has ended", SOON, |r| {
-            (r["connections_active"] == 0 && r["terminations"]["internal_error"].is_null()).then_some(())
+            (r["connections_active"] == left && r["terminations"]["internal_error"].is_null()).then_some(())
         })?;
         // Nobody was refused meanwhile, so the backend is not left out.
         echo(&mut lab.client().connect(relay.listen())?, b"after the restart")
@@ -212,7 +221,10 @@ fn the_shorter_timeout_of_a_chain_ends_it_everywhere() -> Result<()> {
         let mut inner = inner(&lab, &rest("inner"))?;
         let mut outer = Shunt::start(&lab, &Relay::routes(&rest("outer")))?;
         on_each(&Relay::ENGINES, |relay| {
-            let mut streams: Vec<TcpStream> = (0..20).map(|_| relay.connect(&lab, &outer)).collect::<Result<_>>()?;
+            let mut streams: Vec<TcpStream> =
+                (0..20).map(|_| Ok(lab.client().connect(relay.listen())?)).collect::<Result<_>>()?;
+            streams.iter_mut().try_for_each(|stream| echo(stream, b"hello"))?;
+            relay.prime(&outer, &mut streams[19])?;
             for stream in &mut streams {
                 read_to_end(stream, Duration::from_secs(4))?;
             }

@@ -13,7 +13,7 @@ use shunt_lab::{
     Lab, Shunt, Stream,
     dialog::{End, end_of, read_some, read_to_end},
     pattern,
-    relay::{Relay, on_each, on_every_relay, servers, servers_with_tls},
+    relay::{Relay, handed_over, on_each, on_every_relay, servers, servers_with_tls},
     scripted::{Behaviour, Start},
     wait_until,
 };
@@ -33,6 +33,9 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
             let bytes = if relay == Relay::Splice { 1000 } else { BYTES };
             let mut stream = relay.open(&lab)?;
             stream.set_read_timeout(Some(SOON))?;
+            if start == Start::AfterClientFinished {
+                relay.settle(&shunt, &stream)?;
+            }
             let (received, sent) = if start == Start::AfterClientFinished {
                 let sent = pattern::send(&mut stream, 3, bytes)?;
                 stream.shutdown(Shutdown::Write)?;
@@ -73,7 +76,8 @@ fn a_fin_goes_on_at_once_and_the_other_direction_stays_open() -> Result<()> {
             let mut client = relay.open(&lab)?;
             let mut backend = relay.accept(&lab, &listeners[relay as usize])?;
             match relay {
-                Relay::Copy | Relay::Splice | Relay::Terminated | Relay::Again | Relay::Handoff => {}
+                Relay::Copy | Relay::Splice | Relay::Terminated | Relay::Again => {}
+                Relay::Handoff => handed_over(&shunt, &client)?,
                 Relay::Promoted => promote(&shunt, &mut client, &mut backend)?,
                 Relay::Joined => join(&shunt, &mut client, &mut backend)?,
             }
@@ -195,6 +199,7 @@ fn an_http_response_streams_on_after_the_request_side_has_closed() -> Result<()>
     let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
     on_each(&Relay::WITH_TLS, |relay| {
         let mut stream = relay.open(&lab)?;
+        relay.settle(&shunt, &stream)?;
         stream.write_all(b"GET /page HTTP/1.0\r\nHost: x\r\n\r\n")?;
         stream.shutdown(Shutdown::Write)?;
         let (answer, end) = read_to_end(&mut stream, Duration::from_secs(30))?;

@@ -200,7 +200,7 @@ fn timestamps(pair: [u32; 2], work: Work<'_>, this: &mut HandoffEnd, other: &Han
 
 /// What the clock of our socket on the other connection would say now.
 #[inline(always)]
-const fn clock_at(entry: &HandoffEntry, now_ns: u64) -> u32 {
+pub const fn clock_at(entry: &HandoffEntry, now_ns: u64) -> u32 {
     let tick = if entry.clock_tick_ns == 0 { 1_000_000 } else { entry.clock_tick_ns };
     entry.clock.wrapping_add((now_ns.wrapping_sub(entry.clock_ns) / tick as u64) as u32)
 }

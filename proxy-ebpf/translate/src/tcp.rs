@@ -14,7 +14,7 @@ pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const PSH: u8 = 0x08;
 pub const ACK: u8 = 0x10;
-pub const URG: u8 = 0x20;
+const URG: u8 = 0x20;
 pub const ECE: u8 = 0x40;
 pub const CWR: u8 = 0x80;
 /// Accurate ECN, once the nonce sum: the lowest bit beside the data offset, in the fourth word.
@@ -61,7 +61,8 @@ pub struct New {
     pub clear_ecn: bool,
 }
 
-/// Writes it, all but the checksum; the difference for that.
+/// Writes it, all but the checksum; the difference for that. Nothing is urgent any more: a relay makes urgent bytes bytes of the stream
+/// (RFC 6093 §4), and when a connection was handed over must not show.
 #[inline(always)]
 pub const fn rewrite(h: &mut Header, entry: &HandoffEntry, new: New) -> u32 {
     let old = checksum::sum(h);
@@ -70,14 +71,12 @@ pub const fn rewrite(h: &mut Header, entry: &HandoffEntry, new: New) -> u32 {
     h[1] = new.seq.to_be();
     h[2] = new.ack.to_be();
     // Data offset, reserved bits and AE stay.
-    let mut fourth = u32::from_be(h[3]) & 0xff00_0000 | (new.flags as u32) << 16 | new.window as u32;
+    let mut fourth = u32::from_be(h[3]) & 0xff00_0000 | ((new.flags & !URG) as u32) << 16 | new.window as u32;
     if new.clear_ecn {
         fourth &= !(AE | ((ECE | CWR) as u32) << 16);
     }
     h[3] = fourth.to_be();
-    if new.flags & URG == 0 {
-        h[4] &= 0xffff_0000u32.to_be();
-    }
+    h[4] &= 0xffff_0000u32.to_be();
     checksum::difference(old, checksum::sum(h))
 }
 

@@ -21,6 +21,7 @@ fn model(packet: &Packet, entry: &HandoffEntry, this: &HandoffEnd, other: &Hando
     out.ack = packet.ack.wrapping_sub(entry.dack);
     let bytes = u64::from(packet.window) << entry.scale_in;
     out.window = u16::try_from(bytes >> entry.scale_out).unwrap_or(u16::MAX);
+    (out.flags, out.urgent) = (packet.flags & !0x20, 0);
     let both = |bits| entry.options & bits == bits;
     if !both(option::ECN_IN | option::ECN_OUT) {
         out.ecn = 0;
@@ -80,10 +81,12 @@ prop_compose! {
     fn packets()(
         v6 in any::<bool>(), from_backend in any::<bool>(), options in options(), seq in any::<u32>(), ack in any::<u32>(),
         window in any::<u16>(), ecn in 0u8..4, congestion in 0u8..4, hops in 2u8..=255, payload in proptest::collection::vec(any::<u8>(), 0..90),
+        urgent in proptest::option::of(any::<u16>()),
     ) -> (Packet, bool) {
         let key = key_of(v6, from_backend);
-        let flags = 0x10 | congestion << 6;
-        (Packet { v6, source: key.source, destination: key.destination, ecn, hops, seq, ack, flags, window, options, payload }, from_backend)
+        let flags = 0x10 | congestion << 6 | u8::from(urgent.is_some()) << 5;
+        let urgent = urgent.unwrap_or(0);
+        (Packet { v6, source: key.source, destination: key.destination, ecn, hops, seq, ack, flags, window, urgent, options, payload }, from_backend)
     }
 }
 

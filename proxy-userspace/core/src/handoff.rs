@@ -57,7 +57,7 @@ pub enum Failure {
     NoPort,
     /// One side has finished.
     Finished,
-    /// Urgent data has come: its pointer is not translated.
+    /// Urgent data has come, and reads stop at its mark.
     Urgent,
     /// One end would send larger segments than the other takes.
     SegmentSize,

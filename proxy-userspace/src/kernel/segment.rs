@@ -15,12 +15,14 @@ pub const ACK: u8 = 0x10;
 const TCP: u8 = 6;
 const TCP_HEADER: usize = 20;
 
-/// A segment without options and payload.
+/// A segment without payload.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Segment {
     pub flags: u8,
     pub sequence: u32,
     pub acknowledgement: u32,
+    /// TSval of the timestamps option, its one option if any: some peers drop a segment without it (RFC 7323 §3.2).
+    pub timestamp: Option<u32>,
 }
 
 /// Raw sockets of both families. Without `CAP_NET_RAW` there are none, and nothing is sent.
@@ -76,20 +78,27 @@ fn v4(from: SocketAddrV4, to: SocketAddrV4, segment: Segment) -> Vec<u8> {
 }
 
 fn v6(from: SocketAddrV6, to: SocketAddrV6, segment: Segment) -> Vec<u8> {
-    let mut packet = vec![0x60, 0, 0, 0, 0, TCP_HEADER as u8, TCP, 64];
+    let tcp = encode(from.into(), to.into(), segment);
+    let mut packet = vec![0x60, 0, 0, 0, 0, tcp.len() as u8, TCP, 64];
     packet.extend(from.ip().octets());
     packet.extend(to.ip().octets());
-    packet.extend(encode(from.into(), to.into(), segment));
+    packet.extend(tcp);
     packet
 }
 
-fn encode(from: SocketAddr, to: SocketAddr, segment: Segment) -> [u8; TCP_HEADER] {
-    let mut bytes = [0; TCP_HEADER];
+fn encode(from: SocketAddr, to: SocketAddr, segment: Segment) -> Vec<u8> {
+    let mut bytes = vec![0; TCP_HEADER];
     bytes[0..2].copy_from_slice(&from.port().to_be_bytes());
     bytes[2..4].copy_from_slice(&to.port().to_be_bytes());
     bytes[4..8].copy_from_slice(&segment.sequence.to_be_bytes());
     bytes[8..12].copy_from_slice(&segment.acknowledgement.to_be_bytes());
-    bytes[12] = (TCP_HEADER as u8 / 4) << 4;
+    if let Some(clock) = segment.timestamp {
+        // NOP, NOP, timestamps; nothing is echoed.
+        bytes.extend([1, 1, 8, 10]);
+        bytes.extend(clock.to_be_bytes());
+        bytes.extend([0; 4]);
+    }
+    bytes[12] = (bytes.len() as u8 / 4) << 4;
     bytes[13] = segment.flags;
     bytes[14..16].copy_from_slice(&u16::MAX.to_be_bytes());
     let checksum = checksum(from.ip(), to.ip(), &bytes);
@@ -125,10 +134,14 @@ mod tests {
     fn a_segment_sums_to_zero_with_its_checksum() {
         for (from, to) in [("10.0.0.1:40000", "10.0.0.2:80"), ("[fd00::1]:40000", "[fd00::2]:80")] {
             let [from, to]: [SocketAddr; 2] = [from, to].map(|text| text.parse().expect("address"));
-            let segment = encode(from, to, Segment { flags: RST | ACK, sequence: 0xfedc_ba98, acknowledgement: 7 });
-            assert_eq!(checksum(from.ip(), to.ip(), &segment), 0);
-            assert_ne!(segment[16..18], [0, 0]);
-            assert_eq!(segment[4..8], [0xfe, 0xdc, 0xba, 0x98]);
+            for (timestamp, header) in [(None, 20), (Some(9), 32)] {
+                let segment = Segment { flags: RST | ACK, sequence: 0xfedc_ba98, acknowledgement: 7, timestamp };
+                let segment = encode(from, to, segment);
+                assert_eq!(checksum(from.ip(), to.ip(), &segment), 0);
+                assert_ne!(segment[16..18], [0, 0]);
+                assert_eq!(segment[4..8], [0xfe, 0xdc, 0xba, 0x98]);
+                assert_eq!((segment.len(), usize::from(segment[12] >> 4) * 4), (header, header));
+            }
         }
     }
 }

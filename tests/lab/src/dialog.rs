@@ -2,18 +2,24 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Shutdown, SocketAddr, TcpStream},
     os::fd::AsFd,
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use socket2::SockRef;
 
-use crate::host::Host;
+use crate::{
+    host::Host,
+    pattern::{self, Digested},
+};
 
 /// Longer than any answer takes in a lab.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A stalled or lossy connection still comes to its end in it.
+const STALLED: Duration = Duration::from_secs(120);
 
 /// How a connection ended for the one who reads it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +40,21 @@ pub fn echo(stream: &mut (impl Read + Write + AsFd), text: &[u8]) -> Result<()> 
     stream.read_exact(&mut back)?;
     ensure!(back == text, "{:?} came back as {:?}", String::from_utf8_lossy(text), String::from_utf8_lossy(&back));
     Ok(())
+}
+
+/// Sends `bytes` of the pattern `seed` and receives at once, to the end of both: what was sent, and what came.
+pub fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Digested)> {
+    stream.set_read_timeout(Some(STALLED))?;
+    stream.set_write_timeout(Some(STALLED))?;
+    thread::scope(|scope| {
+        let sender = scope.spawn(move || -> Result<Digested> {
+            let sent = pattern::send(&mut &*stream, seed, bytes)?;
+            stream.shutdown(Shutdown::Write)?;
+            Ok(sent)
+        });
+        let received = pattern::receive(&mut &*stream).context("receiving")?;
+        Ok((sender.join().expect("sender").context("sending")?, received))
+    })
 }
 
 /// Connects, and reads the name that a [`Behaviour::Tagged`](crate::scripted::Behaviour::Tagged) server says.

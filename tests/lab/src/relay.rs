@@ -38,26 +38,26 @@ pub enum Relay {
     Promoted,
     /// A route with `engine = "sockmap"`, and the connection's sockets are joined: [`Self::prime`].
     Joined,
+    /// A route with `engine = "handoff"`, and the connection has no socket in the daemon any more: [`Self::prime`].
+    Handoff,
     /// TLS with the client ends in the daemon.
     Terminated,
     /// … and begins again towards the backend.
     Again,
-    /// A route with `engine = "handoff"`, and the connection has been handed over: [`Self::prime`]. In none of the lists: it has tests
-    /// of its own.
-    Handoff,
 }
 
 impl Relay {
-    pub const ALL: [Self; 4] = [Self::Copy, Self::Splice, Self::Promoted, Self::Joined];
+    pub const ALL: [Self; 5] = [Self::Copy, Self::Splice, Self::Promoted, Self::Joined, Self::Handoff];
     /// The ways that pass through TLS.
     pub const TLS: [Self; 2] = [Self::Terminated, Self::Again];
     /// Every way, TLS or not.
-    pub const WITH_TLS: [Self; 6] =
-        [Self::Copy, Self::Splice, Self::Promoted, Self::Joined, Self::Terminated, Self::Again];
+    pub const WITH_TLS: [Self; 7] =
+        [Self::Copy, Self::Splice, Self::Promoted, Self::Joined, Self::Handoff, Self::Terminated, Self::Again];
     /// One of each engine, and TLS.
-    pub const ENGINES_AND_TLS: [Self; 5] = [Self::Copy, Self::Splice, Self::Joined, Self::Terminated, Self::Again];
+    pub const ENGINES_AND_TLS: [Self; 6] =
+        [Self::Copy, Self::Splice, Self::Joined, Self::Handoff, Self::Terminated, Self::Again];
     /// One of each engine, for what happens before a connection carries anything.
-    pub const ENGINES: [Self; 3] = [Self::Copy, Self::Splice, Self::Joined];
+    pub const ENGINES: [Self; 4] = [Self::Copy, Self::Splice, Self::Joined, Self::Handoff];
 
     /// Name of its route in [`Self::routes`].
     pub fn route(self) -> &'static str {
@@ -188,11 +188,22 @@ impl Relay {
             (shunt.engine_of(stream).ok()?.as_deref() == Some(engine)).then_some(echoed)
         })
     }
+
+    /// For a connection to a backend of any kind, before what a test is about: one that is to be handed over has been. It must be quiet
+    /// meanwhile.
+    pub fn settle(self, shunt: &Shunt, stream: &impl AsFd) -> Result<()> {
+        if self == Self::Handoff { handed_over(shunt, stream) } else { Ok(()) }
+    }
+
+    /// Whether a connection that is what this way says goes on without the daemon.
+    pub fn outlives_the_daemon(self) -> bool {
+        self == Self::Handoff
+    }
 }
 
 /// Waits until the connection of the client's `stream` has no socket in the daemon any more. It must be quiet meanwhile.
 pub fn handed_over(shunt: &Shunt, stream: &impl AsFd) -> Result<()> {
-    wait_for("the connection is handed over", Duration::from_secs(5), || {
+    wait_for("the connection is handed over", Duration::from_secs(10), || {
         (shunt.engine_of(stream).ok()?.as_deref() == Some("handoff")).then_some(())
     })
     .map_err(|error| {

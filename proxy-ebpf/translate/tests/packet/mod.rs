@@ -44,6 +44,7 @@ pub struct Packet {
     pub ack: u32,
     pub flags: u8,
     pub window: u16,
+    pub urgent: u16,
     pub options: Vec<Opt>,
     pub payload: Vec<u8>,
 }
@@ -60,6 +61,7 @@ pub fn plain(v6: bool) -> Packet {
         ack: 1,
         flags: 0x10,
         window: 9,
+        urgent: 0,
         options: Vec::new(),
         payload: vec![1, 2, 3],
     }
@@ -121,7 +123,8 @@ impl Packet {
         tcp.extend(self.ack.to_be_bytes());
         tcp.extend([((20 + options.len()) << 2) as u8, self.flags]);
         tcp.extend(self.window.to_be_bytes());
-        tcp.extend([0; 4]);
+        tcp.extend([0; 2]);
+        tcp.extend(self.urgent.to_be_bytes());
         tcp.extend(options);
         tcp.extend(&self.payload);
         let pseudo = [self.addresses().0, vec![0, 6], (tcp.len() as u16).to_be_bytes().into()].concat();

@@ -2,12 +2,14 @@
 
 use proxy_abi::{
     flow::{Endpoint, IPV4},
-    handoff::{FROM_BACKEND, FROM_CLIENT, HandoffEntry, HandoffFlow, HandoffKey, closing, seen},
+    handoff::{FROM_BACKEND, FROM_CLIENT, HandoffEntry, HandoffFlow, HandoffKey, closing, option, seen},
 };
 use proxy_core::{
     flow::Side,
     handed::{Ending, Look},
+    session::Tick,
 };
+use proxy_translate::options::clock_at;
 
 use super::clock::tick_of;
 use crate::{
@@ -35,6 +37,8 @@ pub fn look(flow: &HandoffFlow) -> Look {
 fn ending(bits: u32) -> Ending {
     let first = if bits & closing::BACKEND_FIRST != 0 { Side::Backend } else { Side::Client };
     match bits {
+        // A reset behind both ends takes nothing away: whoever has forgotten a connection answers so what is sent again.
+        bits if bits & closing::FINISHED != 0 => Ending::Finished(first),
         bits if bits & closing::RESET_BY_CLIENT != 0 => Ending::Reset(Side::Client),
         bits if bits & closing::RESET_BY_BACKEND != 0 => Ending::Reset(Side::Backend),
         bits if bits & closing::OVER != 0 => Ending::Finished(first),
@@ -66,7 +70,7 @@ impl Resets {
     }
 
     /// Makes one end answer if it is there: a segment it has acknowledged already, as keepalive sends it.
-    pub fn ask(&self, store: &dyn HandoffStore, flow: &HandoffFlow, ends: &Ends, side: Side) {
+    pub fn ask(&self, store: &dyn HandoffStore, flow: &HandoffFlow, ends: &Ends, side: Side, now: Tick) {
         let there = store.entry(&flow.key);
         let back = there.and_then(|there| store.entry(&there.opposite_key(flow.key.ip_version)));
         let (Some(there), Some(back)) = (there, back) else { return };
@@ -76,7 +80,10 @@ impl Resets {
         };
         let Some(next) = expected(flow, index, &towards).next() else { return };
         let acknowledgement = flow.ends[index].end_seq as u32;
-        self.0.send(from, to, Segment { flags: ACK, sequence: next.wrapping_sub(1), acknowledgement });
+        // The clock goes on from where our socket's was; it has not been seen later, for silence was long.
+        let agreed = towards.options & option::TIMESTAMPS_OUT != 0;
+        let timestamp = agreed.then(|| clock_at(&towards, now.0 * 1_000_000));
+        self.0.send(from, to, Segment { flags: ACK, sequence: next.wrapping_sub(1), acknowledgement, timestamp });
     }
 }
 

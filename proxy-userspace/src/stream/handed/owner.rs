@@ -288,7 +288,7 @@ impl Owner {
             for (asked, side) in flow.asked.iter_mut().zip([Side::Client, Side::Backend]) {
                 match asked.next(&self.probing, now) {
                     Next::Wait => {}
-                    Next::Ask => self.resets.ask(&*self.store, &seen, &flow.ends, side),
+                    Next::Ask => self.resets.ask(&*self.store, &seen, &flow.ends, side, now),
                     Next::Gone => action = flow.handed.session.step(Event::Reset(side), &served.limits, now),
                 }
                 if action != Action::Nothing {

@@ -189,6 +189,16 @@ fn an_end_is_counted_and_told_once_with_every_byte() {
 }
 
 #[test]
+fn a_reset_behind_both_ends_takes_nothing_away() {
+    let mut stage = stage("");
+    let (_, gate) = stage.hand_over(ALICE);
+    let bits = closing::FINISHED | closing::CLIENT_FIRST | closing::RESET_BY_BACKEND;
+    stage.store.change(gate, |flow| flow.closing = bits);
+    stage.owner.look_at_all();
+    assert_eq!(stage.ended(), [(Reason::FinishedClientFirst, 100, 200)]);
+}
+
+#[test]
 fn limits_and_its_backend_count_it_until_it_ends_and_its_port_rests_longer() {
     let mut stage = stage("limits = { connections = 1, connections_per_client = 1 }\n");
     let (_, gate) = stage.hand_over(ALICE);

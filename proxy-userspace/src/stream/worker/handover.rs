@@ -208,6 +208,9 @@ impl Worker {
     /// Holds both sockets and reads their numbers. `in_order`: segments out of order when nothing was any more.
     fn measure(&mut self, flow: &Flow, in_order: &mut Both<u32>) -> Result<Found, Failure> {
         let backend = flow.backend.as_ref().ok_or(Failure::Kernel)?;
+        if flow.backend_address.is_some_and(|backend| backend.is_ipv4() != flow.listen.is_ipv4()) {
+            return Err(Failure::AddressFamilies);
+        }
         if flow.client.urgent || backend.urgent {
             return Err(Failure::Urgent);
         }
@@ -273,9 +276,6 @@ impl Worker {
         let place = engine.owner.clone().try_reserve_owned().map_err(|_| Failure::OwnerBusy)?;
         let ends = ends_of(flow).ok_or(Failure::Kernel)?;
         let backend = flow.backend.as_ref().ok_or(Failure::Kernel)?;
-        if ends.client.is_ipv4() != ends.backend.is_ipv4() {
-            return Err(Failure::AddressFamilies);
-        }
         let store = Arc::clone(&engine.store);
         let interfaces = match engine.on.clone() {
             Some(on) => self.paths(on)?.fit(&ends)?,

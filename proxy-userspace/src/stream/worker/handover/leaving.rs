@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use proxy_abi::handoff::seen;
+use proxy_abi::handoff::{closing, seen};
 use proxy_core::{
     handoff::{self, Action, Both, Seen},
     reason::Reason,
@@ -109,6 +109,12 @@ impl Worker {
             });
             let ended = [flow.up.ended, flow.down.ended];
             let knows = |end: usize| !ended[end] || record.ends[end].seen & seen::FIN != 0;
+            // Behind a reset nobody acknowledges anything, and nobody waits for what has slipped in.
+            let reset = record.closing & (closing::RESET_BY_CLIENT | closing::RESET_BY_BACKEND) != 0;
+            let acknowledged = if reset { committed.written.map(Some) } else { acknowledged };
+            if reset {
+                sockets.iter_mut().for_each(|socket| socket.unread = 0);
+            }
             let settled = committed.ticket.is_some_and(|ticket| engine.grace.passed(ticket));
             if settled && !(knows(0) && knows(1)) {
                 // Both wrote the same word at once. Once more, and then nobody does who has not seen it.
