@@ -188,8 +188,8 @@ pub fn receive_memory(socket: impl AsFd) -> Result<u32, RepairError> {
     Ok(memory[0])
 }
 
-/// From now on little of what its peer sends can wait here (`SO_RCVBUF`, which the kernel doubles for its own needs).
-pub fn take_little(socket: impl AsFd, bytes: usize) -> Result<(), RepairError> {
+/// From now on no more of what its peer sends can wait here (`SO_RCVBUF`, which the kernel doubles for its own needs).
+pub fn take_at_most(socket: impl AsFd, bytes: usize) -> Result<(), RepairError> {
     sockopt::set_socket_recv_buffer_size(&socket, bytes)
         .map_err(|e| RepairError { call: "setsockopt(SO_RCVBUF)", source: e.into() })
 }

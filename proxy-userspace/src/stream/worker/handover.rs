@@ -95,7 +95,7 @@ impl Worker {
         if port.is_some() {
             for socket in both(flow) {
                 // Best effort: with more in its sockets it is harder to hand over while it is busy.
-                let _ = repair::take_little(socket, WAITING_BYTES);
+                let _ = repair::take_at_most(socket, WAITING_BYTES);
             }
         }
         flow.handover = Some(Box::new(Handing { protocol, connected, port, in_order: [0; 2], stage: Stage::Relayed }));
@@ -143,10 +143,12 @@ impl Worker {
         let now = self.now();
         let step = |handing: &mut Handing, event| handing.protocol.step(event, &engine.when, now);
         let age = now.since(handing.connected);
-        let turn = if matches!(flow.session.state(), State::Established { .. }) {
-            handoff::Event::Turn { bytes: flow.up.bytes + flow.down.bytes, age, held: flow.holds() }
-        } else {
-            handoff::Event::Failed(Failure::Finished)
+        let turn = match flow.session.state() {
+            State::Established { .. } => {
+                handoff::Event::Turn { bytes: flow.up.bytes + flow.down.bytes, age, held: flow.holds() }
+            }
+            _ if handing.protocol.is_paused() => handoff::Event::Failed(Failure::Finished),
+            _ => return,
         };
         let mut action = step(handing, turn);
         let mut found = None;
@@ -189,8 +191,8 @@ impl Worker {
                     release(flow);
                     if !handing.protocol.is_eager() {
                         for socket in both(flow) {
-                            // Before Linux 5.14 it stays slower than it could be.
-                            let _ = repair::take_as_ever(socket);
+                            // Before Linux 5.14 so much that it is no hindrance, as far as `net.core.rmem_max` allows.
+                            let _ = repair::take_as_ever(socket).or_else(|_| repair::take_at_most(socket, 1 << 20));
                         }
                     }
                     if armed && let Stage::Armed(armed) = std::mem::take(&mut handing.stage) {
