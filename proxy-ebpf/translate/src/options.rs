@@ -167,6 +167,10 @@ fn known<P: Packet>(
     Some(())
 }
 
+/// So much later than our socket's clock says are the packets of the end. Some have been on their way for longer than the first one
+/// that is seen; were they behind what our socket still sends, they would be thrown away as old duplicates (RFC 7323 §5).
+const AHEAD_NS: u64 = 1_000_000_000;
+
 #[inline(always)]
 const fn keeps_timestamps(entry: &HandoffEntry) -> bool {
     let both = option::TIMESTAMPS_IN | option::TIMESTAMPS_OUT;
@@ -185,7 +189,7 @@ fn block<P: Packet>(packet: &mut P, at: usize, dack: u32) -> Option<()> {
 fn timestamps(pair: [u32; 2], work: Work<'_>, this: &mut HandoffEnd, other: &HandoffEnd) -> [u32; 2] {
     let (value, echo) = (u32::from_be(pair[0]), u32::from_be(pair[1]));
     if this.seen & seen::CLOCK == 0 {
-        this.clock_offset = clock_at(work.entry, work.now_ns).wrapping_sub(value);
+        this.clock_offset = clock_at(work.entry, work.now_ns.wrapping_add(AHEAD_NS)).wrapping_sub(value);
         this.seen |= seen::CLOCK;
     }
     // Zero, "no echo", for a clock that is not known: receivers take no time from it.

@@ -3,7 +3,7 @@
 use proxy_abi::handoff::{HandoffEntry, option, outcome};
 
 use crate::{
-    Packet,
+    Packet, checksum,
     flow::{self, Fate, Flow, Segment},
     network::{self, Change, Network},
     options::{self, Work},
@@ -56,15 +56,18 @@ pub fn translate<P: Packet>(
         now_ns: context.now_ns,
         ifindex: context.ifindex,
     };
-    let (new, mode, ended) = match flow::judge(&segment, flow) {
+    let (new, mode, ended) = match flow::judge(&segment, entry, flow) {
         Fate::Stack(outcome) => return Verdict::Stack(outcome),
+        Fate::Own { ack } => {
+            return own(packet, network.transport, header, ack, flow.other.own_seq.wrapping_sub(entry.dseq));
+        }
         Fate::Drop(outcome) => return Verdict::Drop(outcome),
         Fate::Replace => return Verdict::Replace,
         Fate::Probe => (probe(entry, flow), options::BLANK, false),
-        Fate::Forward { ack, without_sack } => {
+        Fate::Forward { ack, raised, without_sack } => {
             let ended = flow::record(&segment, entry, flow);
             let mode = if without_sack { options::WITHOUT_SACK } else { options::TRANSLATE };
-            (forward(&tcp, ack, entry), mode, ended)
+            (forward(&tcp, (ack, raised), entry), mode, ended)
         }
     };
     let (mode, ended) = (packet.opaque(mode), packet.opaque(usize::from(ended)));
@@ -75,6 +78,22 @@ pub fn translate<P: Packet>(
             let outcome = if mode == options::BLANK { outcome::PROBED } else { outcome::TRANSLATED };
             Verdict::Send { outcome, ended: ended != 0 }
         }
+    }
+}
+
+/// An acknowledgement for our own socket, which has received everything before `rcv_nxt`: it would not believe one with a sequence
+/// number far beyond. One beyond may be a FIN that it has received.
+#[inline(always)]
+fn own<P: Packet>(packet: &mut P, at: usize, header: &tcp::Header, ack: u32, rcv_nxt: u32) -> Verdict {
+    let seq = Tcp::of(header).seq;
+    let seq = if seq.wrapping_sub(rcv_nxt) as i32 > 1 { rcv_nxt } else { seq };
+    let mut new = *header;
+    (new[1], new[2]) = (seq.to_be(), ack.to_be());
+    let difference = checksum::difference(checksum::sum(header), checksum::sum(&new));
+    let written = packet.store(at, &new).and_then(|()| packet.adjust_checksum(at + tcp::CHECKSUM, 0, difference));
+    match written {
+        Some(()) => Verdict::Stack(outcome::OWN_ACK),
+        None => Verdict::Drop(outcome::NOT_WRITABLE),
     }
 }
 
@@ -97,12 +116,12 @@ fn acceptable(network: &Network, tcp: &Tcp, flow: &Flow<'_>) -> Result<usize, Ve
 }
 
 #[inline(always)]
-const fn forward(tcp: &Tcp, ack: u32, entry: &HandoffEntry) -> tcp::New {
+const fn forward(tcp: &Tcp, (ack, raised): (u32, u32), entry: &HandoffEntry) -> tcp::New {
     tcp::New {
         seq: tcp.seq.wrapping_add(entry.dseq),
         ack: if tcp.has(tcp::ACK) { ack.wrapping_sub(entry.dack) } else { tcp.ack },
         flags: tcp.flags,
-        window: tcp::window(tcp.window, entry),
+        window: tcp::window(tcp.window, raised, entry),
         clear_ecn: clears_ecn(entry),
     }
 }
@@ -115,7 +134,7 @@ const fn probe(entry: &HandoffEntry, flow: &Flow<'_>) -> tcp::New {
         seq: flow::next_seq(flow.this).wrapping_sub(1).wrapping_add(entry.dseq),
         ack: flow::last_ack(flow.this).wrapping_sub(entry.dack),
         flags: tcp::ACK,
-        window: tcp::window(flow.this.window, entry),
+        window: tcp::window(flow.this.window, 0, entry),
         clear_ecn: true,
     }
 }
@@ -143,7 +162,7 @@ fn write<P: Packet>(
         forwarded: true,
     };
     let pseudo = network::rewrite(packet, network.version, network_at, change)?;
-    packet.adjust_checksum(at + tcp::CHECKSUM, pseudo, crate::checksum::add(of_header, of_options))
+    packet.adjust_checksum(at + tcp::CHECKSUM, pseudo, checksum::add(of_header, of_options))
 }
 
 /// Congestion is signalled end to end only where both connections agreed to it.

@@ -38,6 +38,8 @@ pub enum PathKind {
     Splice,
     /// shunt, engine = "sockmap", a worker per core
     Sockmap,
+    /// shunt, engine = "handoff": relayed at first, then packets of one connection become packets of the other
+    Handoff,
     /// HAProxy, TCP mode, option splice-auto, 2 threads
     Haproxy,
     /// The same without option splice-auto
@@ -55,6 +57,7 @@ impl PathKind {
         Self::Copy,
         Self::Splice,
         Self::Sockmap,
+        Self::Handoff,
         Self::Haproxy,
         Self::HaproxyCopy,
         Self::Nginx,
@@ -72,6 +75,7 @@ impl PathKind {
             Self::Copy => "shunt copy",
             Self::Splice => "shunt splice",
             Self::Sockmap => "shunt sockmap",
+            Self::Handoff => "shunt handoff",
             Self::Haproxy => "HAProxy splice",
             Self::HaproxyCopy => "HAProxy copy",
             Self::Nginx => "nginx",
@@ -80,7 +84,7 @@ impl PathKind {
 
     /// Served by the daemon under test.
     pub fn is_shunt(self) -> bool {
-        matches!(self, Self::Shunt | Self::Copy | Self::Splice | Self::Sockmap)
+        matches!(self, Self::Shunt | Self::Copy | Self::Splice | Self::Sockmap | Self::Handoff)
     }
 }
 
@@ -138,12 +142,13 @@ impl RunningPath {
                 let args = ["-e", "stderr", "-p", prefix, "-c", &file];
                 Forwarder::Program(lab.serve(lab.gateway(), "nginx-peer", "nginx", &args, services::HTTP)?)
             }
-            PathKind::Shunt | PathKind::Copy | PathKind::Splice | PathKind::Sockmap => {
+            PathKind::Shunt | PathKind::Copy | PathKind::Splice | PathKind::Sockmap | PathKind::Handoff => {
                 let binary = shunt.context("no shunt binary was built")?;
                 let engine = match kind {
                     PathKind::Copy => "[defaults]\nengine = \"copy\"\n",
                     PathKind::Splice => "[defaults]\nengine = \"splice\"\n",
                     PathKind::Sockmap => "[defaults]\nengine = \"sockmap\"\n",
+                    PathKind::Handoff => "[defaults]\nengine = \"handoff\"\n",
                     _ => "",
                 };
                 let config = format!("{engine}{SHUNT}");

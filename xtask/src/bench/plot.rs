@@ -92,6 +92,7 @@ fn colour(path: PathKind) -> RGBColor {
         PathKind::Copy => RGBColor(70, 140, 200),
         PathKind::Splice => RGBColor(110, 170, 220),
         PathKind::Sockmap => RGBColor(70, 130, 200),
+        PathKind::Handoff => RGBColor(10, 60, 110),
         PathKind::HaproxyCopy => RGBColor(245, 200, 140),
         PathKind::Haproxy => RGBColor(235, 165, 90),
         PathKind::Nginx => RGBColor(120, 175, 110),
