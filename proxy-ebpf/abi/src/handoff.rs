@@ -70,7 +70,7 @@ pub mod seen {
     pub const ACKED_FIN: u32 = 1 << 3;
     /// RST, with a sequence number of this end's own.
     pub const RST: u32 = 1 << 4;
-    /// An acknowledgement: [`super::HandoffEnd::ack`] and `window` are valid.
+    /// An acknowledgement: [`super::HandoffEnd::ack`] and `window` are this end's own.
     pub const ACK: u32 = 1 << 5;
 }
 
@@ -192,7 +192,7 @@ pub struct HandoffEnd {
     pub own_seq: u32,
     /// `rcv_nxt` of our socket to this end at commit: where [`HandoffEnd::end_seq`] begins. Set by userspace.
     pub first_seq: u32,
-    /// The last acknowledgement of this end.
+    /// The last acknowledgement of this end. Begins as [`HandoffEnd::own_seq`]: what its own would cover at commit.
     pub ack: u32,
     /// Added to the timestamps of this end: its clock to the clock of our vanished socket on the other connection.
     pub clock_offset: u32,

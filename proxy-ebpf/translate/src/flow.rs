@@ -160,12 +160,6 @@ const fn acknowledged(entry: &HandoffEntry, this: &HandoffEnd, other: &HandoffEn
     if drained && other.seen & seen::ACK != 0 { other.ack.wrapping_sub(entry.dseq) } else { this.first_seq }
 }
 
-/// The acknowledgement that this end gave last, as the other connection may be told it again.
-#[inline(always)]
-pub const fn last_ack(this: &HandoffEnd) -> u32 {
-    if this.seen & seen::ACK != 0 { this.ack } else { this.own_seq }
-}
-
 #[inline(always)]
 fn over(flow: &mut Flow<'_>, why: u32, now_ns: u64, seen: u32) -> bool {
     let first = *flow.closing & closing::OVER == 0;

@@ -1,6 +1,6 @@
 //! One TCP segment, from arrival to what is sent on.
 
-use proxy_abi::handoff::{HandoffEntry, option, outcome};
+use proxy_abi::handoff::{HandoffEnd, HandoffEntry, option, outcome};
 
 use crate::{
     Packet,
@@ -34,8 +34,34 @@ pub struct Context {
     pub ifindex: u32,
 }
 
+/// What is written into a segment that is sent on.
+#[derive(Debug, Clone, Copy)]
+pub struct Write {
+    /// As it came.
+    header: tcp::Header,
+    new: tcp::New,
+    /// Bytes of its options.
+    options: usize,
+    mode: usize,
+    now_ns: u64,
+    /// This packet ended the flow.
+    pub ended: bool,
+}
+
+impl Write {
+    #[inline(always)]
+    pub const fn outcome(&self) -> u32 {
+        if self.mode == options::BLANK { outcome::PROBED } else { outcome::TRANSLATED }
+    }
+
+    /// Bytes of the TCP header.
+    #[inline(always)]
+    pub const fn tcp_bytes(&self) -> u32 {
+        (tcp::HEADER + self.options) as u32
+    }
+}
+
 /// Translates a segment whose IP header at `network_at` said `network`, and whose TCP header is `header`.
-#[inline(always)]
 pub fn translate<P: Packet>(
     packet: &mut P,
     (network_at, network): (usize, &Network),
@@ -44,11 +70,29 @@ pub fn translate<P: Packet>(
     flow: &mut Flow<'_>,
     context: Context,
 ) -> Verdict {
-    let tcp = Tcp::of(header);
-    let options = match acceptable(network, &tcp, flow) {
-        Ok(options) => options,
+    let write = match decide(network, header, entry, flow, context) {
+        Ok(write) => write,
         Err(verdict) => return verdict,
     };
+    let written = write_options(packet, network, entry, &write, flow.this, flow.other)
+        .and_then(|of_options| write_headers(packet, (network_at, network), entry, &write, of_options));
+    match written {
+        Some(()) => Verdict::Send { outcome: write.outcome(), ended: write.ended },
+        None => Verdict::Drop(outcome::NOT_WRITABLE),
+    }
+}
+
+/// What becomes of a segment, and what it says of its flow; `Err` when nothing is to be written.
+#[inline(always)]
+pub fn decide(
+    network: &Network,
+    header: &tcp::Header,
+    entry: &HandoffEntry,
+    flow: &mut Flow<'_>,
+    context: Context,
+) -> Result<Write, Verdict> {
+    let tcp = Tcp::of(header);
+    let options = acceptable(network, &tcp, flow)?;
     let segment = Segment {
         tcp,
         payload: (network.length - tcp.header_bytes) as u32,
@@ -57,9 +101,9 @@ pub fn translate<P: Packet>(
         ifindex: context.ifindex,
     };
     let (new, mode, ended) = match flow::judge(&segment, flow) {
-        Fate::Stack(outcome) => return Verdict::Stack(outcome),
-        Fate::Drop(outcome) => return Verdict::Drop(outcome),
-        Fate::Replace => return Verdict::Replace,
+        Fate::Stack(outcome) => return Err(Verdict::Stack(outcome)),
+        Fate::Drop(outcome) => return Err(Verdict::Drop(outcome)),
+        Fate::Replace => return Err(Verdict::Replace),
         Fate::Probe => (probe(entry, flow), options::BLANK, false),
         Fate::Forward { ack, without_sack } => {
             let ended = flow::record(&segment, entry, flow);
@@ -67,15 +111,43 @@ pub fn translate<P: Packet>(
             (forward(&tcp, ack, entry), mode, ended)
         }
     };
-    let (mode, ended) = (packet.opaque(mode), packet.opaque(usize::from(ended)));
-    let work = Work { entry, tcp, mode, now_ns: context.now_ns };
-    match write(packet, (network_at, network), header, options, new, work, flow) {
-        None => Verdict::Drop(outcome::NOT_WRITABLE),
-        Some(()) => {
-            let outcome = if mode == options::BLANK { outcome::PROBED } else { outcome::TRANSLATED };
-            Verdict::Send { outcome, ended: ended != 0 }
-        }
-    }
+    Ok(Write { header: *header, new, options, mode, now_ns: context.now_ns, ended })
+}
+
+/// Writes the options: the difference for the checksum.
+#[inline(always)]
+pub fn write_options<P: Packet>(
+    packet: &mut P,
+    network: &Network,
+    entry: &HandoffEntry,
+    write: &Write,
+    this: &mut HandoffEnd,
+    other: &HandoffEnd,
+) -> Option<u32> {
+    let work = Work { entry, tcp: Tcp::of(&write.header), mode: write.mode, now_ns: write.now_ns };
+    options::translate(packet, network.transport + tcp::HEADER, write.options, work, this, other)
+}
+
+/// Writes both headers and the checksum.
+#[inline(always)]
+pub fn write_headers<P: Packet>(
+    packet: &mut P,
+    (network_at, network): (usize, &Network),
+    entry: &HandoffEntry,
+    write: &Write,
+    of_options: u32,
+) -> Option<()> {
+    let mut header = write.header;
+    let of_header = tcp::rewrite(&mut header, entry, write.new);
+    packet.store(network.transport, &header)?;
+    let change = Change {
+        source: Some(&entry.source),
+        destination: &entry.destination,
+        clear_ecn: write.new.clear_ecn,
+        forwarded: true,
+    };
+    let pseudo = network::rewrite(packet, network.version, network_at, change)?;
+    packet.adjust_checksum(network.transport + tcp::CHECKSUM, pseudo, crate::checksum::add(of_header, of_options))
 }
 
 /// Whether it can be translated at all; the bytes of its options.
@@ -113,37 +185,11 @@ const fn forward(tcp: &Tcp, ack: u32, entry: &HandoffEntry) -> tcp::New {
 const fn probe(entry: &HandoffEntry, flow: &Flow<'_>) -> tcp::New {
     tcp::New {
         seq: flow::next_seq(flow.this).wrapping_sub(1).wrapping_add(entry.dseq),
-        ack: flow::last_ack(flow.this).wrapping_sub(entry.dack),
+        ack: flow.this.ack.wrapping_sub(entry.dack),
         flags: tcp::ACK,
         window: tcp::window(flow.this.window, entry),
         clear_ecn: true,
     }
-}
-
-/// Options, both headers and the checksum.
-#[inline(always)]
-fn write<P: Packet>(
-    packet: &mut P,
-    (network_at, network): (usize, &Network),
-    header: &tcp::Header,
-    options: usize,
-    new: tcp::New,
-    work: Work<'_>,
-    flow: &mut Flow<'_>,
-) -> Option<()> {
-    let (at, entry) = (network.transport, work.entry);
-    let mut header = *header;
-    let of_header = tcp::rewrite(&mut header, entry, new);
-    packet.store(at, &header)?;
-    let of_options = options::translate(packet, at + tcp::HEADER, options, work, flow.this, flow.other)?;
-    let change = Change {
-        source: Some(&entry.source),
-        destination: &entry.destination,
-        clear_ecn: new.clear_ecn,
-        forwarded: true,
-    };
-    let pseudo = network::rewrite(packet, network.version, network_at, change)?;
-    packet.adjust_checksum(at + tcp::CHECKSUM, pseudo, crate::checksum::add(of_header, of_options))
 }
 
 /// Congestion is signalled end to end only where both connections agreed to it.

@@ -1,6 +1,7 @@
 //! Handed-over flows: packets of one TCP connection become packets of the other, on their way in (docs/handoff.md). Entry points only.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod arrival;
 mod end;

@@ -119,6 +119,7 @@ impl Boundary {
     /// Into the end's record, before the gate opens.
     fn write_to(self, end: &mut HandoffEnd) {
         end.own_seq = self.own_seq;
+        end.ack = self.own_seq;
         end.first_seq = self.first_seq;
         end.end_seq = u64::from(self.first_seq);
         end.fin_end = self.first_seq;
