@@ -22,6 +22,8 @@ const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 88, 2, 2);
 /// Under load, with a daemon that is not optimized.
 const LONG: Duration = Duration::from_secs(300);
 const CLIENT_ADDRESSES: u8 = 20;
+/// Below those that the kernel gives out.
+const FIRST_PORT: u16 = 10_000;
 
 /// So many have sockets at once; of those before, neither end is there any more, and nobody has noticed.
 const WAVE: usize = 4_000;
@@ -82,8 +84,10 @@ impl Crowd {
         echo(&mut echoing, b"hello")?;
         let mut wave = Vec::with_capacity(WAVE);
         for n in 0..count {
+            // Each port once: one that is used again asks whether the connection before is still there.
             let from = lab.client_addresses()[n % usize::from(CLIENT_ADDRESSES)];
-            wave.push(lab.client().connect_from((from, 0), listen).with_context(|| format!("connection {n}"))?);
+            let port = FIRST_PORT + (n / usize::from(CLIENT_ADDRESSES)) as u16;
+            wave.push(lab.client().connect_from((from, port), listen).with_context(|| format!("connection {n}"))?);
             if wave.len() == WAVE && n + 1 < count {
                 wait_handed_over(&shunt, n + 2)?;
                 wave.drain(..).try_for_each(vanish)?;
@@ -108,15 +112,15 @@ impl Crowd {
 
     /// Each is shown once; their ids.
     fn all_are_shown(&self) -> Result<HashSet<String>> {
-        let asked = Instant::now();
+        let (asked, before) = (Instant::now(), kernel::cpu_seconds(self.shunt.pid()?)?);
         let shown = self.shunt.cli_json(&["connections", "--limit", "0"])?;
-        let took = asked.elapsed();
+        let (took, used) = (asked.elapsed(), kernel::cpu_seconds(self.shunt.pid()?)? - before);
         let shown = shown.as_array().context("a list of connections")?;
         ensure!(shown.len() == self.all(), "{} of {} are shown", shown.len(), self.all());
         ensure!(shown.iter().all(|one| one["engine"] == "handoff"), "one is not handed over");
         let ids: HashSet<String> = shown.iter().map(|one| one["id"].to_string()).collect();
         ensure!(ids.len() == self.all(), "{} ids", ids.len());
-        println!("connections --json: {took:?}");
+        println!("connections --json: {took:?}, {used:.2} s of them the daemon's processor time");
         Ok(ids)
     }
 
@@ -139,12 +143,12 @@ impl Crowd {
         echo(&mut self.echoing, b"nobody is at home")?;
         let began = Instant::now();
         self.shunt.restart()?;
-        let ready = began.elapsed();
         let adopted = wait_for("all are adopted", LONG, || {
             let status = self.shunt.cli_json(&["status"]).ok()?;
             (status["handoff"]["adopted"] == self.all()).then_some(began.elapsed())
         })?;
-        println!("after kill -9 the next daemon is ready in {ready:?} and has adopted all in {adopted:?}");
+        let used = kernel::cpu_seconds(self.shunt.pid()?)?;
+        println!("after kill -9 the next daemon has taken all over in {adopted:?}, with {used:.2} s of processor time");
         ensure!(self.all_are_shown()? == before, "others are shown than before");
         self.all_are_counted()?;
         echo(&mut self.echoing, b"somebody is at home again")
