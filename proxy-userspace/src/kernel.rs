@@ -15,6 +15,7 @@ pub mod readable;
 pub mod repair;
 pub mod return_path;
 pub mod routing;
+pub mod schedule;
 pub mod segment;
 pub mod sockmap;
 pub mod sysctl;

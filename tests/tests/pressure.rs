@@ -53,13 +53,13 @@ access = "off"
         made += load::new_connections(lab.client(), &load)?.made;
     }
     shunt.signal(Signal::SIGCONT)?;
-    wait_until("the loss is counted", Duration::from_secs(20), || {
+    wait_until("the loss is counted", Duration::from_secs(60), || {
         shunt.metrics().is_ok_and(|m| m.value("shunt_conntrack_events_lost_total", &[]) > 0.0)
     })?;
     let warned =
         || Ok::<bool, anyhow::Error>(shunt.cli_json(&["status"])?["warnings"].to_string().contains("events were lost"));
     ensure!(warned()?, "`shunt status` says so");
-    shunt.wait_route("web", "right again", Duration::from_secs(20), |r| {
+    shunt.wait_route("web", "right again", Duration::from_secs(60), |r| {
         // Two clients on one port of the gateway make one of them dial twice: seldom, and rightly counted.
         let total = r["connections_total"].as_u64()?;
         ((made..=made + made / 100).contains(&total) && r["connections_active"] == 0).then_some(())

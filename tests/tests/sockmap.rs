@@ -246,6 +246,96 @@ fn say(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
     Ok(())
 }
 
+/// What the daemon takes for the largest window that a socket has, …
+const WINDOW: usize = 512 << 10;
+/// … what the kernel may have under way of it (`GRANT`), …
+const GRANT: usize = 1 << 20;
+/// … and how much may wait beyond the window (`BEYOND`).
+const BEYOND: usize = 8 << 20;
+
+/// A daemon, with one worker, on a kernel that does not keep to the bounds that it relies on: windows are larger than it was told
+/// when it loaded its maps, and what is redirected is not taken, so that all the rest waits.
+fn on_a_kernel_that_takes_too_much(lab: &Lab) -> Result<Shunt> {
+    let gateway = lab.gateway();
+    // The kernel is trusted at the start, and the maps are loaded for the first route that needs them.
+    let shunt = Shunt::builder().processors("0").start(lab, &Relay::Splice.route_to(&[[10, 88, 2, 2].into()], ""))?;
+    gateway.set_sysctl("net.ipv4.tcp_rmem", &format!("4096 67108864 {WINDOW}"))?;
+    shunt.reload(&Relay::routes(""))?;
+    gateway.set_sysctl("net.ipv4.tcp_rmem", "4096 67108864 67108864")?;
+    gateway.set_sysctl("net.ipv4.tcp_notsent_lowat", "16384")?;
+    Ok(shunt)
+}
+
+/// Both ends of a connection that is joined.
+fn joined(lab: &Lab, shunt: &Shunt, listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
+    let mut client = lab.client().connect(Relay::Joined.listen())?;
+    let (mut backend, _) = listener.accept()?;
+    // Asking after each question would take longer than they do.
+    (0..16).try_for_each(|_| question(&mut client, &mut backend))?;
+    join(shunt, &mut client, &mut backend)?;
+    Ok((client, backend))
+}
+
+fn overflows(shunt: &Shunt, bound: &str) -> Result<f64> {
+    Ok(shunt.metrics()?.value("shunt_sockmap_overflows_total", &[("bound", bound)]))
+}
+
+#[test]
+fn a_connection_of_which_too_much_waits_is_ended_and_counted_and_its_neighbour_is_not() -> Result<()> {
+    let lab = Lab::new()?;
+    let listener = lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?;
+    let shunt = on_a_kernel_that_takes_too_much(&lab)?;
+    let (mut client, mut backend) = joined(&lab, &shunt, &listener)?;
+    let (mut neighbour, mut other) = joined(&lab, &shunt, &listener)?;
+    client.set_write_timeout(Some(SOON))?;
+    let written = client.write_all(&vec![0x77; 2 * (GRANT + WINDOW + BEYOND)]);
+    ensure!(written.is_err() || count_to_end(&mut client).is_err(), "the writer was not told");
+    ensure!(count_to_end(&mut backend).is_err(), "the reader was told of an end");
+    wait_until("it is counted", SOON, || overflows(&shunt, "connection").is_ok_and(|n| n == 1.0))?;
+    ensure!(shunt.terminations("joined")?.get("killed") == Some(&1), "{:?}", shunt.terminations("joined"));
+    ensure!(overflows(&shunt, "worker")? == 0.0);
+    question(&mut neighbour, &mut other)
+}
+
+#[test]
+fn connections_of_which_too_much_waits_together_are_ended_with_the_worst_first_until_the_rest_fits() -> Result<()> {
+    const FLOWS: usize = 14;
+    // Within what one may have, and beyond its window.
+    const EACH: usize = GRANT + WINDOW + BEYOND - (1 << 20);
+    let lab = Lab::new()?;
+    let listener = lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?;
+    let shunt = on_a_kernel_that_takes_too_much(&lab)?;
+    let mut flows =
+        (0..FLOWS).map(|_| joined(&lab, &shunt, &listener)).collect::<Result<Vec<(TcpStream, TcpStream)>>>()?;
+    let bytes = vec![0x77; EACH];
+    for (nth, (client, backend)) in flows.iter_mut().enumerate() {
+        client.set_write_timeout(Some(SOON))?;
+        backend.set_write_timeout(Some(SOON))?;
+        match nth {
+            // As much in both directions.
+            0 => client.write_all(&bytes).and_then(|()| backend.write_all(&bytes)).context("the first")?,
+            // It may be one of those that are ended.
+            _ => drop(client.write_all(&bytes)),
+        }
+    }
+    wait_until("one is ended", SOON, || overflows(&shunt, "worker").is_ok_and(|n| n >= 1.0))?;
+    let (mut worst, _) = flows.remove(0);
+    ensure!(count_to_end(&mut worst).is_err(), "the worst is still there");
+    // Those that are left lose nothing when their readers read.
+    let whole = flows.into_iter().filter_map(|(client, mut backend)| {
+        client.shutdown(Shutdown::Write).ok()?;
+        (count_to_end(&mut backend).ok()? == EACH as u64).then_some(client)
+    });
+    let whole = whole.count();
+    let ended = overflows(&shunt, "worker")?;
+    println!("{FLOWS} connections: {ended} ended, {whole} left and whole");
+    ensure!(whole as f64 + ended == FLOWS as f64, "{ended} ended, {whole} whole");
+    ensure!(whole > FLOWS / 3, "only {whole} of {FLOWS} were left");
+    ensure!(shunt.terminations("joined")?.get("killed").copied().unwrap_or_default() as f64 == ended);
+    ensure!(overflows(&shunt, "connection")? == 0.0);
+    Ok(())
+}
+
 /// Times that the daemon's threads have gone to sleep.
 fn sleeps(pid: u32) -> Result<u64> {
     let mut sum = 0;
@@ -320,4 +410,36 @@ fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
         shunt_lab::dialog::echo(stream, b"still there")?;
     }
     Ok(())
+}
+
+#[test]
+#[ignore = "a measurement: 16,000 sockets"]
+fn connections_beyond_the_room_of_the_maps_are_relayed() -> Result<()> {
+    // Of one worker (`JOINED`), each with two sockets.
+    const ROOM: usize = 8192;
+    const MORE: usize = 100;
+    let lab = Lab::builder().client_addresses(4).build()?;
+    let _servers: Vec<TcpServer> = servers(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::builder().processors("0").start(&lab, &Relay::routes(""))?;
+    let mut flows = Vec::with_capacity(ROOM + MORE);
+    for _ in 0..ROOM + MORE {
+        let mut stream = lab.client().connect(Relay::Joined.listen())?;
+        for _ in 0..20 {
+            shunt_lab::dialog::echo(&mut stream, b"hello")?;
+        }
+        flows.push(stream);
+    }
+    let active = |engine: &str| -> Result<f64> {
+        Ok(shunt.metrics()?.value("shunt_connections_active", &[("route", "joined"), ("engine", engine)]))
+    };
+    let (joined, copied) = (active("sockmap")?, active("copy")?);
+    println!("{} connections: {joined} joined, {copied} copied", flows.len());
+    ensure!(joined == ROOM as f64 && copied == MORE as f64, "{joined} joined, {copied} copied");
+    let carried = vec![0x5a; 8 << 20];
+    let last = flows.last_mut().context("the last")?;
+    for piece in carried.chunks(1 << 16) {
+        shunt_lab::dialog::echo(last, piece)?;
+    }
+    ensure!(active("splice")? == 1.0, "what carries much is spliced");
+    flows.iter_mut().step_by(100).try_for_each(|stream| shunt_lab::dialog::echo(stream, b"still there"))
 }

@@ -252,7 +252,7 @@ fn http_load_over_keep_alive_and_over_new_connections_has_no_error() -> Result<(
         let scheme = if Relay::TLS.contains(&relay) { "https" } else { "http" };
         for header in ["Connection: keep-alive", "Connection: close"] {
             let to = relay.listen();
-            let report = lab.client().sh(&format!("wrk -t1 -c20 -d2s -H '{header}' {scheme}://{to}/page"))?;
+            let report = lab.client().sh(&format!("wrk -t1 -c20 -d2s --timeout 10s -H '{header}' {scheme}://{to}/page"))?;
             let requests = report.lines().find(|l| l.contains("requests in")).context("no requests")?;
             println!("{relay:?} {header}: {}", requests.trim());
             ensure!(!report.contains("Socket errors") && !report.contains("Non-2xx"), "{header}: {report}");

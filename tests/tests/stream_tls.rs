@@ -179,7 +179,7 @@ fn certificates_are_renewed_under_load_and_bad_ones_are_not_taken() -> Result<()
         shunt.metrics().map(|m| m.value("shunt_tls_certificate_reloads_total", &[("result", result)])).unwrap_or(-1.0)
     };
     // Every request is a handshake.
-    let load = "wrk -t1 -c4 -d6s -H 'Connection: close' -H 'Host: web.example' https://10.88.1.1:443/page";
+    let load = "wrk -t1 -c4 -d6s --timeout 10s -H 'Connection: close' -H 'Host: web.example' https://10.88.1.1:443/page";
     let report = std::thread::scope(|scope| {
         let load = scope.spawn(|| lab.client().sh(load));
         for round in 1..=2 {

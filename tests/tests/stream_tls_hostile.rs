@@ -53,6 +53,55 @@ fn a_damaged_record_is_an_alert_for_its_sender_and_a_reset_for_the_other_side() 
     })
 }
 
+/// Who writes for long before it reads anything.
+fn writes_on(mut tcp: &TcpStream) -> Result<()> {
+    tcp.set_read_timeout(Some(SOON))?;
+    ensure!(tcp.peek(&mut [0])? == 1, "not a word");
+    (0..10).try_for_each(|_| tcp.write_all(&noise(16_000))).context("it may not write on")
+}
+
+#[test]
+fn who_goes_on_writing_still_reads_why_it_is_over_but_not_for_ever() -> Result<()> {
+    let lab = Lab::new()?;
+    let _servers = servers_with_tls(&lab, &Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
+    on_each(&Relay::TLS, |relay| relay.begin(&lab, &shunt).map(drop))?;
+    let before = kernel::holdings(shunt.pid()?)?;
+    on_each(&Relay::TLS, |relay| {
+        let connect = || lab.client().connect(relay.listen());
+        for versions in [Versions::Only12, Versions::Only13] {
+            let config = Arc::new(tls::client_config(&lab.tls()?.pki, versions, None)?);
+            let hello = Opening::new(&config, NAME)?.hello;
+            // Before there is a route, in the middle of the handshake, and behind it.
+            for nonsense in [&[22, 3, 1, 0xff, 0xff][..], &[hello, noise(200)].concat()] {
+                let mut tcp = connect()?;
+                tcp.write_all(nonsense)?;
+                writes_on(&tcp)?;
+                let (said, end) = read_to_end(&mut tcp, SOON)?;
+                ensure!(said.len() >= 7 && end == End::Finished, "{versions:?}: {said:02x?}, {end:?}");
+            }
+            let mut stream = tls::connect(&config, NAME, connect()?)?;
+            echo(&mut stream, b"hello")?;
+            stream.tcp().write_all(&noise(200))?;
+            writes_on(stream.tcp())?;
+            let error = stream.read(&mut [0]).err().context("it was read")?;
+            ensure!(error.to_string().contains("BadRecordMac"), "{versions:?}: {error}");
+            ensure!(read_to_end(&mut stream.tcp(), SOON)? == (Vec::new(), End::Finished), "{versions:?}");
+        }
+        // One that does not stop is stopped.
+        let mut tcp = connect()?;
+        tcp.write_all(&[22, 3, 1, 0xff, 0xff])?;
+        let began = Instant::now();
+        while tcp.write_all(&noise(16_000)).is_ok() {
+            ensure!(began.elapsed() < SOON, "it writes still");
+        }
+        Ok(())
+    })?;
+    wait_until("sockets as before", SOON, || {
+        kernel::holdings(shunt.pid().unwrap_or_default()).is_ok_and(|now| now.sockets <= before.sockets)
+    })
+}
+
 #[test]
 fn an_alert_comes_behind_what_was_to_be_said_before_it() -> Result<()> {
     let lab = Lab::new()?;

@@ -1,8 +1,7 @@
-//! TLS while much goes on: certificates are renewed, handshakes flood in. What is established does not notice.
+//! TLS while much goes on: certificates are renewed, and what is established does not notice.
 
 use std::{
     fs,
-    io::Write,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -15,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt, Stream,
     dialog::echo,
-    load::{self, Latencies},
+    load,
     relay::{Relay, servers_with_tls},
     scripted::Behaviour,
     tls::{self, NAME, Versions},
@@ -117,85 +116,6 @@ fn certificates_swapped_under_a_thousand_connections_fail_no_handshake() -> Resu
         let good: f64 = ["full", "resumed", "backend_full", "backend_resumed"].into_iter().map(value).sum();
         println!("{relay:?}: {} full, {} resumed, {all} in all", value("full"), value("resumed"));
         ensure!(all == good && value("resumed") > 0.0, "{relay:?}: {good} of {all} handshakes were good");
-    }
-    Ok(())
-}
-
-/// On several connections one after the other, since each belongs to one worker.
-fn ping_pong(lab: &Lab, relay: Relay, duration: Duration) -> Result<Latencies> {
-    const FLOWS: u32 = 6;
-    let mut streams: Vec<Stream> = (0..FLOWS).map(|_| relay.open(lab)).collect::<Result<_>>()?;
-    let mut all: Option<Latencies> = None;
-    for stream in &mut streams {
-        stream.set_nodelay(true)?;
-        let one = load::ping_pong_on(stream, duration / FLOWS)?;
-        match &mut all {
-            Some(all) => all.add(one)?,
-            None => all = Some(one),
-        }
-    }
-    all.context("a flow")
-}
-
-fn told(latencies: &Latencies) -> String {
-    let at = |quantile| latencies.value_at_quantile(quantile) as f64 / 1e3;
-    format!("p50 {:>7.0} µs  p99 {:>7.0} µs  max {:>7.0} µs", at(0.5), at(0.99), latencies.max() as f64 / 1e3)
-}
-
-/// Full handshakes from three clients that give way to everybody else; how many there were in a second.
-fn flooded<T>(lab: &Lab, port: u16, seconds: u64, work: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
-    let line = format!("nice -n 19 openssl s_time -connect 10.88.1.1:{port} -new -tls1_3 -time {seconds}");
-    let began = Instant::now();
-    thread::scope(|scope| {
-        let clients: Vec<_> = (0..3).map(|_| scope.spawn(|| lab.client().sh(&line))).collect();
-        // All of them are at it.
-        wait_until("the flood", SOON, || began.elapsed() > Duration::from_secs(1))?;
-        let outcome = work();
-        let mut count = 0.0;
-        for client in clients {
-            let report = client.join().expect("no panic")?;
-            let line = report.lines().find(|line| line.contains("real seconds")).context("openssl s_time")?;
-            count += line.split_whitespace().next().and_then(|n| n.parse::<f64>().ok()).context("openssl s_time")?;
-        }
-        Ok((outcome?, count / seconds as f64))
-    })
-}
-
-/// `SHUNT_BIN=target/release/shunt cargo test -p shunt-tests --test stream_tls_load -- --ignored --nocapture`
-#[test]
-#[ignore = "a measurement: of the release build, on a quiet machine"]
-fn a_flood_of_handshakes_and_what_it_does_to_an_established_connection() -> Result<()> {
-    const MEASURED: Duration = Duration::from_secs(6);
-    let lab = Lab::new()?;
-    lab.tls()?.pki.issue("rsa", "rsa", NAME)?;
-    let _servers = servers_with_tls(&lab, &Behaviour::Echo)?;
-    let pki = &lab.tls()?.pki;
-    let rsa = format!(
-        "[[route]]\nname = \"rsa\"\nlisten = [\"10.88.1.1:443\"]\nbackends = [\"10.88.2.2:{}\"]\n{}",
-        Relay::Copy.backend_port(),
-        pki.terminate(&["rsa"], "")
-    );
-    // The same load on the machine, and none of it in the daemon.
-    let beside = format!(
-        "http {{ access_log off; server {{ listen 10.88.1.1:444 ssl; ssl_protocols TLSv1.3; ssl_certificate {}; ssl_certificate_key {}; return 204; }} }}",
-        pki.file("rsa.pem"),
-        pki.file("rsa.key")
-    );
-    let _nginx = lab.nginx_with(lab.gateway(), &beside, 444)?;
-    for processors in ["0", "0,1"] {
-        let config = format!("[log]\naccess = \"off\"\n{rsa}{}", Relay::routes_with_tls(&lab, "")?);
-        let mut shunt = Shunt::builder().processors(processors).start(&lab, &config)?;
-        for relay in [Relay::Copy, Relay::Terminated] {
-            println!("workers on {processors}, {relay:?}");
-            println!("  no flood                       {}", told(&ping_pong(&lab, relay, MEASURED)?));
-            for (whom, port) in [("nginx beside", 444), ("shunt itself", 443)] {
-                let seconds = MEASURED.as_secs() + 2;
-                let (latencies, rate) = flooded(&lab, port, seconds, || ping_pong(&lab, relay, MEASURED))?;
-                println!("  {rate:>6.0}/s flood of {whom}   {}", told(&latencies));
-            }
-        }
-        std::io::stdout().flush()?;
-        shunt.terminate(SOON)?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The benchmark: shunt's engines beside what they must not be slower than, and what they replace.
 
+mod flood;
 mod measure;
 mod metric;
 mod paths;
@@ -60,6 +61,12 @@ pub struct Options {
     /// Only TLS ended in shunt, HAProxy and nginx
     #[arg(long)]
     tls_only: bool,
+    /// Also a ping-pong beside a flood of TLS handshakes, at shunt, HAProxy and nginx
+    #[arg(long)]
+    flood: bool,
+    /// Only a ping-pong beside a flood of TLS handshakes, at shunt, HAProxy and nginx
+    #[arg(long)]
+    flood_only: bool,
     /// Where results.json and results.svg go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -72,7 +79,8 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let paths = chosen(&options.paths, &PathKind::ALL);
     let (scale, tls) = (options.scale || options.scale_only, options.tls || options.tls_only);
-    let needs_shunt = paths.iter().any(|path| path.is_shunt()) || scale || tls;
+    let flood = options.flood || options.flood_only;
+    let needs_shunt = paths.iter().any(|path| path.is_shunt()) || scale || tls || flood;
     if !options.no_build {
         setup::ensure_done()?;
         if needs_shunt {
@@ -89,7 +97,7 @@ pub fn run(options: &Options) -> Result<()> {
     let services = Services::start(&lab)?;
 
     let background = background_percent()?;
-    let samples = if options.scale_only || options.tls_only {
+    let samples = if options.scale_only || options.tls_only || options.flood_only {
         results::Samples::default()
     } else {
         let groups = chosen(&options.only, &Group::ALL);
@@ -100,9 +108,12 @@ pub fn run(options: &Options) -> Result<()> {
         Some(binary) if scale => scale::measure(&lab, binary, duration, options.quick)?,
         _ => Vec::new(),
     };
-
     let tls = match &binary {
         Some(binary) if tls => tls::measure(&lab, binary, duration, rounds)?,
+        _ => Vec::new(),
+    };
+    let flood = match &binary {
+        Some(binary) if flood => flood::measure(&lab, binary, duration, rounds)?,
         _ => Vec::new(),
     };
 
@@ -113,6 +124,7 @@ pub fn run(options: &Options) -> Result<()> {
         rows: Report::rows(samples.cells()),
         scale,
         tls,
+        flood,
     };
     println!("{}", report.tables());
     write(&report, &cargo::workspace().join(&options.out))
@@ -181,7 +193,8 @@ fn write(report: &Report, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     let (json, svg) = (dir.join("results.json"), dir.join("results.svg"));
     fs::write(&json, serde_json::to_vec_pretty(report)?).with_context(|| format!("write {}", json.display()))?;
-    let measured = !report.rows.is_empty() || !report.scale.is_empty() || !report.tls.is_empty();
+    let measured =
+        [report.rows.len(), report.scale.len(), report.tls.len(), report.flood.len()].iter().any(|count| *count > 0);
     ensure!(measured, "nothing was measured");
     if !report.rows.is_empty() {
         plot::write(report, &svg)?;

@@ -1,4 +1,4 @@
-//! Calls of cargo.
+//! Calls of cargo and of other programs.
 
 use std::{
     env,
@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::{root, stop, ui};
 
@@ -35,6 +35,16 @@ pub fn run(what: &str, command: &mut Command) -> Result<()> {
     stop::check()?;
     ensure!(status.success(), "{what}: failed ({status}); the command was {command:?}");
     Ok(())
+}
+
+/// What the command prints; its standard error is in the error.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("start {:?}", command.get_program()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?} failed: {}: {}", output.status, said.trim());
+    }
+    String::from_utf8(output.stdout).context("output is not UTF-8")
 }
 
 /// Lets programs that cargo starts (tests, benches) run as root while cargo itself does not, so that nothing in the

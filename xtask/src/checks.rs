@@ -2,10 +2,10 @@
 
 use std::{env, process::Command, time::Instant};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use clap::Args;
 
-use crate::{cargo, fuzz, setup, ui};
+use crate::{cargo, ebpf, fuzz, setup, ui};
 
 /// Tests on the real kernel share its two or more cores with the servers they start and have deadlines.
 const TEST_THREADS: &str = "2";
@@ -30,6 +30,9 @@ pub struct CiOptions {
     /// Do not look for missing system packages
     #[arg(long)]
     no_setup: bool,
+    /// Do not build the eBPF objects again to compare them: for machines without Debian's packages
+    #[arg(long)]
+    no_ebpf: bool,
 }
 
 /// setup, build, test. The test programs run as root.
@@ -64,11 +67,26 @@ pub fn ci(options: &CiOptions) -> Result<()> {
     cargo::run("fmt: fuzz targets too?", &mut cargo::command(&fuzz_targets))?;
     let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
     cargo::run("clippy: no warnings", &mut cargo::command(&clippy))?;
+    if !options.no_ebpf {
+        objects()?;
+    }
     test(&TestOptions { filter: None, package: None, no_setup: true, args: Vec::new() })?;
     fuzz::smoke()?;
     let mut docs = cargo::command(&["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"]);
     cargo::run("doc: no broken links", docs.env("RUSTDOCFLAGS", "-D warnings"))?;
     ui::step("ci: all passed");
+    Ok(())
+}
+
+/// Whether the committed eBPF objects are what their sources compile to. Not to know it is not to pass.
+fn objects() -> Result<()> {
+    ui::step("ebpf: are the objects what their sources compile to?");
+    let begin = Instant::now();
+    ebpf::check().map_err(|error| match error.is::<ebpf::Unavailable>() {
+        true => anyhow!("{error:#}. `cargo xtask ci --no-ebpf` leaves this check out"),
+        false => error,
+    })?;
+    ui::note(&format!("the same bytes; {:.0} s", begin.elapsed().as_secs_f64()));
     Ok(())
 }
 

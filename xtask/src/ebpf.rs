@@ -10,10 +10,12 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 pub use toolchain::Unavailable;
 use toolchain::{Nightly, Pinned};
+
+use crate::{cargo, ui};
 
 /// Exit code of `check` and `build` where the toolchain cannot be had: neither passed nor failed. The number is the one
 /// that test harnesses of the GNU kind take for "skipped".
@@ -70,7 +72,7 @@ pub fn check() -> Result<()> {
             "{OBJECTS}/{name} is not what its sources compile to (committed {committed}, built {built}): \
              run `cargo xtask ebpf build`"
         );
-        println!("{name}: same bytes from its sources, {built}");
+        ui::note(&format!("{name}: same bytes from its sources, {built}"));
     }
     Ok(())
 }
@@ -100,7 +102,7 @@ fn checksums(root: &Path) -> Result<String> {
 /// Compiles, links and strips every object; returns its file name and where it is.
 fn compile(root: &Path, pinned: &Pinned) -> Result<Vec<(String, PathBuf)>> {
     // The folders of downloaded crates are in debug information; they exist once the crates are fetched.
-    run(cargo(root).args(["fetch", "--locked"]))?;
+    run(bare_cargo(root).args(["fetch", "--locked"]))?;
     // The linker by its name: cargo hashes every flag but `--remap-path-prefix` into the names of the crates.
     let mut flags: Vec<OsString> =
         ["-Cdebuginfo=2", "-Clink-arg=--btf", "-Clink-arg=--emit=llvm-bc", "-Clinker=bpf-linker"]
@@ -110,7 +112,7 @@ fn compile(root: &Path, pinned: &Pinned) -> Result<Vec<(String, PathBuf)>> {
         flags.push(concat(&[b"--remap-path-prefix=", from.as_os_str().as_encoded_bytes(), b"=", to.as_bytes()])?);
     }
     run(pinned
-        .environment(&mut cargo(root))?
+        .environment(&mut bare_cargo(root))?
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(OsString::from("\x1f").as_os_str()))
         .args(["build", "--release", "--locked", "--target", TARGET]))?;
     let folder = root.join("proxy-ebpf/target").join(TARGET).join("release");
@@ -146,8 +148,8 @@ fn build_with_nightly(root: &Path, error: anyhow::Error) -> Result<()> {
     let Some(nightly) = error.is::<Unavailable>().then(Nightly::find).flatten() else {
         return Err(error);
     };
-    println!("no pinned toolchain ({error:#}); building with rustup's nightly and {}", nightly.linker.display());
-    run(cargo(root)
+    ui::note(&format!("no pinned toolchain ({error:#}): rustup's nightly and {}", nightly.linker.display()));
+    run(bare_cargo(root)
         .env_remove("RUSTC")
         .env("RUSTUP_TOOLCHAIN", "nightly")
         .env(
@@ -163,7 +165,7 @@ fn build_with_nightly(root: &Path, error: anyhow::Error) -> Result<()> {
 }
 
 /// cargo in `proxy-ebpf`, free of what the calling cargo and the user's shell set for other targets.
-fn cargo(root: &Path) -> Command {
+fn bare_cargo(root: &Path) -> Command {
     let mut command = Command::new("cargo");
     command.current_dir(root.join("proxy-ebpf"));
     for name in ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR"] {
@@ -178,7 +180,7 @@ fn root() -> Result<PathBuf> {
 }
 
 fn sha256(file: &Path) -> Result<String> {
-    let text = output(Command::new("sha256sum").arg("--").arg(file))?;
+    let text = cargo::output(Command::new("sha256sum").arg("--").arg(file))?;
     let digest = text.split_whitespace().next().context("sha256sum printed nothing")?;
     Ok(digest.trim_start_matches('\\').to_owned())
 }
@@ -191,14 +193,4 @@ fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("start {:?}", command.get_program()))?;
     ensure!(status.success(), "{:?} failed: {status}", command.get_program());
     Ok(())
-}
-
-/// What the command prints; its standard error is in the error.
-fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("start {:?}", command.get_program()))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{:?} failed: {}: {}", command.get_program(), output.status, said.trim());
-    }
-    String::from_utf8(output.stdout).context("output is not UTF-8")
 }

@@ -1,5 +1,6 @@
 //! `cargo xtask`: what one does with this repository. `cargo xtask --help` lists it.
 
+mod apt;
 mod bench;
 mod cargo;
 mod checks;
@@ -42,7 +43,7 @@ enum Task {
     Vm(vm::Options),
     /// Throw bytes at everything that reads what strangers send, guided by coverage
     Fuzz(fuzz::Options),
-    /// Everything a change must pass: formatting, lints, tests, a minute of fuzzing, documentation
+    /// Everything a change must pass: formatting, lints, the eBPF objects, tests, a minute of fuzzing, documentation
     Ci(checks::CiOptions),
 }
 

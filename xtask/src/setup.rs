@@ -14,7 +14,7 @@ use clap::Args;
 use crate::{cargo, root, ui};
 
 /// Name of the package, and what it is for.
-const PACKAGES: [(&str, &str); 27] = [
+const PACKAGES: [(&str, &str); 28] = [
     ("gcc", "links"),
     ("libc6-dev", "links"),
     ("g++", "compiles libFuzzer"),
@@ -40,6 +40,7 @@ const PACKAGES: [(&str, &str); 27] = [
     ("postgresql", "a real protocol with long connections and much data"),
     ("python3", "small servers"),
     ("python3-websockets", "WebSocket, both ends"),
+    ("python3-grpcio", "gRPC, both ends"),
     ("pebble", "an ACME CA, of Let's Encrypt, for tests"),
     ("openssl", "certificates, TLS client and server"),
 ];

@@ -12,13 +12,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use crate::{cargo, root, ui};
 use image::Image;
 use machine::Accelerator;
-use packages::{Apt, Kernel};
+use packages::{Kernel, Kernels};
 use results::{Column, Outcome};
 
 /// Test programs that say what this kernel can do for shunt.
@@ -74,18 +74,18 @@ pub fn run(options: &Options) -> Result<()> {
     ensure_installed()?;
     let folder = cargo::workspace().join("target/vm");
     fs::create_dir_all(&folder)?;
-    let apt = Apt::new(folder.join("apt"))?;
-    let kernels = apt.choose(&options.kernel)?;
+    let debian = Kernels::new(folder.join("apt"))?;
+    let kernels = debian.choose(&options.kernel)?;
     // Copies: what is built meanwhile, or another run, shall not change them under the machine.
     let programs = tempfile::Builder::new().prefix("programs-").tempdir_in(&folder)?;
     let checks = checks(options, programs.path())?;
     let busybox = folder.join("busybox");
-    apt.unpack_busybox(&busybox)?;
+    debian.unpack_busybox(&busybox)?;
     let (mut columns, mut accelerator) = (Vec::new(), None);
     for kernel in &kernels {
         ui::step(&format!("vm: Linux {} of {}", kernel.version, kernel.suite));
         let tree = folder.join(format!("linux-{}", kernel.version));
-        apt.unpack(kernel, &tree)?;
+        debian.unpack(kernel, &tree)?;
         let outcomes = examine(kernel, &tree, &busybox, &folder, &checks, options.limit, &mut accelerator)?;
         let programs = results::programs(&results_of(&folder, kernel));
         columns.push(Column { kernel: kernel.series(), outcomes, programs });
@@ -154,7 +154,7 @@ fn checks(options: &Options, programs: &Path) -> Result<Vec<Check>> {
     let mut build = cargo::command(&["test", "--locked", "--package", "shunt-tests", "--no-run"]);
     build.args(["--message-format", "json-render-diagnostics"]);
     build.args(wanted.iter().flat_map(|name| ["--test", name]));
-    let built = output(&mut build)?;
+    let built = cargo::output(&mut build)?;
     let copy = |from: &Path, name: &str| -> Result<String> {
         let to = programs.join(name);
         fs::copy(from, &to).with_context(|| format!("copy {}", from.display()))?;
@@ -189,14 +189,4 @@ fn ensure_installed() -> Result<()> {
     let mut install = if root::is_root() { Command::new("env") } else { Command::new("sudo") };
     install.args(["DEBIAN_FRONTEND=noninteractive"]).args(command).args(&missing);
     cargo::run(&format!("setup: apt-get install {}", missing.join(" ")), &mut install)
-}
-
-/// What the command prints; its standard error is in the error.
-fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("start {:?}", command.get_program()))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{command:?} failed: {}: {}", output.status, said.trim());
-    }
-    String::from_utf8(output.stdout).context("output is not UTF-8")
 }

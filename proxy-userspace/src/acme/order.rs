@@ -2,7 +2,10 @@
 
 use std::{path::Path, time::Duration};
 
-use instant_acme::{AuthorizationStatus, ChallengeType, Identifier, NewOrder, Order, OrderStatus, RetryPolicy};
+use instant_acme::{
+    Account, AuthorizationStatus, CertificateIdentifier, ChallengeType, Error, Identifier, NewOrder, Order,
+    OrderStatus, RetryPolicy,
+};
 use proxy_core::{
     config::{Acme, AcmeCertificate},
     renewal::Validity,
@@ -30,10 +33,12 @@ pub(super) async fn place(
     https: &Https,
     challenges: &Challenges,
 ) -> Result<Validity, AcmeError> {
-    let got = timeout(WHOLE, get(acme, &wanted.name, https, challenges)).await;
-    let pem = got.map_err(|_| AcmeError::Slow(WHOLE.as_secs()))??;
     let AcmeCertificate { name, file } = wanted.clone();
     // A disk can be slow.
+    let before = tokio::task::spawn_blocking(move || Certificate::load_whole(&file).ok()).await.ok().flatten();
+    let got = timeout(WHOLE, get(acme, &name, before.as_ref(), https, challenges)).await;
+    let pem = got.map_err(|_| AcmeError::Slow(WHOLE.as_secs()))??;
+    let file = wanted.file.clone();
     let kept = tokio::task::spawn_blocking(move || keep(&file, &name, &pem)).await;
     kept.map_err(|error| AcmeError::Certificate(error.to_string()))?
 }
@@ -55,16 +60,20 @@ fn keep(file: &Path, name: &str, pem: &str) -> Result<Validity, AcmeError> {
     Ok(certificate.validity())
 }
 
-/// Key and chain, in PEM.
-async fn get(acme: &Acme, name: &str, https: &Https, challenges: &Challenges) -> Result<String, AcmeError> {
+/// Key and chain, in PEM. `before`: what the certificate comes after.
+async fn get(
+    acme: &Acme,
+    name: &str,
+    before: Option<&Certificate>,
+    https: &Https,
+    challenges: &Challenges,
+) -> Result<String, AcmeError> {
     let failed = |error| AcmeError::of(Step::Order, error);
-    let names = [Identifier::Dns(name.to_owned())];
-    let wanted = NewOrder::new(&names);
-    let mut order = match account::open(acme, https).await?.new_order(&wanted).await.map_err(failed) {
+    let mut order = match begin(&account::open(acme, https).await?, name, before).await.map_err(failed) {
         Err(AcmeError::AccountUnknown(why)) => {
             tracing::warn!(why, "the CA does not know the account any more: another one is made");
             account::forget(acme);
-            account::open(acme, https).await?.new_order(&wanted).await.map_err(failed)?
+            begin(&account::open(acme, https).await?, name, None).await.map_err(failed)?
         }
         order => order?,
     };
@@ -85,6 +94,27 @@ async fn get(acme: &Acme, name: &str, https: &Https, challenges: &Challenges) ->
     let key = order.finalize().await.map_err(failed)?;
     let chain = order.poll_certificate(&PATIENCE).await.map_err(failed)?;
     Ok(format!("{key}{chain}"))
+}
+
+/// Says which certificate the new one replaces, so that a CA that wanted it renewed knows that it was, and does not count the
+/// order against its limits (RFC 9773 §5). One that does not take that gets the order without it.
+async fn begin(account: &Account, name: &str, before: Option<&Certificate>) -> Result<Order, Error> {
+    let names = [Identifier::Dns(name.to_owned())];
+    let replaced = before.and_then(Certificate::leaf).and_then(|leaf| CertificateIdentifier::try_from(leaf).ok());
+    if let Some(replaced) = replaced {
+        match account.new_order(&NewOrder::new(&names).replaces(replaced)).await {
+            // It says nothing of renewals, or has not repeated what is replaced.
+            Err(Error::Unsupported(_) | Error::Other(_)) => {}
+            // Another order has replaced it already, or the CA does not know it.
+            Err(Error::Api(problem))
+                if problem.status.is_some_and(|status| matches!(status, 400 | 403 | 404 | 409)) =>
+            {
+                tracing::debug!(name, why = told(&problem), "the CA is not told what the certificate replaces");
+            }
+            order => return order,
+        }
+    }
+    account.new_order(&NewOrder::new(&names)).await
 }
 
 /// Everything the CA wants to see before it issues.

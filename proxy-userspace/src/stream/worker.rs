@@ -4,6 +4,7 @@ mod accept;
 mod carry;
 mod command;
 mod dial;
+mod farewell;
 mod first;
 mod handover;
 mod handshake;
@@ -27,7 +28,7 @@ use proxy_core::{
 use rustix::event::epoll::EventFlags;
 
 pub use self::command::{Applied, Command, Leaving, PortChange, Row};
-use self::{accept::Listener, command::Departure, join::Joins};
+use self::{accept::Listener, command::Departure, farewell::Farewells, join::Joins};
 use super::{
     Ended, StreamId,
     flow::{Flow, Flows},
@@ -37,7 +38,11 @@ use super::{
     relay::{Means, Stores, buffers::Buffers, pipes::Pipes},
     route::Route,
 };
-use crate::{acme::Challenges, kernel::memory, track::FailedDial};
+use crate::{
+    acme::Challenges,
+    kernel::{memory, schedule},
+    track::FailedDial,
+};
 
 /// Ended connections are told together, at most so many …
 const TOLD_TOGETHER: usize = 256;
@@ -86,6 +91,7 @@ pub struct Worker {
     handshakes: VecDeque<u32>,
     stores: Stores,
     joins: Joins,
+    farewells: Farewells,
     slots: Vec<Slot>,
     /// Slots of routes that are gone.
     free_slots: Vec<usize>,
@@ -164,6 +170,7 @@ impl Worker {
             handshakes: VecDeque::new(),
             stores: Stores { buffers: Buffers::default(), pipes: Pipes::new(pipes), sockmap: None },
             joins: Joins::default(),
+            farewells: Farewells::default(),
             slots: vec![no_route],
             free_slots: Vec::new(),
             by_id: HashMap::new(),
@@ -181,6 +188,10 @@ impl Worker {
 
     /// Until it is told to stop and its last connection has ended.
     pub fn run(mut self) {
+        // Whoever waits for a worker waits for all of its connections: it must not stand behind the slices of others.
+        if let Err(error) = schedule::short_slices() {
+            tracing::debug!(worker = self.index, %error, "sched_setattr: the kernel's usual slices");
+        }
         let mut events = Events::default();
         while !(self.stopping && self.flows.open() == 0) {
             self.round(&mut events);
@@ -214,6 +225,7 @@ impl Worker {
         self.shake_hands();
         self.look_again();
         self.wheel_turns();
+        self.look_after_farewells();
         self.resume();
         self.tell(false);
         if count == 0 && self.gone_since_trim >= WORTH_TRIMMING {
@@ -229,7 +241,8 @@ impl Worker {
         }
         let timer = self.wheel.next().map(|tick| tick.0 * 1000);
         let trim = (self.gone_since_trim >= WORTH_TRIMMING).then_some(self.micros + 1_000_000);
-        let next = [timer, self.tell_at, self.accept_at, self.joins.due(), trim].into_iter().flatten().min()?;
+        let due = [timer, self.tell_at, self.accept_at, self.joins.due(), self.farewells.due(), trim];
+        let next = due.into_iter().flatten().min()?;
         let now = self.shared.began.elapsed().as_micros() as u64;
         Some(Duration::from_micros(next.saturating_sub(now)))
     }
@@ -281,7 +294,7 @@ impl Worker {
             Fate::Lives => self.flows.put(key, flow),
             Fate::Over => {
                 self.wheel.clear(key);
-                drop(flow);
+                self.part_from(*flow);
                 self.flows.release(key);
                 self.gone_since_trim += 1;
             }
@@ -423,3 +436,6 @@ fn engine_of(means: Means) -> Engine {
 fn wall() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests;

@@ -108,6 +108,8 @@ impl<C: Conntrack> Task<C> {
             let listening = self.routed && self.retry_at.is_none();
             let mut rest = false;
             let wake = tokio::select! {
+                // Who asks is answered with what has been said before.
+                biased;
                 input = inputs.recv() => Wake::Input(input),
                 command = commands.recv() => Wake::Command(command),
                 result = self.conntrack.readable(), if listening => Wake::Events(result),

@@ -110,16 +110,19 @@ impl AcmeCa {
     }
 
     /// nginx in front of it that adds renewal information (RFC 9773) to what it offers: `first` to `last`, whichever
-    /// certificate it is. With what a daemon needs to use that, with its cache in `cache`.
+    /// certificate it is. With what a daemon needs to use that, with its cache in `cache`. It writes down what is ordered
+    /// ([`Self::ordered`]).
     pub fn with_advice(&self, lab: &Lab, first: &str, last: &str, cache: &Path) -> Result<(Running, String)> {
         let (ip, dir) = (self.host.ip, self.dir.display());
         let info = format!("{{\"suggestedWindow\":{{\"start\":\"{first}\",\"end\":\"{last}\"}}}}");
         let offer = format!("\"renewalInfo\": \"https://{ip}:{FRONT}/advice\", \"keyChange\"");
         let config = format!(
-            "http {{ access_log off; server {{ listen {FRONT} ssl; ssl_certificate {dir}/https.pem; \
+            "http {{ access_log off; log_format body escape=none '$request_body'; server {{ listen {FRONT} ssl; ssl_certificate {dir}/https.pem; \
              ssl_certificate_key {dir}/https.key; \
              location / {{ proxy_pass https://{ip}:{PORT}; proxy_set_header Host $http_host; \
              sub_filter_types application/json; sub_filter '\"keyChange\"' '{offer}'; }} \
+             location /order-plz {{ access_log {dir}/orders body; proxy_pass https://{ip}:{PORT}; \
+             proxy_set_header Host $http_host; }} \
              location /advice/ {{ default_type application/json; add_header Retry-After 21600; return 200 '{info}'; }} }} }}"
         );
         let front = lab.nginx_with(&self.host, &config, FRONT)?;
@@ -139,6 +142,23 @@ impl AcmeCa {
         self.log().lines().filter(|line| line.contains("POST /order-plz ")).count()
     }
 
+    /// Through the front of [`Self::with_advice`]: what each order was for, in JSON (RFC 8555 §7.4).
+    pub fn ordered(&self) -> Result<Vec<Value>> {
+        let lines = fs::read_to_string(self.dir.join("orders")).context("what was ordered")?;
+        let payload = |line: &str| {
+            let signed: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+            let payload = signed["payload"].as_str().context("payload")?;
+            Ok(serde_json::from_slice(&from_base64url(payload)?)?)
+        };
+        lines.lines().map(payload).collect()
+    }
+
+    /// Serial numbers of what it has issued in its present life, the oldest first.
+    pub fn serials(&self) -> Vec<String> {
+        let serial = |line: &str| Some(line.split("Issued certificate serial ").nth(1)?.split(' ').next()?.to_owned());
+        self.log().lines().filter_map(serial).collect()
+    }
+
     /// Requests of any kind it has been sent in its present life.
     pub fn requests(&self) -> usize {
         self.log().lines().filter(|line| line.contains("calling handler()")).count()
@@ -153,4 +173,19 @@ impl AcmeCa {
     pub fn log(&self) -> String {
         self.server.as_ref().map(Running::log).unwrap_or_default()
     }
+}
+
+/// Without padding (RFC 4648 §5).
+pub fn from_base64url(text: &str) -> Result<Vec<u8>> {
+    let value = |byte: u8| {
+        let at = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_".iter().position(|b| *b == byte);
+        at.with_context(|| format!("not base64url: {text}"))
+    };
+    let mut bytes = Vec::new();
+    for group in text.as_bytes().chunks(4) {
+        let sum = group.iter().try_fold(0, |sum, byte| Ok::<_, anyhow::Error>(sum << 6 | value(*byte)? as u32))?;
+        let sum = sum << (6 * (4 - group.len()));
+        bytes.extend_from_slice(&sum.to_be_bytes()[1..group.len()]);
+    }
+    Ok(bytes)
 }

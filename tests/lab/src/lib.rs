@@ -52,7 +52,7 @@ mod topology;
 mod wait;
 pub mod wire;
 
-pub use acme::{AcmeCa, AcmeOptions};
+pub use acme::{AcmeCa, AcmeOptions, from_base64url};
 pub use host::Host;
 pub use pins::Pins;
 pub use process::{Running, run};

@@ -25,6 +25,7 @@ pub struct Report {
     pub rows: Vec<Row>,
     pub scale: Vec<ScaleRow>,
     pub tls: Vec<tls::Row>,
+    pub flood: Vec<tls::Row>,
 }
 
 #[derive(Debug, Serialize)]
@@ -106,6 +107,10 @@ impl Report {
         }
         if !self.tls.is_empty() {
             tables.push(("TLS ended in the proxy".to_owned(), tls::table(&self.tls)));
+        }
+        if !self.flood.is_empty() {
+            let title = "Ping-pong over TLS without and with a flood of full handshakes (RSA 2048, TLS 1.3)";
+            tables.push((title.to_owned(), tls::table(&self.flood)));
         }
         tables.iter().map(|(title, table)| format!("{title}\n\n{table}\n\n")).collect()
     }

@@ -25,7 +25,9 @@ const SHUNT: &str = include_str!("../../bench/peers/shunt-tls.toml");
 
 /// As the peers' configurations have them: by the kind of key.
 const ECDSA: u16 = 8443;
-const RSA: u16 = 8444;
+pub const RSA: u16 = 8444;
+/// Not plain HTTP behind it, but an echo.
+pub const ECHO: u16 = 8445;
 /// Plain HTTP behind them.
 const PAGES: u16 = 8080;
 /// Bytes of the page that bulk is measured with.
@@ -42,24 +44,31 @@ pub struct Row {
     pub peers: Vec<(&'static str, Spread)>,
 }
 
-const PEERS: [&str; 3] = ["shunt", "HAProxy", "nginx"];
+pub const PEERS: [&str; 3] = ["shunt", "HAProxy", "nginx"];
 
 /// What is measured, its unit, whether more of it is better, and the value.
-type Sample = (&'static str, &'static str, bool, f64);
+pub type Sample = (&'static str, &'static str, bool, f64);
+/// What one proxy has shown in one round.
+pub type Taken = (&'static str, Vec<Sample>);
 
 /// `rounds` times, each proxy in its turn.
 pub fn measure(lab: &Lab, shunt: &Path, duration: Duration, rounds: u16) -> Result<Vec<Row>> {
     certificates(lab)?;
     let _pages = lab.nginx(lab.backend(1), PAGES, &[("1k", vec![b'x'; 1024]), ("big", vec![b'x'; BIG])])?;
-    let mut taken: Vec<(&'static str, Vec<Sample>)> = Vec::new();
+    let mut taken: Vec<Taken> = Vec::new();
     for _ in 0..rounds {
         for peer in PEERS {
-            let (pids, running) = start(peer, lab, shunt)?;
+            let (pids, running) = start(peer, lab, shunt, 2)?;
             let samples = one(lab, &pids, duration).with_context(|| format!("TLS, {peer}"))?;
             running.stop()?;
             taken.push((peer, samples));
         }
     }
+    Ok(rows(&taken))
+}
+
+/// One for each metric, over the rounds.
+pub fn rows(taken: &[Taken]) -> Vec<Row> {
     let first = taken.first().map(|(_, samples)| samples.clone()).unwrap_or_default();
     let row = |(index, (metric, unit, more_is_better, _)): (usize, &Sample)| {
         let of = |peer: &'static str| {
@@ -70,7 +79,7 @@ pub fn measure(lab: &Lab, shunt: &Path, duration: Duration, rounds: u16) -> Resu
         let peers = PEERS.into_iter().filter_map(of).collect();
         Row { metric, unit, more_is_better: *more_is_better, peers }
     };
-    Ok(first.iter().enumerate().map(row).collect())
+    first.iter().enumerate().map(row).collect()
 }
 
 /// As a table.
@@ -85,7 +94,7 @@ pub fn table(rows: &[Row]) -> Table {
     table
 }
 
-fn certificates(lab: &Lab) -> Result<()> {
+pub fn certificates(lab: &Lab) -> Result<()> {
     for (stem, key) in [("ecdsa", "ec -pkeyopt ec_paramgen_curve:prime256v1"), ("rsa", "rsa:2048")] {
         lab.gateway().sh(&format!(
             "cd {} && openssl req -x509 -newkey {key} -nodes -days 1 -subj /CN=bench.example \
@@ -98,13 +107,13 @@ fn certificates(lab: &Lab) -> Result<()> {
 
 /// A proxy at work.
 #[derive(Debug)]
-enum Peer {
+pub enum Peer {
     Program(Running),
     Shunt(Box<Shunt>),
 }
 
 impl Peer {
-    fn stop(self) -> Result<()> {
+    pub fn stop(self) -> Result<()> {
         match self {
             Self::Program(running) => drop(running),
             Self::Shunt(mut shunt) => drop(shunt.terminate(Duration::from_secs(40))?),
@@ -113,25 +122,28 @@ impl Peer {
     }
 }
 
-fn start(peer: &str, lab: &Lab, shunt: &Path) -> Result<(Vec<u32>, Peer)> {
+/// With one worker it has one processor, too.
+pub fn start(peer: &str, lab: &Lab, shunt: &Path, workers: u8) -> Result<(Vec<u32>, Peer)> {
     let dir = lab.dir().display().to_string();
+    let processors = if workers == 1 { "0" } else { "0,1" };
     let config = match peer {
         "HAProxy" => HAPROXY,
         "nginx" => NGINX,
         _ => SHUNT,
     };
-    let config = config.replace("@DIR@", &dir);
+    let config = config.replace("@DIR@", &dir).replace("@WORKERS@", &workers.to_string());
     if peer == "shunt" {
-        let shunt = Shunt::builder().binary(shunt).start(lab, &config)?;
+        let shunt = Shunt::builder().binary(shunt).processors(processors).start(lab, &config)?;
         return Ok((vec![shunt.pid()?], Peer::Shunt(Box::new(shunt))));
     }
     let file = lab.dir().join(format!("{peer}-tls.conf"));
     fs::write(&file, config).context("write the peer's configuration")?;
     let file = file.to_str().context("path")?;
-    let running = match peer {
-        "HAProxy" => lab.serve(lab.gateway(), "haproxy", "haproxy", &["-db", "-f", file], ECDSA)?,
-        _ => lab.serve(lab.gateway(), "nginx-tls", "nginx", &["-e", "stderr", "-p", &dir, "-c", file], ECDSA)?,
+    let program: &[&str] = match peer {
+        "HAProxy" => &["haproxy", "-db", "-f", file],
+        _ => &["nginx", "-e", "stderr", "-p", &dir, "-c", file],
     };
+    let running = lab.serve(lab.gateway(), peer, "taskset", &[&["-c", processors], program].concat(), ECDSA)?;
     Ok((paths::with_children(running.pid())?, Peer::Program(running)))
 }
 
@@ -143,7 +155,7 @@ fn one(lab: &Lab, pids: &[u32], duration: Duration) -> Result<Vec<Sample>> {
         ("resumed handshakes, TLS 1.2", "… the process itself", ECDSA, "-reuse -tls1_2"),
     ] {
         let own = paths::cpu_seconds(pids)?;
-        let count = handshakes(lab, port, how, duration)?;
+        let count = handshakes(lab, port, how, false, duration)?;
         let own = paths::cpu_seconds(pids)? - own;
         samples.push((name, "/s", true, count / duration.as_secs_f64()));
         samples.push((cpu, "µs each", false, 1e6 * own / count.max(1.0)));
@@ -218,10 +230,11 @@ print("held", flush=True)
 sys.stdin.readline()
 "#;
 
-/// Handshakes that several clients have completed.
-fn handshakes(lab: &Lab, port: u16, how: &str, duration: Duration) -> Result<f64> {
+/// Handshakes that several clients have completed; `modest` ones leave the processors to whoever else wants them.
+pub fn handshakes(lab: &Lab, port: u16, how: &str, modest: bool, duration: Duration) -> Result<f64> {
     let seconds = duration.as_secs().max(1);
-    let line = format!("openssl s_time -connect 10.88.1.1:{port} {how} -time {seconds}");
+    let nice = if modest { "nice -n 19 " } else { "" };
+    let line = format!("{nice}openssl s_time -connect 10.88.1.1:{port} {how} -time {seconds}");
     let reports: Vec<Result<String>> = thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(|| lab.client().sh(&line))).collect();
         clients.into_iter().map(|client| client.join().expect("no panic")).collect()

@@ -8,8 +8,11 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{cargo, output, run};
+use super::{bare_cargo, run};
+use crate::{apt::Apt, cargo::output, ui};
 
+/// Whatever Debian this is: these are of bookworm.
+const SUITES: [(&str, &str); 2] = [("debian", "bookworm"), ("debian-security", "bookworm-security")];
 /// Debian's compiler with a prebuilt `core` for the BPF target, and the LLVM it links: one compiler, one object.
 const RUST_VERSION: &str = "1.96.0+dfsg1-1~deb12u2";
 const RUST_PACKAGES: [&str; 4] =
@@ -27,7 +30,7 @@ pub struct Unavailable(String);
 
 impl fmt::Display for Unavailable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the pinned eBPF toolchain cannot be had here: {} (docs/ebpf.md)", self.0)
+        write!(f, "the pinned eBPF toolchain cannot be had here (docs/ebpf.md): {}", self.0)
     }
 }
 
@@ -56,6 +59,7 @@ impl Pinned {
         };
         fs::create_dir_all(&folder).context("make .toolchain")?;
         if !toolchain.rust.exists() {
+            ui::note(&format!("fetch Debian's rustc-web {RUST_VERSION} and LLVM {LLVM_VERSION} into .toolchain, once"));
             install_packages(&folder, &toolchain.rust).map_err(unavailable)?;
         }
         output(toolchain.environment(&mut Command::new(toolchain.rustc()))?.arg("--version")).map_err(unavailable)?;
@@ -123,39 +127,19 @@ fn unavailable(error: anyhow::Error) -> anyhow::Error {
     Unavailable(format!("{error:#}")).into()
 }
 
-/// Unpacks Debian's packages into `to`, which exists only when that has succeeded. apt checks their signatures.
+/// Fetches Debian's packages into `to`. apt checks their signatures.
 fn install_packages(folder: &Path, to: &Path) -> Result<()> {
-    let scratch = folder.join("unpacking");
-    if scratch.exists() {
-        fs::remove_dir_all(&scratch).context("remove an unfinished download")?;
-    }
-    let (packages, tree) = (scratch.join("packages"), scratch.join("tree"));
-    fs::create_dir_all(&packages)?;
-    fs::create_dir_all(&tree)?;
     let rust = RUST_PACKAGES.iter().map(|name| format!("{name}={RUST_VERSION}"));
     let llvm = LLVM_PACKAGES.iter().map(|name| format!("{name}={LLVM_VERSION}"));
-    println!("downloading Debian's rustc-web {RUST_VERSION} and LLVM {LLVM_VERSION} into .toolchain");
-    output(
-        Command::new("apt-get")
-            .arg("download")
-            .args(rust.chain(llvm))
-            .args(LIBRARIES)
-            .env("LC_ALL", "C")
-            .current_dir(&packages),
-    )
-    .context("is this Debian 12 with its security suite, and `apt-get update` recent?")?;
-    for package in fs::read_dir(&packages)? {
-        output(Command::new("dpkg-deb").arg("-x").arg(package?.path()).arg(&tree))?;
-    }
-    fs::rename(&tree, to)?;
-    fs::remove_dir_all(&scratch)?;
-    Ok(())
+    let packages: Vec<String> = rust.chain(llvm).chain(LIBRARIES.map(str::to_owned)).collect();
+    let apt = Apt::new(folder.join("apt"), &SUITES)?;
+    apt.unpack(&packages, to).context("can Debian's mirror be reached, and has it these versions still?")
 }
 
 /// bpf-linker compiles with the machine's own compiler; it finds libLLVM when it runs.
 fn install_linker(root: &Path, to: &Path) -> Result<()> {
-    println!("building bpf-linker {LINKER_VERSION} into .toolchain");
-    run(cargo(root)
+    ui::note(&format!("build bpf-linker {LINKER_VERSION}"));
+    run(bare_cargo(root)
         .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked"])
         .args(["--no-default-features", "--features", LINKER_FEATURES, "--no-track", "--root"])
         .arg(to))

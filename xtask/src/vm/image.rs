@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+use crate::cargo;
+
 /// What the first process must have before it has a root file system; everything else is loaded from there.
 const MODULES: [&str; 5] = ["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_rng"];
 const INIT: &str = include_str!("../../vm/init");
@@ -30,7 +32,7 @@ impl Image {
         let modules = tree.join("lib/modules").join(&release);
         let candidates = [tree.join("boot").join(format!("vmlinuz-{release}")), modules.join("vmlinuz")];
         let kernel = candidates.into_iter().find(|path| path.exists()).context("no vmlinuz in the packages")?;
-        super::output(Command::new("depmod").arg("-b").arg(tree).arg(&release))?;
+        cargo::output(Command::new("depmod").arg("-b").arg(tree).arg(&release))?;
 
         let root = folder.join("initramfs");
         if root.exists() {

@@ -20,6 +20,17 @@ const PSEUDO_HEADER: u64 = 1 << 4;
 
 pub struct Skb<'a>(pub &'a TcContext);
 
+/// The number again, where it is from 1 to `most`: by two bounds, which every verifier remembers; that a number is not 0 those before
+/// Linux 6.8 forget. The compiler, which knows more, would ask for the latter.
+#[inline(always)]
+fn from_one(number: usize, most: usize) -> Option<u32> {
+    let less = unknown(number.wrapping_sub(1) as u64);
+    if less >= most as u64 {
+        return None;
+    }
+    Some(unknown(less) as u32 + 1)
+}
+
 impl Packet for Skb<'_> {
     #[inline(always)]
     fn length(&self) -> usize {
@@ -52,19 +63,18 @@ impl Packet for Skb<'_> {
         // SAFETY: a live element, of this CPU only, used by nothing else while this packet is at hand.
         let room = unsafe { &mut (*room).options };
         *room = [0; OPTIONS / 4];
-        let Some(length) = helper_length(length) else { return Some(room) };
+        let Some(length) = from_one(length, OPTIONS) else { return Some(room) };
         // SAFETY: `length` bytes fit into the room, which is more than 0 and at most all of it.
-        let loaded =
-            unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), at as u32, room.as_mut_ptr().cast(), length as u32) };
+        let loaded = unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), at as u32, room.as_mut_ptr().cast(), length) };
         (loaded == 0).then_some(room)
     }
 
     #[inline(always)]
     fn fill_with_nops(&mut self, at: usize, length: usize) -> Option<()> {
-        let Some(length) = helper_length(length) else { return Some(()) };
+        let Some(length) = from_one(length, OPTIONS) else { return Some(()) };
         let nops = maps::NOPS.as_ptr().cast_mut().cast();
         // SAFETY: `length` bytes are there to be read, more than 0 and at most all of them.
-        let stored = unsafe { bpf_skb_store_bytes(self.0.skb.skb, at as u32, nops, length as u32, 0) };
+        let stored = unsafe { bpf_skb_store_bytes(self.0.skb.skb, at as u32, nops, length, 0) };
         (stored == 0).then_some(())
     }
 
@@ -83,17 +93,6 @@ impl Packet for Skb<'_> {
         };
         (changed == 0).then_some(())
     }
-}
-
-/// 1–40, and the verifier sees it: made one comparison of another number, it does not.
-#[inline(always)]
-fn helper_length(length: usize) -> Option<usize> {
-    let length = unknown(length as u64) as usize;
-    if length > OPTIONS {
-        return None;
-    }
-    let length = unknown(length as u64) as usize;
-    (length != 0).then_some(length)
 }
 
 /// The same number, of which the compiler knows nothing: it leaves checks away that the verifier, which knows less, wants to see.

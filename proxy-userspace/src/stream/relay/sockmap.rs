@@ -29,6 +29,10 @@ const LEAST: u64 = 64 << 10;
 /// Room to send, as the kernel accounts it: what is granted always fits, so that it never waits outside the socket, where what
 /// is passed would wait behind it without closing the window.
 const SEND_ROOM: u32 = 8 << 20;
+/// Bytes that may wait for the daemon beyond what the socket's window allows. Some do: behind what is redirected the other way, until a
+/// kernel thread had its turn, nothing closes the window.
+pub const BEYOND: u64 = 8 << 20;
+
 /// A pair of joined sockets.
 #[derive(Debug)]
 pub struct Joined {
@@ -92,15 +96,13 @@ impl Joined {
         // Nobody but this thread reads or writes, so these stay true until the first piece is judged.
         let up = Lane::between(client, backend)?;
         let down = Lane::between(backend, client)?;
-        // A piece that was partly read would be handed over whole, and the kernel would count its beginning as read twice: it
-        // would then take what comes next for read, too, and tell nobody (`tcp_bpf_recvmsg_parser`, v6.18).
+        // A piece that was partly read would be handed over whole: what is had twice is for the lost packets alone ([`Lane`]).
         if tcp::unread(client)? > 0 || tcp::unread(backend)? > 0 {
             return Err(Errno::AGAIN);
         }
         let mut places = map.introduce(client, backend, now)?;
         for place in &places {
-            // The window bounds what is passed and not relayed, as long as the kernel keeps to it.
-            map.line(place.index).set_hard(2 * map.window());
+            map.line(place.index).set_hard(map.window() + BEYOND);
         }
         let [place, other] = &mut places;
         if let Err(errno) = map.arm(place, client) {

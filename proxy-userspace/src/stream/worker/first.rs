@@ -119,8 +119,9 @@ impl Worker {
 
     fn refuse(&mut self, flow: &mut Flow, reason: Reason, alert: Option<Alert>) -> Fate {
         // The queue of a socket that has sent nothing has room for seven bytes.
-        let told = alert.is_some_and(|alert| send(&flow.client.fd, &alert.record(), SendFlags::NOSIGNAL).is_ok());
-        self.cut(flow, reason, if told { How::Finished } else { How::Reset })
+        flow.client.told =
+            alert.is_some_and(|alert| send(&flow.client.fd, &alert.record(), SendFlags::NOSIGNAL).is_ok());
+        self.cut(flow, reason, How::Reset)
     }
 
     /// Ends it for a reason of ours; without a reset, where it has been told.

@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Handshakes have so much of a round, and at least one step.
-const SHARE: Duration = Duration::from_millis(1);
+const SHARE: Duration = Duration::from_micros(200);
 
 /// How far a handshake is.
 enum Step {
@@ -153,7 +153,7 @@ impl Worker {
     fn part(&mut self, flow: &mut Flow) -> Fate {
         if let Some(leg) = flow.tls.as_deref_mut().and_then(|tls| tls.client.as_mut()) {
             leg.control = leg.close();
-            let _ = say(&mut flow.client, leg);
+            flow.client.told = say(&mut flow.client, leg) == Ok(true);
         }
         self.cut(flow, Reason::ChallengeAnswered, How::Finished)
     }
@@ -257,7 +257,7 @@ fn go_on(socket: &mut Socket, leg: &mut Leg, buffers: &mut Buffers) -> Step {
         }
         if let Err(error) = leg.shake(room.get_mut(..there).unwrap_or_default()) {
             leg.say_why();
-            let _ = say(socket, leg);
+            socket.told = say(socket, leg) == Ok(true);
             return Step::Failed(error);
         }
     }

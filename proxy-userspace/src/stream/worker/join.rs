@@ -37,8 +37,9 @@ const LITTLE: u64 = 1000;
 const MUCH: Duration = Duration::from_millis(50);
 /// From one count of all joined connections to the next, in microseconds: what readers see is so old.
 const COUNTED_EVERY: u64 = 1_000_000;
-/// Bytes of all joined connections of a worker that may wait beyond what their windows allow. The one with most is ended.
-const BEYOND: u64 = 256 << 20;
+/// Bytes of all joined connections of a worker that may wait beyond what their windows allow. Then the one with most is ended, until
+/// the rest fits.
+const BEYOND: u64 = 64 << 20;
 
 /// What a worker remembers of its joined connections.
 #[derive(Debug, Default)]

@@ -1,11 +1,14 @@
 //! One direction between joined sockets.
 //!
-//! Numbers of bytes count from the join. Of what the kernel passes the first `had` bytes were read before it: the kernel
-//! hands over a piece whole that was partly read.
+//! Numbers of bytes count from the join. Of what the kernel passes the first `had` bytes had come before it: a piece that repeats
+//! some is handed over whole, and which it repeats no verdict knows of the first.
 
-use std::sync::atomic::{Ordering, fence};
+use std::{
+    ops::Range,
+    sync::atomic::{Ordering, fence},
+};
 
-use proxy_abi::sockmap::{FAULT_OVERFLOW, NO_FAULT};
+use proxy_abi::sockmap::{FAULT_GAP, FAULT_OVERFLOW, NO_FAULT};
 use rustix::{
     io::Errno,
     net::{RecvFlags, SendFlags, recv},
@@ -18,7 +21,11 @@ use crate::{
         tcp,
     },
     stream::{
-        relay::{Broken, Moved, TURN, Waiting, Way, buffers::Buffers, copy::send_all},
+        relay::{
+            Broken, Moved, TURN, Waiting, Way,
+            buffers::{Buffers, SIZE},
+            copy::send_all,
+        },
         socket::Socket,
     },
 };
@@ -30,7 +37,7 @@ pub struct Lane {
     written: u64,
     /// `None`: nothing has come yet that would tell.
     had: Option<u64>,
-    /// Of what was passed: read by the daemon.
+    /// Of what was passed: had before, or read by the daemon.
     taken: u64,
     /// Redirected bytes that the way has counted.
     counted: u64,
@@ -153,9 +160,13 @@ impl Lane {
         if line.seen().passed != before {
             return Ok(false);
         }
-        self.had = before.checked_sub(new);
-        // Something has come and is not judged yet.
-        Ok(self.had.is_some())
+        // Not so much: something has come and is not judged yet.
+        let Some(had) = before.checked_sub(new) else { return Ok(false) };
+        if had >= SIZE as u64 {
+            return Err(Stop::Fault(FAULT_GAP));
+        }
+        (self.had, self.taken) = (Some(had), had);
+        Ok(true)
     }
 
     /// What was redirected before has left the queue in front of the socket, so nothing is overtaken.
@@ -186,30 +197,52 @@ impl Lane {
         }
         let mut turn = TURN;
         loop {
-            let scratch = buffers.scratch();
-            let read = match recv(&from.fd, &mut *scratch, RecvFlags::empty()) {
+            let new = match self.receive(from, buffers) {
                 // Also while something is on its way to the queue that is read from: no end to be believed.
-                Ok((0, _)) | Err(Errno::AGAIN) => return Ok(false),
-                Ok((read, _)) => read,
+                Ok(new) if new.is_empty() => return Ok(false),
+                Err(Errno::AGAIN) => return Ok(false),
+                Ok(new) => new,
                 Err(Errno::INTR) => continue,
                 Err(_) => return Err(Broken::From.into()),
             };
-            let had = self.had.unwrap_or(0).saturating_sub(self.taken).min(read as u64) as usize;
-            self.taken += read as u64;
-            let sent = if had < read { send_all(to, &scratch[had..read], SendFlags::NOSIGNAL)? } else { 0 };
+            self.taken += new.len() as u64;
+            let sent = send_all(to, &buffers.scratch()[new.clone()], SendFlags::NOSIGNAL)?;
             way.bytes += sent as u64;
-            if had + sent < read {
-                way.waiting = Waiting::Bytes(buffers.keep(had + sent..read));
+            let left = new.start + sent..new.end;
+            let all = left.is_empty();
+            if !all {
+                way.waiting = Waiting::Bytes(buffers.keep(left));
             }
             line.set_relayed(self.dealt(way));
-            if had + sent < read {
+            if !all {
                 return Ok(false);
             }
-            turn = turn.saturating_sub(read);
+            turn = turn.saturating_sub(new.len());
             if turn == 0 {
                 return Ok(true);
             }
         }
+    }
+
+    /// Reads what is new into the scratch buffer: where it lies there.
+    ///
+    /// The kernel counts what is read, and what was had before is counted already: counted twice, it would take as many bytes that
+    /// come for read, and tell nobody of them (`tcp_epollin_ready`, v6.18). So as many always stay in the queue, the last that
+    /// were relayed.
+    fn receive(&self, from: &Socket, buffers: &mut Buffers) -> Result<Range<usize>, Errno> {
+        let had = self.had.unwrap_or(0) as usize;
+        if had == 0 {
+            let (read, _) = recv(&from.fd, buffers.scratch(), RecvFlags::empty())?;
+            return Ok(0..read);
+        }
+        let (scratch, aside) = buffers.both();
+        let (there, _) = recv(&from.fd, &mut *scratch, RecvFlags::PEEK)?;
+        let new = there.saturating_sub(had);
+        if new == 0 {
+            return Ok(0..0);
+        }
+        let (read, _) = recv(&from.fd, &mut aside[..new], RecvFlags::empty())?;
+        Ok(had..had + read)
     }
 
     /// The peer has finished: whether everything before that is through.

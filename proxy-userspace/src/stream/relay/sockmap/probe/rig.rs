@@ -153,8 +153,21 @@ impl Rig {
         Ok(())
     }
 
-    /// Reads what there is of the client's bytes and writes it, as the daemon does before it joins.
-    pub fn relay_by_hand(&mut self) -> Result<(), String> {
+    /// The client says so much, and it is copied, as the daemon does before it joins.
+    pub fn before_the_join(&mut self, bytes: u64) -> Result<(), String> {
+        self.client.talk(Talk { bytes, finish: false });
+        let until = Instant::now() + PATIENCE;
+        while self.server.heard < bytes {
+            self.step()?;
+            self.relay_by_hand()?;
+            if Instant::now() > until {
+                return Err(format!("{} of {bytes} bytes came, relayed by hand", self.server.heard));
+            }
+        }
+        Ok(())
+    }
+
+    fn relay_by_hand(&mut self) -> Result<(), String> {
         let mut buffer = [0; 4096];
         let [a, b] = &self.near;
         match rustix::io::read(&a.fd, &mut buffer) {
