@@ -171,6 +171,10 @@ fn a_daemon_that_is_killed_takes_no_transfer_with_it() -> Result<()> {
         wait_until("they are under way", SOON, || server.received() > BYTES)?;
         shunt.kill9();
         shunt.restart()?;
+        // Also those that have ended meanwhile.
+        wait_until("all are taken over", SOON, || {
+            shunt.cli_json(&["status"]).is_ok_and(|status| status["handoff"]["adopted"] == COUNT)
+        })?;
         for (n, thread) in threads.into_iter().enumerate() {
             let (_, received) = thread.join().expect("a client").with_context(|| format!("client {n}"))?;
             ensure!(received == expected, "backend → client {n}: {received:?}");
@@ -185,7 +189,7 @@ fn a_daemon_that_is_killed_takes_no_transfer_with_it() -> Result<()> {
     arrived.sort();
     sent.sort();
     ensure!(arrived == sent, "client → backend");
-    Ok(())
+    shunt.wait_ended(TO.route(), &[("finished_client_first", COUNT as u64)], LONG)
 }
 
 #[test]

@@ -174,10 +174,10 @@ const fn acknowledged(entry: &HandoffEntry, this: &HandoffEnd, other: &HandoffEn
     if drained && other.seen & seen::ACK != 0 { other.ack.wrapping_sub(entry.dseq) } else { this.first_seq }
 }
 
-/// The acknowledgement that this end gave last, as the other connection may be told it again.
+/// What the other end has been told of its bytes: by this end, or by our socket before.
 #[inline(always)]
 pub const fn last_ack(this: &HandoffEnd) -> u32 {
-    if this.seen & seen::ACK != 0 { this.ack } else { this.own_seq }
+    if is_drained(this) { this.ack } else { this.own_seq }
 }
 
 #[inline(always)]

@@ -23,6 +23,7 @@ use crate::{
     control::{Reply, RouteCommand, RouteState},
     health::{Checks, Report},
     kernel::{
+        capability,
         nft::{MonitorNews, Nft, NftError, NftMonitor},
         sysctl::{self, Settings},
     },
@@ -212,6 +213,10 @@ impl<N: Nft, S: Streams> Task<N, S> {
         let file = self.config_file.clone();
         let read = tokio::task::spawn_blocking(move || load(&file)).await;
         let config = read.map_err(|e| view::Failure { error: e.to_string(), hint: None })??;
+        if self.reconciler.must_ask_for_handoff(&config) {
+            let found = tokio::task::spawn_blocking(capability::handoff::ask).await;
+            found.into_iter().for_each(|found| self.reconciler.learn_handoff(found));
+        }
         let log = config.log.clone();
         let prepared = self.reconciler.prepare(config).map_err(|e| failure(&e))?;
         let settings = needed(self.reconciler.after(&prepared));

@@ -49,7 +49,7 @@ pub enum PathKind {
 }
 
 impl PathKind {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Plain,
         Self::Rule,
         Self::RuleCounted,

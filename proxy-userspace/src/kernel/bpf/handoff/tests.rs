@@ -22,11 +22,11 @@ fn privileged() -> bool {
 }
 
 #[test]
-fn cap_bpf_cap_perfmon_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_comes_out_as_computed_here() {
+fn cap_bpf_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_comes_out_as_computed_here() {
     if !privileged() {
         return;
     }
-    for keep in [CAP_BPF | CAP_NET_ADMIN | CAP_PERFMON, u64::MAX] {
+    for keep in [CAP_BPF | CAP_NET_ADMIN, CAP_BPF | CAP_NET_ADMIN | CAP_PERFMON, u64::MAX] {
         let probe = move || {
             keep_only(keep);
             HandoffTable::self_probe()
@@ -35,20 +35,9 @@ fn cap_bpf_cap_perfmon_and_cap_net_admin_are_enough_for_the_self_probe_and_every
             std::thread::spawn(probe).join().expect("the thread ends").unwrap_or_else(|e| panic!("{e}: {e:?}"));
         println!("{report:?}");
         assert!(report.packets > 200);
+        // Of a million that the verifier walks at most; what a kernel that reports none of them (before 5.16) would say is not known.
+        assert!(report.verified_instructions.is_none_or(|walked| walked < 50_000));
     }
-}
-
-#[test]
-fn without_cap_perfmon_the_probe_says_so_at_once() {
-    if !privileged() {
-        return;
-    }
-    let probe = || {
-        keep_only(CAP_BPF | CAP_NET_ADMIN);
-        HandoffTable::self_probe()
-    };
-    let error = std::thread::spawn(probe).join().expect("the thread ends").expect_err("no CAP_PERFMON");
-    assert!(matches!(error, HandoffError::NoPerfmon), "{error:?}");
 }
 
 /// A test that needs the kernel: on a thread with a network of its own and a BPF file system of its own, which go with the thread.
