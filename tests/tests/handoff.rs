@@ -20,6 +20,8 @@ use shunt_lab::{
 };
 
 const SOON: Duration = Duration::from_secs(10);
+/// On a machine that is crowded.
+const LONG: Duration = Duration::from_secs(60);
 const TO: Relay = Relay::Handoff;
 
 fn route(rest: &str) -> String {
