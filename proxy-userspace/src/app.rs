@@ -236,6 +236,10 @@ impl Daemon {
             lock_tables: config.kernel.lock_table && capabilities.nft_owner_persist,
             ended,
             handoff,
+            begin_handoff: {
+                let socket = config.admin.socket.clone();
+                Box::new(move || handoff::begin(&socket))
+            },
         };
         let streams = StreamPath::start(options).map_err(refuse_streams)?;
         let (log, pressure) = (access_log(config)?, Arc::clone(&streams.reader.pressure));

@@ -11,7 +11,7 @@ use std::{
 
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use proxy_core::{handed::route_hash, plan::Plan};
-use tokio::io::unix::AsyncFd;
+use tokio::{io::unix::AsyncFd, task::AbortHandle};
 
 use crate::{
     kernel::{
@@ -20,7 +20,8 @@ use crate::{
         segment::Sender,
     },
     stream::{
-        handed::{Resets, Store, ends_of},
+        StreamError,
+        handed::{Begun, Resets, Store, ends_of},
         handover::OnInterfaces,
     },
 };
@@ -54,9 +55,36 @@ pub fn open(plan: &Plan, socket: &Path) -> Result<Option<Arc<HandoffTable>>, Han
 
 /// Puts the program on every interface, and goes on doing so with new ones, inside a tokio runtime.
 pub fn follow_interfaces(table: Arc<HandoffTable>) -> Result<Store, InterfaceError> {
+    follow(table).map(|(store, _)| store)
+}
+
+/// Makes the table and puts the program on every interface for a daemon that was started without: for good, or for as long as a
+/// change is tried. Inside a tokio runtime.
+pub fn begin(socket: &Path) -> Result<Begun, StreamError> {
+    let folder = folder(socket);
+    let table = HandoffTable::open(&folder, SIZES).map(Arc::new);
+    let followed = table.map_err(StreamError::from).and_then(|table| Ok(follow(table)?));
+    let take_away = move || {
+        if let Err(error) = HandoffTable::remove_pins(&folder) {
+            tracing::warn!(%error, "left behind; `shunt cleanup` removes it");
+        }
+    };
+    match followed {
+        Ok((store, follower)) => Ok(Begun::new(store, move || {
+            follower.abort();
+            take_away();
+        })),
+        Err(error) => {
+            take_away();
+            Err(error)
+        }
+    }
+}
+
+fn follow(table: Arc<HandoffTable>) -> Result<(Store, AbortHandle), InterfaceError> {
     let on = OnInterfaces::default();
-    tokio::spawn(Attached::new(Arc::clone(&table), on.clone())?.follow());
-    Ok(Store { table, on: Some(on) })
+    let follower = tokio::spawn(Attached::new(Arc::clone(&table), on.clone())?.follow());
+    Ok((Store { table, on: Some(on) }, follower.abort_handle()))
 }
 
 /// Keeps the program on every interface that connections between other machines can come from.

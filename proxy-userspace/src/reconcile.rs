@@ -21,11 +21,11 @@ use std::{
 };
 
 use proxy_core::{
-    capability::Capabilities,
+    capability::{Capabilities, Handoff},
     config::{Config, Engine, Route, RouteName},
     diff::{Assembly, Ownership, Update, Updates},
     flow::MarkLayout,
-    plan::{Plan, Replan, RoutePlan, Unserved, replan},
+    plan::{Plan, Replan, RoutePlan, Unserved, may_hand_over, replan},
     pool::Pool,
     ruleset::Fragment,
     view,
@@ -172,6 +172,15 @@ pub struct Prepared {
 }
 
 impl<N: Nft, S: Streams> Reconciler<N, S> {
+    /// Whether the kernel is to be asked, before the configuration is prepared, if connections can be handed over here.
+    pub fn must_ask_for_handoff(&self, config: &Config) -> bool {
+        self.capabilities.handoff != Handoff::Works && config.routes.iter().any(|route| may_hand_over(route))
+    }
+
+    pub fn learn_handoff(&mut self, found: Handoff) {
+        self.capabilities.handoff = found;
+    }
+
     /// Everything about a new configuration that can fail without the kernel.
     pub fn prepare(&mut self, config: Config) -> Result<Prepared, ReconcileError> {
         let began = Instant::now();

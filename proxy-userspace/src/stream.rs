@@ -21,7 +21,7 @@ mod socket;
 mod worker;
 
 use std::{
-    io,
+    fmt, io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -36,7 +36,11 @@ pub use relay::sockmap::trust_in_sockmap;
 
 use crate::{
     control::{ConnectionFilter, Reply},
-    kernel::{bpf::BpfError, return_path::ReturnPathError},
+    kernel::{
+        bpf::{BpfError, handoff::HandoffError},
+        interfaces::InterfaceError,
+        return_path::ReturnPathError,
+    },
     tls::TlsError,
     track::FailedDial,
 };
@@ -92,7 +96,6 @@ pub struct RouteSpec {
 }
 
 /// How the stream path is set up.
-#[derive(Debug)]
 pub struct Options {
     /// One per core is best.
     pub workers: usize,
@@ -104,8 +107,16 @@ pub struct Options {
     pub lock_tables: bool,
     /// Told of connections that have ended, in batches.
     pub ended: mpsc::Sender<Vec<Ended>>,
-    /// Where connections are handed over to; `None`: all of them stay in the daemon.
+    /// Where connections are handed over to; `None`: all of them stay in the daemon, until a route needs it.
     pub handoff: Option<handed::Store>,
+    /// … and how it is brought up then.
+    pub begin_handoff: handed::Begin,
+}
+
+impl fmt::Debug for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("stream::Options").field("workers", &self.workers).finish_non_exhaustive()
+    }
 }
 
 /// What asks for connections.
@@ -141,6 +152,10 @@ pub enum StreamError {
     Lookup(#[source] BpfError),
     #[error(transparent)]
     ReturnPath(#[from] ReturnPathError),
+    #[error("connections cannot be handed over: {0}")]
+    Handoff(#[from] HandoffError),
+    #[error("connections cannot be handed over: {0}")]
+    Interfaces(#[from] InterfaceError),
 }
 
 impl StreamError {
@@ -164,8 +179,9 @@ impl StreamError {
             }
             Self::Tls { error, .. } => Some(error.mend()),
             Self::Lookup(error) => Some(error.mend().into()),
-            Self::Start { .. } => None,
+            Self::Start { .. } | Self::Interfaces(_) => None,
             Self::ReturnPath(error) => error.mend(),
+            Self::Handoff(error) => Some(error.mend().into()),
         }
     }
 
@@ -178,7 +194,9 @@ impl StreamError {
             | Self::TooManyPorts { .. }
             | Self::Lookup(_)
             | Self::Start { .. } => 1,
+            Self::Interfaces(_) => 1,
             Self::ReturnPath(error) => error.exit_code(),
+            Self::Handoff(_) => 4,
         }
     }
 }

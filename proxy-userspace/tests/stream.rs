@@ -53,8 +53,15 @@ fn serve_with(engine: Engine, backends: &[SocketAddr], extra: &str, told: usize,
     let (ended_tx, ended) = mpsc::channel(told);
     let (drained_tx, drained) = mpsc::channel(16);
     let (failed_dials, _) = mpsc::channel(16);
-    let options =
-        Options { workers: 2, failed_dials, drained: drained_tx, lock_tables: false, ended: ended_tx, handoff };
+    let options = Options {
+        workers: 2,
+        failed_dials,
+        drained: drained_tx,
+        lock_tables: false,
+        ended: ended_tx,
+        handoff,
+        begin_handoff: Box::new(|| panic!("its table is given at the start")),
+    };
     let mut path = runtime.block_on(async { StreamPath::start(options) }).expect("it starts");
     let listen = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
     let prepared = path.prepare(change(engine, listen, backends, extra)).expect("it listens");

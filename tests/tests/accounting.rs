@@ -1,4 +1,4 @@
-//! What is counted is what was sent, while it is sent (D1, D2).
+//! What is counted is what was sent, while it is sent (D1, D2); and how long it took.
 
 use std::{
     io::{Read, Write},
@@ -8,9 +8,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt, pattern,
+    Lab, Metrics, Shunt,
+    dialog::echo,
+    pattern,
     scripted::{Behaviour, Start, TcpServer, UdpServer},
-    wait_until, web,
+    wait_for, wait_until, web,
 };
 
 const SOON: Duration = Duration::from_secs(6);
@@ -135,4 +137,60 @@ fn under_steady_load_each_connection_and_byte_is_counted_once() -> Result<()> {
         let ended: u64 = r["terminations"].as_object()?.values().filter_map(|n| n.as_u64()).sum();
         (r["connections_total"] == made && ended == made && r["connections_active"] == 0).then_some(())
     })
+}
+
+/// Both histograms against a clock beside them. The backend misses the first SYN; the next comes after a second
+/// (RFC 6298 §2).
+#[test]
+fn the_time_to_connect_and_the_age_at_the_end_are_what_a_clock_says() -> Result<()> {
+    const MISSED: &str = "table ip t {}; delete table ip t; table ip t { chain i { type filter hook input priority 0; \
+                          tcp flags & (syn | ack) == syn limit rate 1/hour burst 1 packets drop; }; }";
+    let lab = Lab::new()?;
+    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    let relayed = "[[route]]\nname = \"relayed\"\nlisten = [\"10.88.1.1:81\"]\nbackends = [\"10.88.2.2:80\"]\n\
+                   engine = \"copy\"";
+    let shunt = Shunt::start(&lab, &web(relayed))?;
+    let talk = |port: u16| -> Result<f64> {
+        let began = Instant::now();
+        let mut stream = lab.client().connect(SocketAddr::from(([10, 88, 1, 1], port)))?;
+        echo(&mut stream, b"at last")?;
+        Ok(began.elapsed().as_secs_f64())
+    };
+    let told = |name: &str, route: &str, count: f64| {
+        let (counts, sums) = (format!("{name}_count"), format!("{name}_sum"));
+        let all = |m: &Metrics| {
+            Some(m.value(&sums, &[("route", route)])).filter(|_| m.value(&counts, &[("route", route)]) == count)
+        };
+        wait_for(&format!("{name} of {count} at {route}"), Duration::from_secs(20), || {
+            let metrics = shunt.metrics().ok()?;
+            Some((all(&metrics)?, metrics))
+        })
+    };
+
+    for (route, port) in [("web", 80), ("relayed", 81)] {
+        lab.backend(1).sh(&format!("nft '{MISSED}'"))?;
+        let began = Instant::now();
+        let connected = talk(port)?;
+        ensure!(connected > 0.9, "the SYN was not lost: {connected} s");
+        shunt.wait_ended(route, &[("finished_client_first", 1)], SOON)?;
+        let ended = began.elapsed().as_secs_f64();
+
+        let (age, metrics) = told("shunt_connection_age_seconds", route, 1.0)?;
+        ensure!((0.9..=ended).contains(&age), "{route}: {age} s old, ended within {ended} s");
+        let observed = |name: &str, most| metrics.observed(name, &[("route", route)], most);
+        let ages = [0.1, f64::INFINITY].map(|most| observed("shunt_connection_age_seconds", most));
+        assert_eq!(ages, [Some(0.0), Some(1.0)], "{route}");
+        if route == "web" {
+            // The kernel forwards the SYN itself: nobody measures that.
+            assert_eq!(observed("shunt_connect_seconds", f64::INFINITY), None);
+            continue;
+        }
+        let (took, _) = told("shunt_connect_seconds", route, 1.0)?;
+        ensure!((0.9..=connected).contains(&took), "connected in {took} s, answered after {connected} s");
+        assert_eq!([0.2, 5.0].map(|most| observed("shunt_connect_seconds", most)), [Some(0.0), Some(1.0)]);
+        let answered = talk(port)?;
+        let more = told("shunt_connect_seconds", route, 2.0)?.0 - took;
+        ensure!((0.0..=answered).contains(&more), "connected in {more} s, answered after {answered} s");
+    }
+    Ok(())
 }

@@ -19,7 +19,7 @@ use proxy_core::{
     conntrack::{Entry, Event, TcpState, Traffic},
     flow::{End, EntryKey},
 };
-use proxy_userspace::kernel::conntrack::{Conntrack, MarkFilter, NetlinkConntrack};
+use proxy_userspace::kernel::conntrack::{Conntrack, Hear, MarkFilter, NetlinkConntrack};
 
 #[test]
 fn a_connection_is_told_from_its_first_packet_to_its_last_byte() {
@@ -182,6 +182,42 @@ fn lost_events_are_noticed() {
     });
 }
 
+#[test]
+fn ends_that_come_while_a_dump_runs_are_not_lost() {
+    const FLOWS: u16 = 6000;
+    let lab = Lab::new();
+    lab.sysctl("netfilter/nf_conntrack_udp_timeout", "100");
+    // Room for less than half of them.
+    lab.gateway(1 << 20, |conntrack| {
+        datagrams(&lab, FLOWS, || assert!(!conntrack.drain(&mut |_| {}).expect("drain").more));
+        let mut other = NetlinkConntrack::open(layout().id_mask(), 1, Hear::Ends).expect("conntrack sockets");
+        let mut deleted = 0;
+        let each = &mut |entry: &Entry| deleted += other.delete(&[EntryKey::from(entry)]).expect("delete");
+        conntrack.dump(ALL, each).expect("dump");
+        assert_eq!(deleted, usize::from(FLOWS));
+        let mut told = HashSet::new();
+        let mut each = |event: &Event| match event {
+            Event::Destroy(entry) => drop(told.insert(entry.client())),
+            other => panic!("{other:?}"),
+        };
+        conntrack.drain(&mut each).expect("drain");
+        assert_eq!(told.len(), deleted);
+    });
+}
+
+/// One datagram from each of so many ports; `between` is called now and then, before events find no room.
+fn datagrams(lab: &Lab, ports: u16, mut between: impl FnMut()) {
+    for first in (0..ports).step_by(500) {
+        lab.inside("c", || {
+            for port in first..first + 500 {
+                let socket = UdpSocket::bind(("0.0.0.0", 20_000 + port)).expect("bind");
+                socket.send_to(b"x", "10.77.1.1:53").expect("send");
+            }
+        });
+        between();
+    }
+}
+
 /// Nanoseconds this thread has run.
 fn cpu() -> f64 {
     let spent = nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).expect("clock");
@@ -198,17 +234,11 @@ fn cost_of_events_and_dumps() {
     lab.gateway(BUFFER, |conntrack| {
         let (mut events, mut spent) = (0u32, 0.0);
         // As many at a time as ten milliseconds bring at 60,000 events/s.
-        for first in (0..FLOWS).step_by(500) {
-            lab.inside("c", || {
-                for port in first..first + 500 {
-                    let socket = UdpSocket::bind(("0.0.0.0", 20_000 + port)).expect("bind");
-                    socket.send_to(b"x", "10.77.1.1:53").expect("send");
-                }
-            });
+        datagrams(&lab, FLOWS, || {
             let started = cpu();
             conntrack.drain(&mut |_| events += 1).expect("drain");
             spent += cpu() - started;
-        }
+        });
         println!("{:.0} ns per event read ({events} of {FLOWS})", spent / f64::from(events));
         let (mut entries, started) = (0u32, cpu());
         conntrack.dump(ALL, &mut |_| entries += 1).expect("dump");

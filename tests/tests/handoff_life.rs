@@ -1,20 +1,23 @@
 //! What becomes of a connection after it has been handed over: it is counted, limited, ended and taken over as before.
 
 use std::{
-    io::Write,
     net::{Ipv4Addr, SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
+use proxy_userspace::{
+    handoff::folder,
+    kernel::bpf::handoff::{HandoffTable, Sizes},
+};
 use serde_json::Value;
 use shunt_lab::{
     Lab, Shunt,
     dialog::{End, echo, end_of, turned_away},
-    kernel, load,
+    kernel,
     relay::{Relay, handed_over},
     scripted::{Behaviour, Ended, TcpServer},
-    wait_for, wait_until, wire,
+    wait_for, wait_until,
 };
 
 const SOON: Duration = Duration::from_secs(10);
@@ -308,62 +311,59 @@ fn conntrack_forgets_what_is_handed_over() -> Result<()> {
     echo(&mut stream, b"and it goes on")
 }
 
-/// `SHUNT_FLOWS`: so many connections, 10,000 by default.
 #[test]
-#[ignore = "takes a minute; prints what many handed-over connections cost"]
-fn many_cost_little_and_idle_ones_no_time() -> Result<()> {
-    let wanted: usize = std::env::var("SHUNT_FLOWS").ok().and_then(|n| n.parse().ok()).unwrap_or(10_000);
-    load::allow_descriptors(wanted as u64 * 2 + 1_000)?;
-    let lab = Lab::builder().client_addresses(20).build()?;
-    // Ports towards one backend are some 20,000.
-    let ports: Vec<u16> = (0..8).map(|n| 9_100 + n).collect();
-    let _servers: Vec<TcpServer> =
-        ports.iter().map(|port| TcpServer::start(lab.backend(1), *port, Behaviour::Hold)).collect::<Result<_>>()?;
-    let backends: Vec<String> = ports.iter().map(|port| format!("{BACKEND}:{port}")).collect();
-    let listen = TO.listen();
-    let route = format!(
-        "[[route]]\nname = \"handoff\"\nlisten = [\"{listen}\"]\nengine = \"handoff\"\nbackends = {backends:?}\n"
-    );
-    let shunt = Shunt::start(&lab, &route)?;
-    let pid = shunt.pid()?;
-    // Of the maps that the daemon has open.
-    let kernel_memory = |pid: u32| -> Result<u64> {
-        let mut bytes = 0;
-        for file in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-            let text = std::fs::read_to_string(file?.path()).unwrap_or_default();
-            let memory = text.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse::<u64>().ok());
-            bytes += memory.filter(|_| text.contains("map_type")).unwrap_or(0);
-        }
-        Ok(bytes)
-    };
-    let before = (kernel::resident_bytes(pid)?, kernel_memory(pid)?);
-    let mut streams = Vec::with_capacity(wanted);
-    for n in 0..wanted {
-        let from = lab.client_addresses()[n % 20];
-        streams.push(lab.client().connect_from((from, 0), listen).with_context(|| format!("connection {n}"))?);
-    }
-    wait_for("all are handed over", Duration::from_secs(120), || {
-        let status = shunt.cli_json(&["status"]).ok()?;
-        (status["handoff"]["connections"] == wanted).then_some(())
+fn a_full_table_leaves_a_connection_with_the_daemon_until_there_is_room() -> Result<()> {
+    let mut stage = Stage::new("")?;
+    stage.shunt.terminate(SOON)?;
+    ensure!(stage.shunt.cli(&["cleanup"])?.status.success());
+    // The next daemon takes over what is pinned, with its sizes.
+    let (pins, small) = (|| folder(stage.shunt.socket()), Sizes { flows: 2, events: 4096 });
+    stage.lab.gateway().run(|| HandoffTable::open(&pins(), small).map(drop))?;
+    stage.shunt.restart()?;
+    let first = stage.connect()?;
+    let _second = stage.connect()?;
+    let mut third = stage.lab.client().connect(TO.listen())?;
+    echo(&mut third, b"hello")?;
+    let labels = [("route", TO.route()), ("result", "table_full")];
+    wait_until("it is counted", SOON, || {
+        stage.shunt.metrics().is_ok_and(|page| page.value("shunt_handovers_total", &labels) >= 1.0)
     })?;
-    let rss = kernel::resident_bytes(pid)?.saturating_sub(before.0);
-    let cpu = kernel::cpu_seconds(pid)?;
-    std::thread::sleep(Duration::from_secs(20));
-    let cpu = kernel::cpu_seconds(pid)? - cpu;
-    println!(
-        "{wanted} handed over: daemon {} bytes each, {:.3} % of a core over 20 s of silence; maps grown by {} \
-         bytes each; sockets on the gateway: {}",
-        rss / wanted as u64,
-        cpu / 20.0 * 100.0,
-        kernel_memory(pid)?.saturating_sub(before.1) / wanted as u64,
-        kernel::tcp_sockets(lab.gateway(), &["established"])?,
-    );
-    let asked = Instant::now();
-    let page = shunt.metrics()?;
-    println!("a scrape takes {:?}", asked.elapsed());
-    ensure!(page.value("shunt_connections_active", &[("route", "handoff"), ("engine", "handoff")]) == wanted as f64);
-    streams[0].write_all(b"x")?;
-    ensure!(cpu < 0.4, "an idle daemon used {cpu} s of 20 s");
-    let _ = wire::stack_counter(lab.gateway(), "TcpRetransSegs")?;
+    echo(&mut third, b"still relayed")?;
+    ensure!(stage.shunt.engine_of(&third)?.as_deref() != Some("handoff"));
+    ensure!(stage.shunt.cli(&["kill", &stage.id(&first)?])?.status.success());
+    handed_over(&stage.shunt, &third)?;
+    echo(&mut third, b"and now it is")
+}
+
+#[test]
+fn the_first_route_that_hands_over_may_come_with_a_reload_which_is_refused_where_it_cannot() -> Result<()> {
+    let lab = Lab::new()?;
+    let _server = TcpServer::start(lab.backend(1), TO.backend_port(), Behaviour::Echo)?;
+    let _other = TcpServer::start(lab.backend(1), Relay::Copy.backend_port(), Behaviour::Echo)?;
+    let before = Relay::Copy.route_to(&[BACKEND], "");
+    let both = format!("{before}{}", TO.route_to(&[BACKEND], ""));
+    let mut shunt = Shunt::start(&lab, &before)?;
+    let mut relayed = Relay::Copy.connect(&lab, &shunt)?;
+    ensure!(lab.pins().left()?.is_empty() && shunt.cli_json(&["status"])?["handoff"].is_null(), "nothing needs it");
+    let pins = shunt.socket().with_file_name("bpf");
+    let mode = |mode: &str| lab.gateway().sh(&format!("mount -o remount,{mode} {}", pins.display()));
+    mode("ro")?;
+    shunt.write_config(&both)?;
+    let refused = shunt.cli(&["reload"])?;
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && told.contains("connections cannot be handed over: mkdir"), "{told}");
+    ensure!(lab.client().connect(TO.listen()).is_err(), "half of the reload is served");
+    echo(&mut relayed, b"it goes on")?;
+    mode("rw")?;
+    shunt.reload(&both)?;
+    let mut stream = TO.connect(&lab, &shunt)?;
+    echo(&mut relayed, b"it goes on")?;
+    let id = shunt.connection_of(&stream)?.context("it is not shown")?["id"].clone();
+    ensure!(shunt.cli_json(&["status"])?["handoff"]["connections"] == 1);
+    shunt.kill9();
+    shunt.restart()?;
+    ensure!(shunt.connection_of(&stream)?.context("it is not taken over")?["id"] == id);
+    ensure!(shunt.cli(&["kill", id.as_str().context("no id")?])?.status.success());
+    ensure!(end_of(&mut stream, SOON)? == End::Reset);
     Ok(())
 }

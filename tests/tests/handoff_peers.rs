@@ -129,8 +129,8 @@ fn peers_of_every_kind_talk_to_each_other() -> Result<()> {
     };
     thread::scope(|scope| {
         let threads: Vec<_> = streams.iter().enumerate().map(|(n, s)| scope.spawn(move || carry(n, s))).collect();
-        let outcomes = threads.into_iter().zip(&KINDS);
-        outcomes.map(|(thread, kind)| thread.join().expect("a pair").context(kind.name)).collect::<Result<()>>()
+        let mut outcomes = threads.into_iter().zip(&KINDS);
+        outcomes.try_for_each(|(thread, kind)| thread.join().expect("a pair").context(kind.name))
     })?;
     ensure!(wire::ends_seen(lab.client())?.1 == 0, "a reset was seen");
     Ok(())

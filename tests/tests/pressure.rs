@@ -46,6 +46,7 @@ access = "off"
             from: lab.client_addresses(),
             to: [10, 88, 1, 1].into(),
             ports: 7010..7014,
+            each: load::Each::Answered,
             threads: 2,
             rate: None,
             duration: Duration::from_secs(2),

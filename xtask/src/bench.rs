@@ -105,7 +105,7 @@ pub fn run(options: &Options) -> Result<()> {
             .run(rounds, &groups, &paths)?
     };
     let scale = match &binary {
-        Some(binary) if scale => scale::measure(&lab, binary, duration, options.quick)?,
+        Some(binary) if scale => scale::measure(&lab, binary, options.quick)?,
         _ => Vec::new(),
     };
     let tls = match &binary {

@@ -60,8 +60,6 @@ pub mod closing {
 
 /// The bits of [`HandoffEnd::seen`]: what the program saw in packets of this end.
 pub mod seen {
-    /// An acknowledgement that covers all that our own socket wrote: nothing is left for it to do on this connection.
-    pub const DRAINED: u32 = 1 << 0;
     /// [`super::HandoffEnd::clock_offset`] is valid.
     pub const CLOCK: u32 = 1 << 1;
     /// FIN; [`super::HandoffEnd::fin_end`] is valid.
@@ -70,7 +68,7 @@ pub mod seen {
     pub const ACKED_FIN: u32 = 1 << 3;
     /// RST, with a sequence number of this end's own.
     pub const RST: u32 = 1 << 4;
-    /// An acknowledgement: [`super::HandoffEnd::ack`] and `window` are valid.
+    /// An acknowledgement: [`super::HandoffEnd::ack`] and `window` are of a packet.
     pub const ACK: u32 = 1 << 5;
 }
 
@@ -188,11 +186,12 @@ pub struct HandoffEnd {
     pub last_seen_ns: u64,
     /// Bits of [`seen`].
     pub seen: u32,
-    /// `write_seq` of our socket to this end at commit: what it acknowledges up to here is our socket's. Set by userspace.
+    /// Behind the last byte that our socket writes to this end: what it acknowledges up to here is our socket's. Set by userspace, which
+    /// raises it for what had slipped into our other socket.
     pub own_seq: u32,
-    /// `rcv_nxt` of our socket to this end at commit: where [`HandoffEnd::end_seq`] begins. Set by userspace.
+    /// The first byte of this end that our socket had not read at commit: where [`HandoffEnd::end_seq`] begins. Set by userspace.
     pub first_seq: u32,
-    /// The last acknowledgement of this end.
+    /// The last acknowledgement of this end. Begins as what our socket knew at commit.
     pub ack: u32,
     /// Added to the timestamps of this end: its clock to the clock of our vanished socket on the other connection.
     pub clock_offset: u32,

@@ -49,10 +49,6 @@ impl Packet for Bytes<'_> {
         self.store(at, words)
     }
 
-    fn opaque(&mut self, number: usize) -> usize {
-        number
-    }
-
     fn pair(&self, at: usize) -> Option<[u8; 2]> {
         self.bytes.get(at..at.checked_add(2)?)?.try_into().ok()
     }

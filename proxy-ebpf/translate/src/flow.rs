@@ -40,6 +40,10 @@ pub struct Segment {
 pub enum Fate {
     /// It is for our own socket.
     Stack(u32),
+    /// An acknowledgement of what our own socket sent, or sent again: for it, and it is told of no more than it sent.
+    Own {
+        ack: u32,
+    },
     Drop(u32),
     /// Both entries go, and the stack gets it.
     Replace,
@@ -48,13 +52,16 @@ pub enum Fate {
     /// Translated with this acknowledgement, and without SACK blocks when they are about our socket's bytes.
     Forward {
         ack: u32,
+        /// The window begins so many bytes before that.
+        raised: u32,
         without_sack: bool,
     },
 }
 
-/// Decides, and notes when this end has acknowledged all that our socket wrote.
+/// Decides. While one end has not acknowledged all that our socket writes to it, our socket's packets must seem new to it: until
+/// then it is not told that the other end acknowledged more than our socket has (RFC 5961 §5.2).
 #[inline(always)]
-pub fn judge(segment: &Segment, flow: &mut Flow<'_>) -> Fate {
+pub fn judge(segment: &Segment, entry: &HandoffEntry, flow: &mut Flow<'_>) -> Fate {
     let tcp = &segment.tcp;
     if flow.gate == gate::CLOSED {
         return Fate::Stack(outcome::PENDING);
@@ -62,22 +69,29 @@ pub fn judge(segment: &Segment, flow: &mut Flow<'_>) -> Fate {
     if tcp.has(SYN) {
         return syn(segment, flow);
     }
-    let forward = Fate::Forward { ack: tcp.ack, without_sack: false };
-    if !tcp.has(ACK) || flow.gate == gate::ALONE || flow.this.seen & seen::DRAINED != 0 {
+    let forward = Fate::Forward { ack: tcp.ack, raised: 0, without_sack: false };
+    if !tcp.has(ACK) || flow.gate == gate::ALONE || tcp.has(RST) {
         return forward;
     }
-    let beyond = tcp.ack.wrapping_sub(flow.this.own_seq) as i32;
-    if beyond >= 0 {
-        flow.this.seen |= seen::DRAINED;
-    }
-    if beyond > 0 || tcp.has(RST) {
+    let (own_seq, was_drained) = (flow.this.own_seq, is_drained(flow.this));
+    let beyond = tcp.ack.wrapping_sub(own_seq) as i32;
+    // With its FIN the other end hears of a window at most, which is not too much.
+    let of_fin = flow.other.seen & seen::FIN != 0 && tcp.ack.wrapping_sub(entry.dack) == flow.other.fin_end;
+    if of_fin || is_drained(flow.other) && (beyond > 0 || beyond == 0 && was_drained) {
         forward
     } else if segment.payload == 0 && !tcp.has(FIN) {
-        Fate::Stack(outcome::OWN_ACK)
+        acknowledges(segment, entry, flow);
+        Fate::Own { ack: if beyond > 0 { own_seq } else { tcp.ack } }
     } else {
         // The other end was told of everything up to here by our socket.
-        Fate::Forward { ack: flow.this.own_seq, without_sack: true }
+        Fate::Forward { ack: own_seq, raised: if beyond < 0 { beyond.unsigned_abs() } else { 0 }, without_sack: true }
     }
+}
+
+/// The end has acknowledged all that our socket writes to it.
+#[inline(always)]
+const fn is_drained(end: &HandoffEnd) -> bool {
+    end.ack.wrapping_sub(end.own_seq) as i32 >= 0
 }
 
 #[inline(always)]
@@ -156,22 +170,23 @@ pub const fn next_seq(end: &HandoffEnd) -> u32 {
 /// Up to where the other end, or our socket before it, acknowledged this end's bytes.
 #[inline(always)]
 const fn acknowledged(entry: &HandoffEntry, this: &HandoffEnd, other: &HandoffEnd, gate: u32) -> u32 {
-    let drained = gate == gate::ALONE || other.seen & seen::DRAINED != 0;
+    let drained = gate == gate::ALONE || is_drained(other);
     if drained && other.seen & seen::ACK != 0 { other.ack.wrapping_sub(entry.dseq) } else { this.first_seq }
 }
 
-/// The acknowledgement that this end gave last, as the other connection may be told it again.
+/// What the other end has been told of its bytes: by this end, or by our socket before.
 #[inline(always)]
 pub const fn last_ack(this: &HandoffEnd) -> u32 {
-    if this.seen & seen::ACK != 0 { this.ack } else { this.own_seq }
+    if is_drained(this) { this.ack } else { this.own_seq }
 }
 
 #[inline(always)]
 fn over(flow: &mut Flow<'_>, why: u32, now_ns: u64, seen: u32) -> bool {
     let first = *flow.closing & closing::OVER == 0;
     flow.this.seen |= seen;
-    *flow.closing |= why;
     if first {
+        // A reset behind both ends is not how it ended.
+        *flow.closing |= why;
         *flow.closed_ns = now_ns;
     }
     first

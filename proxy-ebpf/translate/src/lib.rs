@@ -18,6 +18,8 @@ pub mod segment;
 pub mod tcp;
 pub mod whole;
 
+use options::Layout;
+
 /// Bytes of TCP options at most (RFC 9293 §3.1).
 pub const OPTIONS: usize = 40;
 
@@ -40,9 +42,6 @@ pub trait Packet {
     /// As [`Packet::store`] where no checksum makes up for it: an IPv6 header.
     fn store_unsummed<const N: usize>(&mut self, at: usize, words: &[u32; N]) -> Option<()>;
 
-    /// The same number, of which the verifier knows nothing: it walks every path anew for each value that it does know.
-    fn opaque(&mut self, number: usize) -> usize;
-
     /// Two bytes from `at`.
     fn pair(&self, at: usize) -> Option<[u8; 2]>;
 
@@ -51,6 +50,14 @@ pub trait Packet {
 
     /// Replaces `length` (0–40) bytes from `at` by NOP options.
     fn fill_with_nops(&mut self, at: usize, length: usize) -> Option<()>;
+
+    /// [`options::step`], wherever that is done: the verifier walks anew through what it knows more than once.
+    fn step(&self, start: usize, length: usize, layout: Layout) -> Layout
+    where
+        Self: Sized,
+    {
+        options::step(self, start, length, layout)
+    }
 
     /// Adds differences ([`checksum::difference`]) to the transport checksum at `at`: `pseudo` of what is in the pseudo-header, `rest` of
     /// what is after the network header. A checksum that a device will complete holds the pseudo-header alone.

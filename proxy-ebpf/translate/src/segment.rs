@@ -1,9 +1,9 @@
 //! One TCP segment, from arrival to what is sent on.
 
-use proxy_abi::handoff::{HandoffEntry, option, outcome};
+use proxy_abi::handoff::{HandoffEnd, HandoffEntry, option, outcome};
 
 use crate::{
-    Packet,
+    Packet, checksum,
     flow::{self, Fate, Flow, Segment},
     network::{self, Change, Network},
     options::{self, Work},
@@ -34,8 +34,43 @@ pub struct Context {
     pub ifindex: u32,
 }
 
+/// What is written into a segment that is sent on.
+#[derive(Debug, Clone, Copy)]
+pub struct Write {
+    /// As it came.
+    header: tcp::Header,
+    new: tcp::New,
+    /// Bytes of its options.
+    options: usize,
+    mode: usize,
+    now_ns: u64,
+    /// This packet ended the flow.
+    pub ended: bool,
+}
+
+/// What is to be written into a segment.
+#[derive(Debug, Clone, Copy)]
+pub enum Step {
+    /// It is sent on.
+    Forward(Write),
+    /// It is for our own socket, with these numbers.
+    Own { seq: u32, ack: u32 },
+}
+
+impl Write {
+    #[inline(always)]
+    pub const fn outcome(&self) -> u32 {
+        if self.mode == options::BLANK { outcome::PROBED } else { outcome::TRANSLATED }
+    }
+
+    /// Bytes of the TCP header.
+    #[inline(always)]
+    pub const fn tcp_bytes(&self) -> u32 {
+        (tcp::HEADER + self.options) as u32
+    }
+}
+
 /// Translates a segment whose IP header at `network_at` said `network`, and whose TCP header is `header`.
-#[inline(always)]
 pub fn translate<P: Packet>(
     packet: &mut P,
     (network_at, network): (usize, &Network),
@@ -44,11 +79,35 @@ pub fn translate<P: Packet>(
     flow: &mut Flow<'_>,
     context: Context,
 ) -> Verdict {
-    let tcp = Tcp::of(header);
-    let options = match acceptable(network, &tcp, flow) {
-        Ok(options) => options,
+    let write = match decide(network, header, entry, flow, context) {
+        Ok(Step::Forward(write)) => write,
+        Ok(Step::Own { seq, ack }) => {
+            return match write_own(packet, network.transport, header, (seq, ack)) {
+                Some(()) => Verdict::Stack(outcome::OWN_ACK),
+                None => Verdict::Drop(outcome::NOT_WRITABLE),
+            };
+        }
         Err(verdict) => return verdict,
     };
+    let written = write_options(packet, network, entry, &write, flow.this, flow.other)
+        .and_then(|of_options| write_headers(packet, (network_at, network), entry, &write, of_options));
+    match written {
+        Some(()) => Verdict::Send { outcome: write.outcome(), ended: write.ended },
+        None => Verdict::Drop(outcome::NOT_WRITABLE),
+    }
+}
+
+/// What becomes of a segment, and what it says of its flow; `Err` when nothing is to be written.
+#[inline(always)]
+pub fn decide(
+    network: &Network,
+    header: &tcp::Header,
+    entry: &HandoffEntry,
+    flow: &mut Flow<'_>,
+    context: Context,
+) -> Result<Step, Verdict> {
+    let tcp = Tcp::of(header);
+    let options = acceptable(network, &tcp, flow)?;
     let segment = Segment {
         tcp,
         payload: (network.length - tcp.header_bytes) as u32,
@@ -56,26 +115,72 @@ pub fn translate<P: Packet>(
         now_ns: context.now_ns,
         ifindex: context.ifindex,
     };
-    let (new, mode, ended) = match flow::judge(&segment, flow) {
-        Fate::Stack(outcome) => return Verdict::Stack(outcome),
-        Fate::Drop(outcome) => return Verdict::Drop(outcome),
-        Fate::Replace => return Verdict::Replace,
+    let (new, mode, ended) = match flow::judge(&segment, entry, flow) {
+        Fate::Stack(outcome) => return Err(Verdict::Stack(outcome)),
+        Fate::Own { ack } => return Ok(own(tcp.seq, ack, flow.other.own_seq.wrapping_sub(entry.dseq))),
+        Fate::Drop(outcome) => return Err(Verdict::Drop(outcome)),
+        Fate::Replace => return Err(Verdict::Replace),
         Fate::Probe => (probe(entry, flow), options::BLANK, false),
-        Fate::Forward { ack, without_sack } => {
+        Fate::Forward { ack, raised, without_sack } => {
             let ended = flow::record(&segment, entry, flow);
             let mode = if without_sack { options::WITHOUT_SACK } else { options::TRANSLATE };
-            (forward(&tcp, ack, entry), mode, ended)
+            (forward(&tcp, (ack, raised), entry), mode, ended)
         }
     };
-    let (mode, ended) = (packet.opaque(mode), packet.opaque(usize::from(ended)));
-    let work = Work { entry, tcp, mode, now_ns: context.now_ns };
-    match write(packet, (network_at, network), header, options, new, work, flow) {
-        None => Verdict::Drop(outcome::NOT_WRITABLE),
-        Some(()) => {
-            let outcome = if mode == options::BLANK { outcome::PROBED } else { outcome::TRANSLATED };
-            Verdict::Send { outcome, ended: ended != 0 }
-        }
-    }
+    Ok(Step::Forward(Write { header: *header, new, options, mode, now_ns: context.now_ns, ended }))
+}
+
+/// An acknowledgement for our own socket, which has received everything before `rcv_nxt`: it would not believe one with a sequence
+/// number far beyond. One beyond may be a FIN that it has received.
+#[inline(always)]
+const fn own(seq: u32, ack: u32, rcv_nxt: u32) -> Step {
+    Step::Own { seq: if seq.wrapping_sub(rcv_nxt) as i32 > 1 { rcv_nxt } else { seq }, ack }
+}
+
+/// Writes the numbers of a segment that is for our own socket.
+#[inline(always)]
+pub fn write_own<P: Packet>(packet: &mut P, at: usize, header: &tcp::Header, (seq, ack): (u32, u32)) -> Option<()> {
+    let mut new = *header;
+    (new[1], new[2]) = (seq.to_be(), ack.to_be());
+    let difference = checksum::difference(checksum::sum(header), checksum::sum(&new));
+    packet.store(at, &new)?;
+    packet.adjust_checksum(at + tcp::CHECKSUM, 0, difference)
+}
+
+/// Writes the options: the difference for the checksum.
+#[inline(always)]
+pub fn write_options<P: Packet>(
+    packet: &mut P,
+    network: &Network,
+    entry: &HandoffEntry,
+    write: &Write,
+    this: &mut HandoffEnd,
+    other: &HandoffEnd,
+) -> Option<u32> {
+    let work = Work { entry, tcp: Tcp::of(&write.header), mode: write.mode, now_ns: write.now_ns };
+    options::translate(packet, network.transport + tcp::HEADER, write.options, work, this, other)
+}
+
+/// Writes both headers and the checksum.
+#[inline(always)]
+pub fn write_headers<P: Packet>(
+    packet: &mut P,
+    (network_at, network): (usize, &Network),
+    entry: &HandoffEntry,
+    write: &Write,
+    of_options: u32,
+) -> Option<()> {
+    let mut header = write.header;
+    let of_header = tcp::rewrite(&mut header, entry, write.new);
+    packet.store(network.transport, &header)?;
+    let change = Change {
+        source: Some(&entry.source),
+        destination: &entry.destination,
+        clear_ecn: write.new.clear_ecn,
+        forwarded: true,
+    };
+    let pseudo = network::rewrite(packet, network.version, network_at, change)?;
+    packet.adjust_checksum(network.transport + tcp::CHECKSUM, pseudo, checksum::add(of_header, of_options))
 }
 
 /// Whether it can be translated at all; the bytes of its options.
@@ -97,12 +202,12 @@ fn acceptable(network: &Network, tcp: &Tcp, flow: &Flow<'_>) -> Result<usize, Ve
 }
 
 #[inline(always)]
-const fn forward(tcp: &Tcp, ack: u32, entry: &HandoffEntry) -> tcp::New {
+const fn forward(tcp: &Tcp, (ack, raised): (u32, u32), entry: &HandoffEntry) -> tcp::New {
     tcp::New {
         seq: tcp.seq.wrapping_add(entry.dseq),
         ack: if tcp.has(tcp::ACK) { ack.wrapping_sub(entry.dack) } else { tcp.ack },
         flags: tcp.flags,
-        window: tcp::window(tcp.window, entry),
+        window: tcp::window(tcp.window, raised, entry),
         clear_ecn: clears_ecn(entry),
     }
 }
@@ -115,35 +220,9 @@ const fn probe(entry: &HandoffEntry, flow: &Flow<'_>) -> tcp::New {
         seq: flow::next_seq(flow.this).wrapping_sub(1).wrapping_add(entry.dseq),
         ack: flow::last_ack(flow.this).wrapping_sub(entry.dack),
         flags: tcp::ACK,
-        window: tcp::window(flow.this.window, entry),
+        window: tcp::window(flow.this.window, 0, entry),
         clear_ecn: true,
     }
-}
-
-/// Options, both headers and the checksum.
-#[inline(always)]
-fn write<P: Packet>(
-    packet: &mut P,
-    (network_at, network): (usize, &Network),
-    header: &tcp::Header,
-    options: usize,
-    new: tcp::New,
-    work: Work<'_>,
-    flow: &mut Flow<'_>,
-) -> Option<()> {
-    let (at, entry) = (network.transport, work.entry);
-    let mut header = *header;
-    let of_header = tcp::rewrite(&mut header, entry, new);
-    packet.store(at, &header)?;
-    let of_options = options::translate(packet, at + tcp::HEADER, options, work, flow.this, flow.other)?;
-    let change = Change {
-        source: Some(&entry.source),
-        destination: &entry.destination,
-        clear_ecn: new.clear_ecn,
-        forwarded: true,
-    };
-    let pseudo = network::rewrite(packet, network.version, network_at, change)?;
-    packet.adjust_checksum(at + tcp::CHECKSUM, pseudo, crate::checksum::add(of_header, of_options))
 }
 
 /// Congestion is signalled end to end only where both connections agreed to it.

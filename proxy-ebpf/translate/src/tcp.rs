@@ -80,10 +80,11 @@ pub const fn rewrite(h: &mut Header, entry: &HandoffEntry, new: New) -> u32 {
     checksum::difference(old, checksum::sum(h))
 }
 
-/// A window in the scale that the other connection announced: never more than the sender said.
+/// A window in the scale that the other connection announced: never more than the sender said, who meant one that begins `raised`
+/// bytes earlier.
 #[inline(always)]
-pub const fn window(window: u16, entry: &HandoffEntry) -> u16 {
-    let bytes = (window as u64) << (entry.scale_in & 0x0f);
+pub const fn window(window: u16, raised: u32, entry: &HandoffEntry) -> u16 {
+    let bytes = ((window as u64) << (entry.scale_in & 0x0f)).saturating_sub(raised as u64);
     let scaled = bytes >> (entry.scale_out & 0x0f);
     if scaled > 0xffff { 0xffff } else { scaled as u16 }
 }

@@ -186,7 +186,7 @@ fn a_clock_that_is_learnt_goes_on_from_that_of_our_socket() {
     let packet = Packet { options: vec![Opt::Timestamps(77, 99)], ..packet::plain(false) };
     let mut bytes = packet.bytes(false);
     run(&mut bytes, false, false, false, &entry, &mut flow);
-    // One tick after the clock was read; the echo is of a clock that is not known.
-    let expected = Packet { options: vec![Opt::Timestamps(5_001, 0)], ..packet };
+    // One tick after the clock was read, and a second ahead; the echo is of a clock that is not known.
+    let expected = Packet { options: vec![Opt::Timestamps(1_000_005_001, 0)], ..packet };
     assert_eq!(bytes[54..], expected.bytes(false)[54..]);
 }

@@ -45,7 +45,7 @@ pub enum Handoff {
     NoRedirect,
     /// The check that failed, in its own words.
     ProbeFailed(String),
-    /// The daemon was started without a route that hands over: nobody has asked.
+    /// No route hands over: nobody has asked.
     NotAsked,
 }
 

@@ -1,14 +1,18 @@
 //! How a connection leaves the daemon for the packet level: `State × Event × now → Action`, without a socket.
 //!
 //! The one thing that must never happen is that our stack acknowledges a byte that does not reach the other end. So entries are
-//! made while bytes are still relayed (armed), the gate opens only when nothing is on its way through the daemon (committed),
-//! what slipped in between is still relayed (draining), and the sockets go when neither end can reach them any more (leaving).
+//! made while bytes are still relayed (armed), the gate opens when little is on its way through the daemon (committed), that and
+//! what slipped in is still relayed (draining), and the sockets go when neither end can reach them any more (leaving).
+//!
+//! What is on its way at that moment is overtaken by what the ends send each other from then on. They put it in order, as long as
+//! it fits into their windows; so it must be little. On a connection that is busy it is so after a pause: nothing more is read
+//! until what was written has reached its reader.
 
 mod offsets;
 
 use std::time::Duration;
 
-pub use self::offsets::{Facts, Offsets, Seen, Unfit, fit};
+pub use self::offsets::{Facts, Offsets, Rest, Seen, Unfit, fit};
 use crate::session::Tick;
 
 /// When a connection is worth it.
@@ -27,15 +31,17 @@ const SOON: Duration = Duration::from_millis(2);
 /// … and once it has been busy for long, or something was full. Doubled up to [`RARELY`].
 const LATER: Duration = Duration::from_millis(50);
 const RARELY: Duration = Duration::from_secs(2);
-/// Entries that were made wait so long for the moment in which they can be used.
-const ARMED: Duration = Duration::from_millis(20);
+/// Nothing is read for so long, and two round trips more.
+const PAUSE: Duration = Duration::from_millis(20);
+/// … but not for longer, however far the ends are.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A peer that has not acknowledged our last bytes by then is gone: what TCP itself tries for (`tcp_retries2`, RFC 9293 §3.8.3).
 pub const DRAIN: Duration = Duration::from_secs(100);
 
 /// Why a connection is not handed over, or not yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Failure {
-    /// Something was on its way through the daemon: tried again.
+    /// Too much was on its way through the daemon: tried again.
     Busy,
     /// Segments came out of order; what is missing would be sent again late, were they given up: tried again.
     OutOfOrder,
@@ -130,11 +136,15 @@ pub type Both<T> = [T; 2];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// Bytes go through the daemon; an attempt is due at the first quiet moment after this.
+    /// Bytes go through the daemon; an attempt is due after this.
     Relaying {
         not_before: Tick,
     },
-    /// Entries are there, their gate is closed: packets come to the sockets.
+    /// Nothing more is read. What was goes on to its readers.
+    Paused {
+        until: Tick,
+    },
+    /// As before, and entries are there. Their gate is closed: packets come to the sockets.
     Armed {
         offsets: Offsets,
         until: Tick,
@@ -158,8 +168,8 @@ pub type Acknowledged = Option<u32>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
-    /// Everything that was read is written.
-    Quiet { bytes: u64, age: Duration },
+    /// What could be relayed has been. `held`: something was read and could not be written.
+    Turn { bytes: u64, age: Duration, held: bool },
     /// As [`Action::Measure`] asked.
     Measured { sockets: Both<Seen>, established: bool },
     /// What was asked for could not be done.
@@ -175,8 +185,10 @@ pub enum Action {
     Measure,
     /// Make the entries, then measure again.
     Arm(Offsets),
-    /// Open the gate. From here on there is no way back.
+    /// Open the gate, and pass on what is left. From here on there is no way back.
     Commit,
+    /// Release the sockets, but read nothing: only what was read is written. Come again soon.
+    Pause,
     /// Take the entries away, if there are any, release the sockets and go on relaying.
     Relay {
         armed: bool,
@@ -218,11 +230,21 @@ impl Handover {
         matches!(self.state, State::Draining { .. } | State::Leaving { .. } | State::Vanished)
     }
 
-    /// When a quiet moment should be looked for, should none come by itself. `None`: there is nothing to wait for.
+    /// It is to be handed over as soon as possible.
+    pub fn is_eager(&self) -> bool {
+        self.attempts < EAGER && !matches!(self.state, State::Never(_))
+    }
+
+    /// Nothing is read from the sockets.
+    pub fn is_paused(&self) -> bool {
+        matches!(self.state, State::Paused { .. } | State::Armed { .. })
+    }
+
+    /// When the next turn should be, should none come by itself. `None`: there is nothing to wait for.
     pub fn due(&self, when: &When, connected: Tick) -> Option<Tick> {
         match self.state {
             State::Relaying { not_before } => Some(not_before.max(connected.after(when.age))),
-            State::Armed { until, .. } => Some(until),
+            State::Paused { .. } | State::Armed { .. } => Some(connected),
             State::Draining { .. } | State::Leaving { .. } | State::Vanished | State::Never(_) => None,
         }
     }
@@ -230,31 +252,43 @@ impl Handover {
     pub fn step(&mut self, event: Event, when: &When, now: Tick) -> Action {
         match (self.state, event) {
             (State::Vanished | State::Never(_), _) => Action::Nothing,
-            (State::Relaying { not_before }, Event::Quiet { bytes, age }) => {
+            (State::Relaying { not_before }, Event::Turn { bytes, age, held }) => {
                 let worth = bytes >= when.bytes || age >= when.age;
-                if worth && now >= not_before { Action::Measure } else { Action::Nothing }
-            }
-            (State::Armed { .. }, Event::Quiet { .. }) => Action::Measure,
-            (State::Relaying { .. } | State::Armed { .. }, Event::Failed(why)) => self.back(why, now),
-            (State::Relaying { .. } | State::Armed { .. }, Event::Measured { established: false, .. }) => {
-                self.back(Failure::Finished, now)
-            }
-            (State::Relaying { .. }, Event::Measured { sockets, .. }) => match Offsets::at_rest(&sockets) {
-                Some(offsets) => {
-                    self.state = State::Armed { offsets, until: now.after(ARMED) };
-                    Action::Arm(offsets)
+                match worth && now >= not_before {
+                    true if held => self.pause(now.after(PAUSE)),
+                    true => Action::Measure,
+                    false => Action::Nothing,
                 }
-                None => self.back(Failure::Busy, now),
-            },
-            (State::Armed { offsets, until }, Event::Measured { sockets, .. }) => match Offsets::at_rest(&sockets) {
-                Some(same) if same == offsets => {
+            }
+            (State::Paused { until } | State::Armed { until, .. }, Event::Turn { held: true, .. }) => {
+                if now < until {
+                    Action::Nothing
+                } else {
+                    self.back(Failure::Busy, now)
+                }
+            }
+            (State::Paused { .. } | State::Armed { .. }, Event::Turn { held: false, .. }) => Action::Measure,
+            (State::Relaying { .. } | State::Paused { .. } | State::Armed { .. }, Event::Failed(why)) => {
+                self.back(why, now)
+            }
+            (
+                State::Relaying { .. } | State::Paused { .. } | State::Armed { .. },
+                Event::Measured { established: false, .. },
+            ) => self.back(Failure::Finished, now),
+            (State::Relaying { .. }, Event::Measured { sockets, .. }) => {
+                let patience = (PAUSE + 2 * sockets[0].round_trip.max(sockets[1].round_trip)).min(LONGEST_PAUSE);
+                self.measured(&sockets, now.after(patience), now)
+            }
+            (State::Paused { until }, Event::Measured { sockets, .. }) => self.measured(&sockets, until, now),
+            (State::Armed { offsets, until }, Event::Measured { sockets, .. }) => match Rest::of(&sockets) {
+                _ if Offsets::of(&sockets) != offsets => self.back(Failure::OffsetsMoved, now),
+                Rest::Little => {
                     let written = sockets.map(|socket| socket.write_seq);
                     self.state = State::Draining { written, until: now.after(DRAIN) };
                     Action::Commit
                 }
-                Some(_) => self.back(Failure::OffsetsMoved, now),
-                None if now < until => Action::Relay { armed: false, why: Failure::Busy },
-                None => self.back(Failure::Busy, now),
+                Rest::Shrinks if now < until => Action::Pause,
+                Rest::Shrinks | Rest::Much => self.back(Failure::Busy, now),
             },
             (State::Draining { until, .. }, Event::Looked { sockets, acknowledged, .. }) => {
                 let written = sockets.map(|socket| socket.write_seq);
@@ -280,12 +314,30 @@ impl Handover {
                 Action::Vanish
             }
             // Nothing of the kind was asked for.
-            (State::Relaying { .. } | State::Armed { .. }, Event::Looked { .. })
+            (State::Relaying { .. } | State::Paused { .. } | State::Armed { .. }, Event::Looked { .. })
             | (
                 State::Draining { .. } | State::Leaving { .. },
-                Event::Quiet { .. } | Event::Measured { .. } | Event::Failed(_),
+                Event::Turn { .. } | Event::Measured { .. } | Event::Failed(_),
             ) => Action::Nothing,
         }
+    }
+
+    /// Without entries so far.
+    fn measured(&mut self, sockets: &Both<Seen>, until: Tick, now: Tick) -> Action {
+        match Rest::of(sockets) {
+            Rest::Little => {
+                let offsets = Offsets::of(sockets);
+                self.state = State::Armed { offsets, until };
+                Action::Arm(offsets)
+            }
+            Rest::Shrinks if now < until => self.pause(until),
+            Rest::Shrinks | Rest::Much => self.back(Failure::Busy, now),
+        }
+    }
+
+    fn pause(&mut self, until: Tick) -> Action {
+        self.state = State::Paused { until };
+        Action::Pause
     }
 
     /// Bytes go on through the daemon.

@@ -9,6 +9,7 @@ use std::{
     io,
     mem::{offset_of, size_of},
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::Duration,
 };
 
 use libc::{c_int, c_void};
@@ -30,6 +31,8 @@ pub struct Sequences {
     pub rcv_nxt: u32,
     /// The next byte that will be written.
     pub write_seq: u32,
+    /// Bytes before `rcv_nxt` that were not read. Without the FIN.
+    pub unread: u32,
 }
 
 /// What a connection has queued in the kernel, in bytes.
@@ -57,7 +60,9 @@ struct Info {
     snd_mss: u32,
     _rcv_mss: u32,
     unacked: u32,
-    _sacked_to_snd_cwnd: [u32; 14],
+    _sacked_to_rcv_ssthresh: [u32; 10],
+    rtt: u32,
+    _rttvar_to_snd_cwnd: [u32; 3],
     advmss: u32,
     _reordering_to_total_retrans: [u32; 4],
     _pacing_to_delivery_rate: [u64; 8],
@@ -66,13 +71,20 @@ struct Info {
     _bytes_sent_retrans: [u64; 2],
     _dsack_reord: [u32; 2],
     rcv_ooopack: u32,
+    snd_wnd: u32,
+    rcv_wnd: u32,
 }
 
-const _: () = assert!(offset_of!(Info, advmss) == 84 && offset_of!(Info, rcv_ooopack) == 224);
+const _: () = assert!(offset_of!(Info, rtt) == 68 && offset_of!(Info, advmss) == 84);
+const _: () = assert!(offset_of!(Info, rcv_ooopack) == 224 && offset_of!(Info, rcv_wnd) == 232);
 
 /// The kernel takes the room for timestamps off `advmss` when they are agreed (`tcp_rcv_synsent_state_process`, v6.18).
 const TIMESTAMPS_TAKE: u32 = 12;
 const ESTABLISHED: u8 = 1;
+const TIME_WAIT: u8 = 6;
+const CLOSE_WAIT: u8 = 8;
+const LAST_ACK: u8 = 9;
+const CLOSING: u8 = 11;
 const OPT_TIMESTAMPS: u8 = 1;
 const OPT_SACK: u8 = 2;
 const OPT_WSCALE: u8 = 4;
@@ -101,29 +113,37 @@ pub fn release(socket: impl AsFd) -> Result<(), RepairError> {
         .map_err(|e| RepairError { call: "setsockopt(SO_REUSEADDR)", source: e.into() })
 }
 
-/// Of a connection that is held.
-pub fn sequences(socket: impl AsFd) -> Result<Sequences, RepairError> {
-    let of = |queue| {
-        set(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, queue, "setsockopt(TCP_REPAIR_QUEUE)")?;
-        get::<u32>(&socket, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, "getsockopt(TCP_QUEUE_SEQ)")
-    };
-    let (write_seq, rcv_nxt) = (of(SEND_QUEUE)?, of(RECEIVE_QUEUE)?);
+/// Looks until its numbers are of one moment: bytes come while they are read.
+const LOOKS: usize = 16;
+
+/// Of a connection that is held. `None`: bytes come faster than they can be counted.
+pub fn sequences(socket: impl AsFd) -> Result<Option<Sequences>, RepairError> {
+    let choose = |queue| set(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, queue, "setsockopt(TCP_REPAIR_QUEUE)");
+    let number = || get::<u32>(&socket, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, "getsockopt(TCP_QUEUE_SEQ)");
+    choose(SEND_QUEUE)?;
+    let write_seq = number()?;
+    choose(RECEIVE_QUEUE)?;
+    let mut found = None;
+    let mut unread = bytes_unread(&socket)?;
+    for _ in 0..LOOKS {
+        let rcv_nxt = number()?;
+        let before = std::mem::replace(&mut unread, bytes_unread(&socket)?);
+        if before == unread {
+            found = Some(Sequences { rcv_nxt, write_seq, unread });
+            break;
+        }
+    }
     // With a queue chosen, `tcp_write_xmit` would take what is written for sent, and a read for a look.
-    set(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, NO_QUEUE, "setsockopt(TCP_REPAIR_QUEUE)")?;
-    Ok(Sequences { rcv_nxt, write_seq })
+    choose(NO_QUEUE)?;
+    Ok(found)
 }
 
 pub fn queued(socket: impl AsFd) -> Result<Queued, RepairError> {
     Ok(Queued {
-        unread: ioctl(&socket, libc::FIONREAD, "ioctl(SIOCINQ)")?,
+        unread: bytes_unread(&socket)?,
         unacked: ioctl(&socket, libc::TIOCOUTQ, "ioctl(SIOCOUTQ)")?,
         unsent: ioctl(&socket, SIOCOUTQNSD, "ioctl(SIOCOUTQNSD)")?,
     })
-}
-
-/// Received and not read, in bytes.
-pub fn unread(socket: impl AsFd) -> Result<u32, RepairError> {
-    ioctl(&socket, libc::FIONREAD, "ioctl(SIOCINQ)")
 }
 
 /// What was agreed when the connection began, and where it stands. `peer_mss` is right of a connection that is held
@@ -145,7 +165,16 @@ pub fn facts(socket: impl AsFd) -> Result<Facts, RepairError> {
         announced_mss: info.advmss + if has(OPT_TIMESTAMPS) { TIMESTAMPS_TAKE } else { 0 },
         out_of_order: info.rcv_ooopack,
         peer_mss,
+        window: info.snd_wnd,
+        announced: info.rcv_wnd,
+        round_trip: Duration::from_micros(info.rtt.into()),
     })
+}
+
+/// Its peer's FIN has come, be it read or not.
+pub fn is_finished(socket: impl AsFd) -> Result<bool, RepairError> {
+    let state = get::<u8>(&socket, libc::IPPROTO_TCP, libc::TCP_INFO, "getsockopt(TCP_INFO)")?;
+    Ok(matches!(state, TIME_WAIT | CLOSE_WAIT | LAST_ACK | CLOSING))
 }
 
 /// What its next timestamp would be (`TCP_TIMESTAMP`, v3.9+).
@@ -157,6 +186,22 @@ pub fn timestamp(socket: impl AsFd) -> Result<u32, RepairError> {
 pub fn receive_memory(socket: impl AsFd) -> Result<u32, RepairError> {
     let memory = get::<[u32; 9]>(&socket, libc::SOL_SOCKET, libc::SO_MEMINFO, "getsockopt(SO_MEMINFO)")?;
     Ok(memory[0])
+}
+
+/// From now on no more of what its peer sends can wait here (`SO_RCVBUF`, which the kernel doubles for its own needs).
+pub fn take_at_most(socket: impl AsFd, bytes: usize) -> Result<(), RepairError> {
+    sockopt::set_socket_recv_buffer_size(&socket, bytes)
+        .map_err(|e| RepairError { call: "setsockopt(SO_RCVBUF)", source: e.into() })
+}
+
+/// From now on its peer is not told that it may send more at once. What it was told holds.
+pub fn announce_little(socket: impl AsFd, bytes: c_int) -> Result<(), RepairError> {
+    set(&socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, bytes, "setsockopt(TCP_WINDOW_CLAMP)")
+}
+
+/// The kernel finds out again how much is of use (`SO_BUF_LOCK`, v5.14+).
+pub fn take_as_ever(socket: impl AsFd) -> Result<(), RepairError> {
+    set(&socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0, "setsockopt(SO_BUF_LOCK)")
 }
 
 /// Sends the acknowledgement that is owed, if one is.
@@ -182,6 +227,11 @@ pub fn vanish(socket: OwnedFd) -> Result<(), (OwnedFd, RepairError)> {
     }
 }
 
+/// Received in order and not read.
+fn bytes_unread(socket: impl AsFd) -> Result<u32, RepairError> {
+    ioctl(&socket, libc::FIONREAD, "ioctl(SIOCINQ)")
+}
+
 fn set(socket: impl AsFd, level: c_int, name: c_int, value: c_int, call: &'static str) -> Result<(), RepairError> {
     let socket = socket.as_fd().as_raw_fd();
     // SAFETY: the descriptor is open for as long as it is borrowed; the option's value is an int that outlives the call.
@@ -203,6 +253,7 @@ fn set(socket: impl AsFd, level: c_int, name: c_int, value: c_int, call: &'stati
 /// Options whose value is made of integers.
 trait Plain: Default {}
 
+impl Plain for u8 {}
 impl Plain for u32 {}
 impl Plain for [u32; 9] {}
 impl Plain for Info {}
@@ -262,7 +313,7 @@ mod tests {
         let Some((mut one, mut other)) = pair() else { return };
         let numbers = |socket: &TcpStream| {
             hold(socket).expect("held");
-            let numbers = sequences(socket).expect("numbers");
+            let numbers = sequences(socket).expect("numbers").expect("nothing comes");
             release(socket).expect("released");
             numbers
         };

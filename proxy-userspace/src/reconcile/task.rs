@@ -23,6 +23,7 @@ use crate::{
     control::{Reply, RouteCommand, RouteState},
     health::{Checks, Report},
     kernel::{
+        capability,
         nft::{MonitorNews, Nft, NftError, NftMonitor},
         sysctl::{self, Settings},
     },
@@ -72,6 +73,8 @@ pub struct Task<N, S> {
 
 /// Kernel counters are read so often, or less often when that would cost more than a fiftieth of a core.
 const COUNTERS: Duration = Duration::from_secs(1);
+/// But not further apart than this: on a busy machine it is waiting that takes long, and numbers are looked at just then.
+const COUNTERS_AT_LEAST: Duration = Duration::from_secs(20);
 
 impl<N: Nft, S: Streams> Task<N, S> {
     /// Works until `stop` changes, and then until what the daemon relays has drained. The table is left as it is: the
@@ -98,7 +101,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
                     self.settle(effects).await;
                     if began >= rest_until {
                         self.count().await;
-                        rest_until = Instant::now() + began.elapsed() * 50;
+                        rest_until = Instant::now() + (began.elapsed() * 50).min(COUNTERS_AT_LEAST);
                     }
                 }
             }
@@ -210,6 +213,10 @@ impl<N: Nft, S: Streams> Task<N, S> {
         let file = self.config_file.clone();
         let read = tokio::task::spawn_blocking(move || load(&file)).await;
         let config = read.map_err(|e| view::Failure { error: e.to_string(), hint: None })??;
+        if self.reconciler.must_ask_for_handoff(&config) {
+            let found = tokio::task::spawn_blocking(capability::handoff::ask).await;
+            found.into_iter().for_each(|found| self.reconciler.learn_handoff(found));
+        }
         let log = config.log.clone();
         let prepared = self.reconciler.prepare(config).map_err(|e| failure(&e))?;
         let settings = needed(self.reconciler.after(&prepared));

@@ -32,7 +32,7 @@ pub use adopt::Remnants;
 pub use ends::{Resets, ends_of};
 
 use super::{
-    Ended, StreamId,
+    Ended, StreamError, StreamId,
     handover::{HandedOver, OnInterfaces},
     meter::Meters,
     route::Route,
@@ -72,6 +72,33 @@ pub struct Store {
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Store").field("used", &self.table.used()).field("on", &self.on).finish()
+    }
+}
+
+/// Brings the table up while the daemon runs, when a change needs it first.
+pub type Begin = Box<dyn Fn() -> Result<Begun, StreamError> + Send>;
+
+/// A table that was brought up for a change which may still fail: unless it is kept, it is taken away again.
+pub struct Begun {
+    pub store: Store,
+    undo: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl Begun {
+    pub fn new(store: Store, undo: impl FnOnce() + Send + 'static) -> Self {
+        Self { store, undo: Some(Box::new(undo)) }
+    }
+
+    pub fn keep(mut self) {
+        self.undo = None;
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        if let Some(undo) = self.undo.take() {
+            undo();
+        }
     }
 }
 
@@ -141,6 +168,12 @@ impl Gauge {
             adopted: self.adopted.load(Relaxed),
             results: Default::default(),
         })
+    }
+}
+
+impl fmt::Debug for Begun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Begun").field("store", &self.store).finish_non_exhaustive()
     }
 }
 

@@ -67,6 +67,8 @@ pub struct Handing {
     /// When the backend answered.
     pub connected: Tick,
     pub port: Option<SourcePort>,
+    /// Segments that came out of order to client's and backend's socket when last it was sure that none is out of order any more.
+    pub in_order: [u32; 2],
     pub stage: Stage,
 }
 

@@ -5,11 +5,11 @@ mod listening;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    io,
+    fmt, io,
     net::SocketAddr,
     os::fd::OwnedFd,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     thread::JoinHandle,
@@ -24,7 +24,7 @@ use rustix::{
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Change, Options, StreamCommand, StreamError, Streams, handed,
+    Change, Ended, Options, StreamCommand, StreamError, Streams, handed,
     handover::{self, HandoffEngine, SourcePorts},
     meter::{Meters, Reader, RouteMeter},
     ranges::{Group, Home},
@@ -77,6 +77,7 @@ pub struct StreamPath {
     settling: Vec<oneshot::Receiver<()>>,
     /// Of what was handed over; `None`: nothing is.
     owner: Option<handed::Owner>,
+    handing: Handing,
     /// From the first route with `source_address = "client"` on: what looks after its way back.
     return_path: Option<AbortOnDrop>,
 }
@@ -112,6 +113,17 @@ impl Link {
     }
 }
 
+/// What the owner of handed-over connections is made of, at start or when it is needed first.
+struct Handing {
+    begin: handed::Begin,
+    unrouted: Arc<Meters>,
+    drained: mpsc::Sender<u32>,
+    ended: mpsc::Sender<Vec<Ended>>,
+    gauge: Arc<handed::Gauge>,
+    /// For who asks, once there is one.
+    commands: Arc<OnceLock<mpsc::UnboundedSender<handed::Command>>>,
+}
+
 /// A change whose sockets are bound.
 #[derive(Debug)]
 pub struct Prepared {
@@ -121,6 +133,8 @@ pub struct Prepared {
     return_path: Option<SetUp>,
     /// One for each worker, when they are needed first.
     maps: Vec<Sockmap>,
+    /// When connections are to be handed over first.
+    handoff: Option<(handed::Begun, handed::Owner, HandoffEngine)>,
 }
 
 /// The listen addresses after a change, and what has to be done for it.
@@ -152,19 +166,27 @@ impl StreamPath {
         let pipes = (usable / PIPE_SHARE / 2 / workers as u64).min(MAX_PIPES);
         let for_sockets = usable - pipes * 2 * workers as u64;
         reader.pressure.max.store(for_sockets / 2, Relaxed);
-        let mut shared = Shared {
+        let unrouted = Arc::new(Meters::new(0, "-", workers));
+        reader.meters.put(Arc::clone(&unrouted));
+        let handing = Handing {
+            begin: options.begin_handoff,
+            unrouted: Arc::clone(&unrouted),
+            drained: options.drained.clone(),
+            ended: options.ended.clone(),
+            gauge: Arc::clone(&reader.handed),
+            commands: Arc::default(),
+        };
+        let (owner, engine) = options.handoff.map(|store| handing.own(store)).transpose()?.unzip();
+        let shared = Shared {
             open: Arc::new(AtomicU64::new(0)),
             pressure: Arc::clone(&reader.pressure),
             began: Instant::now(),
             failed_dials: options.failed_dials,
             drained: options.drained,
             ended: options.ended,
-            handoff: None,
+            handoff: engine,
             challenges: reader.acme.challenges.clone(),
         };
-        let unrouted = Arc::new(Meters::new(0, "-", workers));
-        reader.meters.put(Arc::clone(&unrouted));
-        let owner = options.handoff.map(|store| own(store, &mut shared, &unrouted, &reader)).transpose()?;
         let handles = (0..workers).map(|index| {
             let meter = Arc::clone(&unrouted.workers[index]);
             spawn(index as u8, shared.clone(), meter, pipes as usize)
@@ -172,8 +194,8 @@ impl StreamPath {
         let workers = handles.collect::<Result<Vec<Handle>, StreamError>>()?;
         let (commands, queue) = mpsc::channel(64);
         let links = workers.iter().map(|worker| worker.link.clone()).collect();
-        let owner_commands = owner.as_ref().map(|owner| owner.commands.clone());
-        tokio::spawn(asked::answer(queue, links, owner_commands));
+        owner.iter().for_each(|owner| handing.serve(owner));
+        tokio::spawn(asked::answer(queue, links, Arc::clone(&handing.commands)));
         let certificates = Watch::start(reader.tls.clone());
         let certificates = certificates.map_err(|error| StreamError::Start { call: "clone", error })?;
         Ok(Self {
@@ -188,6 +210,7 @@ impl StreamPath {
             lock_tables: options.lock_tables,
             joins: false,
             owner,
+            handing,
             settling: Vec::new(),
             return_path: None,
             certificates,
@@ -259,11 +282,21 @@ impl Streams for StreamPath {
         let return_path = transparent.then(|| ReturnPath::set_up(self.lock_tables)).transpose()?;
         let joins = !self.joins && routes.iter().any(|route| route.engine == Engine::Sockmap);
         let maps = if joins { maps(count) } else { Vec::new() };
-        Ok(Prepared { routes, gone: change.gone, listening, return_path, maps })
+        let hands_over = self.owner.is_none() && routes.iter().any(|route| route.engine == Engine::Handoff);
+        let handoff = hands_over.then(|| self.handing.begin()).transpose()?;
+        Ok(Prepared { routes, gone: change.gone, listening, return_path, maps, handoff })
     }
 
     fn commit(&mut self, prepared: Prepared) {
-        let Prepared { routes, gone, listening, return_path: made, maps } = prepared;
+        let Prepared { routes, gone, listening, return_path: made, maps, handoff } = prepared;
+        if let Some((begun, owner, engine)) = handoff {
+            begun.keep();
+            self.handing.serve(&owner);
+            self.owner = Some(owner);
+            // Before the routes that need it.
+            self.workers.iter().for_each(|worker| worker.link.send(Command::HandOver(Box::new(engine.clone()))));
+            tracing::info!("connections can be handed over from now on");
+        }
         for (worker, map) in self.workers.iter().zip(maps) {
             self.joins = true;
             worker.link.send(Command::Join(Box::new(map)));
@@ -351,34 +384,44 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Starts the owner of what is handed over. The ports of what an earlier daemon has left are taken before anybody dials.
-fn own(
-    store: handed::Store,
-    shared: &mut Shared,
-    unrouted: &Arc<Meters>,
-    reader: &Reader,
-) -> Result<handed::Owner, StreamError> {
-    let failed = |error| StreamError::Start { call: "clone", error };
-    let ports = SourcePorts::default();
-    let (sender, receiver) = handover::channel();
-    let options = handed::Options {
-        remnants: handed::Remnants::collect(&*store.table, &ports),
-        store: Arc::clone(&store.table),
-        handed: receiver,
-        unrouted: Arc::clone(unrouted),
-        drained: shared.drained.clone(),
-        ended: shared.ended.clone(),
-        gauge: Arc::clone(&reader.handed),
-    };
-    shared.handoff = Some(HandoffEngine {
-        store: store.table,
-        owner: sender,
-        ports,
-        grace: Grace::start().map_err(failed)?,
-        on: store.on,
-        when: handover::WHEN,
-    });
-    handed::Owner::spawn(options).map_err(failed)
+impl Handing {
+    /// Starts the owner. The ports of what an earlier daemon has left are taken before anybody dials.
+    fn own(&self, store: handed::Store) -> Result<(handed::Owner, HandoffEngine), StreamError> {
+        let failed = |error| StreamError::Start { call: "clone", error };
+        let ports = SourcePorts::default();
+        let (sender, receiver) = handover::channel();
+        let options = handed::Options {
+            remnants: handed::Remnants::collect(&*store.table, &ports),
+            store: Arc::clone(&store.table),
+            handed: receiver,
+            unrouted: Arc::clone(&self.unrouted),
+            drained: self.drained.clone(),
+            ended: self.ended.clone(),
+            gauge: Arc::clone(&self.gauge),
+        };
+        let grace = Grace::start().map_err(failed)?;
+        let engine =
+            HandoffEngine { store: store.table, owner: sender, ports, grace, on: store.on, when: handover::WHEN };
+        Ok((handed::Owner::spawn(options).map_err(failed)?, engine))
+    }
+
+    /// For a change that needs it first.
+    fn begin(&self) -> Result<(handed::Begun, handed::Owner, HandoffEngine), StreamError> {
+        let begun = (self.begin)()?;
+        let (owner, engine) = self.own(begun.store.clone())?;
+        Ok((begun, owner, engine))
+    }
+
+    fn serve(&self, owner: &handed::Owner) {
+        // There is one at most.
+        let _ = self.commands.set(owner.commands.clone());
+    }
+}
+
+impl fmt::Debug for Handing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handing").finish_non_exhaustive()
+    }
 }
 
 fn spawn(index: u8, shared: Shared, unrouted: Arc<RouteMeter>, pipes: usize) -> Result<Handle, StreamError> {

@@ -35,6 +35,8 @@ pub struct Way {
     pub passed_on: bool,
     /// It came without the `close_notify` of TLS: something may be missing.
     pub truncated: bool,
+    /// Nothing is read for now.
+    pub paused: bool,
 }
 
 /// What has been read and not yet been written, because the reader is slow. An idle connection holds nothing.
@@ -65,6 +67,13 @@ pub struct Moved {
     pub again: bool,
     /// Something has been written, also when it is no new payload.
     pub moved: bool,
+}
+
+impl Way {
+    /// Whether `from` may have something that is to be read.
+    fn may_read(&self, from: &Socket) -> bool {
+        from.readable && !self.ended && !self.paused
+    }
 }
 
 /// The socket that is gone: reset, or vanished.

@@ -174,6 +174,7 @@ impl Served {
             ended: ended_tx,
             lock_tables: false,
             handoff: None,
+            begin_handoff: Box::new(|| panic!("no route of these hands over")),
         };
         let mut path = runtime.block_on(async { StreamPath::start(options) }).expect("it starts");
         let list: Vec<String> = backends.iter().map(|b| format!("\"{b}\"")).collect();

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::{libc, setsockopt_impl, sockopt_impl};
 use socket2::SockRef;
 
 use crate::{
@@ -122,4 +123,11 @@ pub fn read_some(stream: &mut (impl Read + AsFd), count: usize) -> Result<Vec<u8
     let mut all = Vec::new();
     Read::take(stream, count as u64).read_to_end(&mut all)?;
     Ok(all)
+}
+
+sockopt_impl!(Repair, SetOnly, libc::IPPROTO_TCP, libc::TCP_REPAIR, i32);
+
+/// The socket is gone without a word to the other end, as if its machine had lost power.
+pub fn vanish(stream: impl AsFd) -> Result<()> {
+    nix::sys::socket::setsockopt(&stream, Repair, &1).context("TCP_REPAIR")
 }

@@ -3,6 +3,10 @@
 use std::fs;
 
 use anyhow::{Context, Result};
+use nix::sys::{
+    resource::{UsageWho, getrusage},
+    time::TimeVal,
+};
 
 use crate::{host::Host, process::run};
 
@@ -86,6 +90,13 @@ pub fn cpu_seconds(pid: u32) -> Result<f64> {
     let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok());
     let (utime, stime) = ticks(11).zip(ticks(12)).with_context(|| format!("/proc/{pid}/stat: {stat:?}"))?;
     Ok((utime + stime) as f64 / TICKS_PER_SECOND)
+}
+
+/// CPU seconds, user and system, this process has used, all its threads together.
+pub fn own_cpu_seconds() -> Result<f64> {
+    let used = getrusage(UsageWho::RUSAGE_SELF).context("getrusage(RUSAGE_SELF)")?;
+    let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(used.user_time()) + seconds(used.system_time()))
 }
 
 /// CPU seconds all processors have been busy since boot, interrupts included.

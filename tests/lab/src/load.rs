@@ -24,7 +24,19 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Nanoseconds, three significant digits.
 pub type Latencies = Histogram<u64>;
 
-/// New connections, each with one request and one answer: connect, send, read to the end, close.
+/// Ahead of its rate by less than this a thread goes on: a sleep costs as much as half a connection.
+const AHEAD: Duration = Duration::from_millis(2);
+
+/// What becomes of each of [`NewConnections`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Each {
+    /// One request and one answer: connect, send, read to the end, close. The server must close first.
+    Answered,
+    /// Connect, reset: four packets, for more connections than both ends could talk on.
+    Reset,
+}
+
+/// New connections, one after the other on each thread.
 #[derive(Debug, Clone)]
 pub struct NewConnections {
     /// Source addresses, used in turn: one of them has ports for some 60,000 connections a minute.
@@ -32,6 +44,7 @@ pub struct NewConnections {
     pub to: Ipv4Addr,
     /// Target ports, used in turn.
     pub ports: Range<u16>,
+    pub each: Each,
     pub threads: usize,
     /// Connections per second over all threads; `None` = as many as possible.
     pub rate: Option<u32>,
@@ -41,13 +54,13 @@ pub struct NewConnections {
 /// What came of [`NewConnections`].
 #[derive(Debug, Clone)]
 pub struct NewConnectionsReport {
-    /// Connections that got their answer.
+    /// Connections that came to what they should.
     pub made: u64,
     pub failed: u64,
     /// What the first failure was.
     pub failure: Option<String>,
     pub seconds: f64,
-    /// From connect to the end of the answer.
+    /// From connect to the end.
     pub latencies: Latencies,
 }
 
@@ -57,7 +70,7 @@ impl NewConnectionsReport {
     }
 }
 
-/// Runs the load from `client`. The server must close first, as [`crate::scripted::Behaviour::Reply`] does.
+/// Runs the load from `client`, against [`crate::scripted::Behaviour::Reply`].
 pub fn new_connections(client: &Host, load: &NewConnections) -> Result<NewConnectionsReport> {
     let begin = Instant::now();
     let parts: Vec<Result<NewConnectionsReport>> = thread::scope(|scope| {
@@ -94,11 +107,14 @@ fn one_thread(load: &NewConnections, number: usize, begin: Instant) -> Result<Ne
     while begin.elapsed() < load.duration {
         if let Some(pause) = pause {
             due += pause;
-            thread::sleep(due.saturating_duration_since(Instant::now()));
+            let ahead = due.saturating_duration_since(Instant::now());
+            if ahead > AHEAD {
+                thread::sleep(ahead);
+            }
         }
         let to = SocketAddr::from((load.to, load.ports.start + (turn / addresses % ports) as u16));
         let start = Instant::now();
-        match one_connection(load.from[turn % addresses], to) {
+        match one_connection(load.from[turn % addresses], to, load.each) {
             Ok(()) => {
                 report.made += 1;
                 report.latencies.record(start.elapsed().as_nanos() as u64)?;
@@ -113,11 +129,15 @@ fn one_thread(load: &NewConnections, number: usize, begin: Instant) -> Result<Ne
     Ok(report)
 }
 
-fn one_connection(from: Ipv4Addr, to: SocketAddr) -> io::Result<()> {
+fn one_connection(from: Ipv4Addr, to: SocketAddr, each: Each) -> io::Result<()> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
     // The port is chosen at connect, when the target is known: otherwise ports run out 60,000 connections earlier.
     setsockopt(&socket, IpBindAddressNoPort, &true)?;
     socket.bind(&SocketAddr::from((from, 0)).into())?;
+    if each == Each::Reset {
+        socket.set_linger(Some(Duration::ZERO))?;
+        return socket.connect(&to.into());
+    }
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))?;
     socket.connect(&to.into())?;

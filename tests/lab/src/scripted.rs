@@ -24,6 +24,7 @@ use nix::sys::socket;
 pub use udp::UdpServer;
 
 use crate::{
+    dialog,
     host::Host,
     pattern::Digested,
     stream::{Accept, Stream},
@@ -157,6 +158,14 @@ impl TcpServer {
             let records = self.shared.records();
             (records.len() >= count).then(|| records.clone())
         })
+    }
+
+    /// Every open connection of [`Behaviour::Hold`] is gone without a word: [`dialog::vanish`]. How many they were.
+    pub fn vanish_all(&self) -> Result<usize> {
+        let mut open = self.shared.open();
+        let count = open.len();
+        open.drain().try_for_each(|(_, stream)| dialog::vanish(&stream))?;
+        Ok(count)
     }
 
     /// Ends every open connection: with a RST, or with a FIN.

@@ -76,28 +76,28 @@ impl Round<'_> {
 
     fn connections(&self) -> Result<Vec<Sample>> {
         let pids = self.path.pids()?;
-        let own = cpu_seconds(&pids)?;
-        let report = load::new_connections(self.lab.client(), &self.connection_load(None))?;
-        let own = cpu_seconds(&pids)? - own;
+        let load = load::NewConnections {
+            from: self.lab.client_addresses(),
+            to: self.path.target,
+            ports: services::SHORT,
+            each: load::Each::Answered,
+            threads: CONNECTION_THREADS,
+            rate: None,
+            duration: self.duration,
+        };
+        let (ends, own) = (kernel::own_cpu_seconds()?, cpu_seconds(&pids)?);
+        let report = load::new_connections(self.lab.client(), &load)?;
+        let (ends, own) = (kernel::own_cpu_seconds()? - ends, cpu_seconds(&pids)? - own);
         let failed = report.failure.as_deref().unwrap_or_default();
         ensure!(report.failed == 0, "{}: {} connections failed, first {failed}", self.path.kind, report.failed);
         Ok(vec![
             (Metric::NewConnections, report.per_second()),
             (Metric::NewConnectionsP99, report.latencies.value_at_quantile(0.99) as f64 / 1e3),
             (Metric::OwnCpuNewConnections, 100.0 * own / report.seconds),
+            // Client and server are threads of this program, and what the kernel does for a packet it mostly does in the
+            // thread that sent it. Unlike the rate it hardly depends on what else the machine does.
+            (Metric::CpuNewConnection, 1e6 * (ends + own) / report.made.max(1) as f64),
         ])
-    }
-
-    /// The load of new connections, at most `rate` per second.
-    pub fn connection_load(&self, rate: Option<u32>) -> load::NewConnections {
-        load::NewConnections {
-            from: self.lab.client_addresses(),
-            to: self.path.target,
-            ports: services::SHORT,
-            threads: CONNECTION_THREADS,
-            rate,
-            duration: self.duration,
-        }
     }
 
     fn requests(&self) -> Result<Vec<Sample>> {

@@ -44,6 +44,7 @@ pub enum Metric {
     NewConnections,
     NewConnectionsP99,
     OwnCpuNewConnections,
+    CpuNewConnection,
     Requests,
     RequestsP50,
     RequestsP99,
@@ -68,6 +69,7 @@ impl Metric {
             Self::NewConnections => "new connections",
             Self::NewConnectionsP99 => "new connection p99",
             Self::OwnCpuNewConnections => "new connections: the process itself",
+            Self::CpuNewConnection => "CPU per new connection, both ends and the gateway",
             Self::Requests => "keep-alive requests, 64 conns",
             Self::RequestsP50 => "keep-alive request p50",
             Self::RequestsP99 => "keep-alive request p99",
@@ -88,7 +90,11 @@ impl Metric {
             Self::CpuPerGb | Self::OwnCpuPerGb => "s",
             Self::CpuRequests | Self::OwnCpuRequests | Self::CpuPingPong | Self::OwnCpuPingPong => "s",
             Self::NewConnections | Self::Requests => "/s",
-            Self::NewConnectionsP99 | Self::RequestsP50 | Self::RequestsP99 | Self::PingPong => "µs",
+            Self::NewConnectionsP99
+            | Self::CpuNewConnection
+            | Self::RequestsP50
+            | Self::RequestsP99
+            | Self::PingPong => "µs",
             Self::OwnCpuNewConnections => "% of a core",
             Self::Resident => "MB",
             Self::UserPerConnection | Self::KernelPerConnection => "B",

@@ -15,6 +15,7 @@ use shunt_lab::{GATEWAY, Lab, Running, Shunt, kernel, run};
 use super::services;
 
 const RULE: &str = include_str!("../../bench/peers/rule.nft");
+const RULE_COUNTED: &str = include_str!("../../bench/peers/rule-counted.nft");
 const HAPROXY: &str = include_str!("../../bench/peers/haproxy.cfg");
 const NGINX: &str = include_str!("../../bench/peers/nginx.conf");
 pub const SHUNT: &str = include_str!("../../bench/peers/shunt.toml");
@@ -27,6 +28,8 @@ pub enum PathKind {
     Plain,
     /// A hand-written nft DNAT rule
     Rule,
+    /// The same with what counts: nf_conntrack_acct, and counters for each port and direction
+    RuleCounted,
     /// shunt, nft engine, with accounting
     Shunt,
     /// shunt, engine = "copy", a worker per core
@@ -35,6 +38,8 @@ pub enum PathKind {
     Splice,
     /// shunt, engine = "sockmap", a worker per core
     Sockmap,
+    /// shunt, engine = "handoff": relayed at first, then packets of one connection become packets of the other
+    Handoff,
     /// HAProxy, TCP mode, option splice-auto, 2 threads
     Haproxy,
     /// The same without option splice-auto
@@ -44,13 +49,15 @@ pub enum PathKind {
 }
 
 impl PathKind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Plain,
         Self::Rule,
+        Self::RuleCounted,
         Self::Shunt,
         Self::Copy,
         Self::Splice,
         Self::Sockmap,
+        Self::Handoff,
         Self::Haproxy,
         Self::HaproxyCopy,
         Self::Nginx,
@@ -63,10 +70,12 @@ impl PathKind {
         match self {
             Self::Plain => "plain routing",
             Self::Rule => "nft rule",
+            Self::RuleCounted => "nft rule, counted",
             Self::Shunt => "shunt nft",
             Self::Copy => "shunt copy",
             Self::Splice => "shunt splice",
             Self::Sockmap => "shunt sockmap",
+            Self::Handoff => "shunt handoff",
             Self::Haproxy => "HAProxy splice",
             Self::HaproxyCopy => "HAProxy copy",
             Self::Nginx => "nginx",
@@ -75,7 +84,7 @@ impl PathKind {
 
     /// Served by the daemon under test.
     pub fn is_shunt(self) -> bool {
-        matches!(self, Self::Shunt | Self::Copy | Self::Splice | Self::Sockmap)
+        matches!(self, Self::Shunt | Self::Copy | Self::Splice | Self::Sockmap | Self::Handoff)
     }
 }
 
@@ -105,12 +114,14 @@ enum Forwarder {
 impl RunningPath {
     /// Starts `kind` on the lab's gateway, which must be as [`Self::stop`] leaves it. `shunt`: the daemon's binary.
     pub fn start(kind: PathKind, lab: &Lab, shunt: Option<&Path>) -> Result<Self> {
-        // Only shunt counts bytes, and turns it on itself.
-        lab.gateway().set_sysctl("net.netfilter.nf_conntrack_acct", "0")?;
+        // shunt turns it on itself.
+        let counted = if kind == PathKind::RuleCounted { "1" } else { "0" };
+        lab.gateway().set_sysctl("net.netfilter.nf_conntrack_acct", counted)?;
         let forwarder = match kind {
             PathKind::Plain => Forwarder::Routing,
-            PathKind::Rule => {
-                kernel::nft_load(lab.gateway(), lab.dir(), RULE)?;
+            PathKind::Rule | PathKind::RuleCounted => {
+                let script = if kind == PathKind::Rule { RULE } else { RULE_COUNTED };
+                kernel::nft_load(lab.gateway(), lab.dir(), script)?;
                 Forwarder::Rule
             }
             PathKind::Haproxy | PathKind::HaproxyCopy => {
@@ -131,12 +142,13 @@ impl RunningPath {
                 let args = ["-e", "stderr", "-p", prefix, "-c", &file];
                 Forwarder::Program(lab.serve(lab.gateway(), "nginx-peer", "nginx", &args, services::HTTP)?)
             }
-            PathKind::Shunt | PathKind::Copy | PathKind::Splice | PathKind::Sockmap => {
+            PathKind::Shunt | PathKind::Copy | PathKind::Splice | PathKind::Sockmap | PathKind::Handoff => {
                 let binary = shunt.context("no shunt binary was built")?;
                 let engine = match kind {
                     PathKind::Copy => "[defaults]\nengine = \"copy\"\n",
                     PathKind::Splice => "[defaults]\nengine = \"splice\"\n",
                     PathKind::Sockmap => "[defaults]\nengine = \"sockmap\"\n",
+                    PathKind::Handoff => "[defaults]\nengine = \"handoff\"\n",
                     _ => "",
                 };
                 let config = format!("{engine}{SHUNT}");

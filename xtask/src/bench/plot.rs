@@ -87,10 +87,12 @@ fn colour(path: PathKind) -> RGBColor {
     match path {
         PathKind::Plain => RGBColor(205, 210, 218),
         PathKind::Rule => RGBColor(150, 170, 195),
+        PathKind::RuleCounted => RGBColor(115, 140, 170),
         PathKind::Shunt => RGBColor(20, 90, 160),
         PathKind::Copy => RGBColor(70, 140, 200),
         PathKind::Splice => RGBColor(110, 170, 220),
         PathKind::Sockmap => RGBColor(70, 130, 200),
+        PathKind::Handoff => RGBColor(10, 60, 110),
         PathKind::HaproxyCopy => RGBColor(245, 200, 140),
         PathKind::Haproxy => RGBColor(235, 165, 90),
         PathKind::Nginx => RGBColor(120, 175, 110),

@@ -31,6 +31,8 @@ const CONNECTS: usize = 4000;
 const RELOADS: usize = 5;
 /// The rate at which the daemon's own cost is stated.
 const RATE: u32 = 20_000;
+/// For so long: reset connections leave conntrack after ten seconds, so ends come in while others begin.
+const LOAD: Duration = Duration::from_secs(15);
 
 /// One number of routes.
 #[derive(Debug, Clone, Serialize)]
@@ -63,18 +65,23 @@ pub struct LoadRow {
     pub daemon_cpu_percent: f64,
     /// What the route's counter had grown by when it stood still.
     pub counted: u64,
+    /// What its ends had grown by, whatever the reason.
+    pub ended: u64,
 }
 
 impl ScaleRow {
     pub fn table(rows: &[Self]) -> Table {
         let mut table = new_table();
         let header = ["routes", "connect p50", "p99", "install", "start to ready", "CPU until ready", "memory"];
-        let more = ["one changed", "`shunt reload`", "new conns", "daemon CPU", "made = counted"];
+        let more = ["one changed", "`shunt reload`", "new conns", "daemon CPU", "made = counted = ended"];
         table.set_header(header.into_iter().chain(more));
         for row in rows {
             let load = &row.load;
-            let right_or_not =
-                if load.made == load.counted { "yes".to_owned() } else { format!("{} / {}", load.made, load.counted) };
+            let right_or_not = if load.made == load.counted && load.made == load.ended {
+                "yes".to_owned()
+            } else {
+                format!("{} / {} / {}", load.made, load.counted, load.ended)
+            };
             table.add_row(
                 [
                     row.routes.to_string(),
@@ -98,19 +105,19 @@ impl ScaleRow {
 }
 
 /// Measures every number of routes, one after the other.
-pub fn measure(lab: &Lab, binary: &Path, duration: Duration, quick: bool) -> Result<Vec<ScaleRow>> {
+pub fn measure(lab: &Lab, binary: &Path, quick: bool) -> Result<Vec<ScaleRow>> {
     let _server = TcpServer::start(lab.backend(1), BACKEND_PORT, Behaviour::Reply(Vec::new()))?;
-    let counts = if quick { &ROUTES[..2] } else { &ROUTES[..] };
+    let (counts, load) = if quick { (&ROUTES[..2], LOAD / 5) } else { (&ROUTES[..], LOAD) };
     let mut rows = Vec::new();
     for routes in counts {
         stop::check()?;
         ui::step(&format!("scale: {routes} routes"));
-        rows.push(one(lab, binary, *routes, duration).with_context(|| format!("{routes} routes"))?);
+        rows.push(one(lab, binary, *routes, load).with_context(|| format!("{routes} routes"))?);
     }
     Ok(rows)
 }
 
-fn one(lab: &Lab, binary: &Path, routes: usize, duration: Duration) -> Result<ScaleRow> {
+fn one(lab: &Lab, binary: &Path, routes: usize, load: Duration) -> Result<ScaleRow> {
     let begin = Instant::now();
     let mut shunt = Shunt::builder().binary(binary).start(lab, &config(routes, None))?;
     let ready = begin.elapsed();
@@ -121,7 +128,7 @@ fn one(lab: &Lab, binary: &Path, routes: usize, duration: Duration) -> Result<Sc
 
     let latencies = load::connect_latency(lab.client(), &targets(routes), CONNECTS)?;
     let (reload_apply_ms, reload_command_ms) = reload(&shunt, routes)?;
-    let load = under_load(lab, &shunt, duration)?;
+    let load = under_load(lab, &shunt, load)?;
 
     shunt.terminate(Duration::from_secs(60))?;
     shunt_lab::run(&mut shunt.command(&["cleanup"]))?;
@@ -183,31 +190,52 @@ fn reload(shunt: &Shunt, routes: usize) -> Result<(f64, f64)> {
 fn under_load(lab: &Lab, shunt: &Shunt, duration: Duration) -> Result<LoadRow> {
     kernel::conntrack_flush(lab.gateway())?;
     let pid = shunt.pid()?;
-    let total = || shunt.route("short")?["connections_total"].as_u64().context("connections_total");
-    let (before, cpu) = (total()?, kernel::cpu_seconds(pid)?);
+    let (before, cpu) = (Numbers::read(shunt)?, kernel::cpu_seconds(pid)?);
     let load = load::NewConnections {
         from: lab.client_addresses(),
         to: GATEWAY,
         ports: services::SHORT,
+        each: load::Each::Reset,
         threads: 8,
         rate: Some(RATE),
         duration,
     };
     let report = load::new_connections(lab.client(), &load)?;
     let cpu = kernel::cpu_seconds(pid)? - cpu;
-    // Counts come with the next reporting interval; a wrong count is a result, not an error.
-    let settled = wait_for("every connection is counted", Duration::from_secs(10), || {
-        total().ok().filter(|now| now - before >= report.made)
+    // Counts come with the next reporting interval, which is long with many routes; a wrong count is a result, not an error.
+    let grown = |now: Numbers| (now.total - before.total, now.ended - before.ended);
+    let settled = wait_for("every connection is counted", Duration::from_secs(20), || {
+        let now = Numbers::read(shunt).ok().filter(|now| now.active == 0)?;
+        Some(grown(now)).filter(|(counted, ended)| *counted >= report.made && *ended >= report.made)
     });
-    let now = settled.or_else(|_| total())?;
+    let (counted, ended) = settled.or_else(|_| Numbers::read(shunt).map(grown))?;
     Ok(LoadRow {
         asked_per_second: RATE,
         made_per_second: report.per_second(),
         made: report.made,
         failed: report.failed,
         daemon_cpu_percent: 100.0 * cpu / report.seconds,
-        counted: now - before,
+        counted,
+        ended,
     })
+}
+
+/// What `shunt routes` says of the route under load.
+#[derive(Debug, Clone, Copy)]
+struct Numbers {
+    total: u64,
+    active: u64,
+    ended: u64,
+}
+
+impl Numbers {
+    fn read(shunt: &Shunt) -> Result<Self> {
+        let route = shunt.route("short")?;
+        let number = |key: &str| route[key].as_u64().with_context(|| format!("no {key}: {route}"));
+        let ends = route["terminations"].as_object().with_context(|| format!("no terminations: {route}"))?;
+        let ended = ends.values().filter_map(serde_json::Value::as_u64).sum();
+        Ok(Self { total: number("connections_total")?, active: number("connections_active")?, ended })
+    }
 }
 
 fn milliseconds(duration: Duration) -> f64 {

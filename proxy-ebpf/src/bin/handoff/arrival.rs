@@ -1,7 +1,7 @@
 //! From a packet on its way in to its verdict.
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::bpf_ktime_get_ns,
     programs::TcContext,
 };
@@ -14,14 +14,14 @@ use proxy_translate::{
     flow::Flow,
     icmp,
     network::{self, ETHERNET, IPV4_HEADER, IPV6_HEADER, Network},
-    segment::{self, Context, Verdict},
+    segment::{self, Context, Step, Verdict},
     tcp,
 };
 
 use crate::{
     end,
     maps::{self, Scratch},
-    route::{self, Leaves},
+    route::{Leaves, shunt_send},
     skb::Skb,
 };
 
@@ -37,7 +37,16 @@ const SEND: i32 = i32::MAX;
 pub struct Decided(u64);
 
 impl Decided {
-    const NOT_OURS: Self = Self::stack(outcome::NOT_OURS);
+    pub const NOT_OURS: Self = Self::stack(outcome::NOT_OURS);
+
+    /// The word again, as a function of the program returns it.
+    pub const fn of(word: u64) -> Self {
+        Self(word)
+    }
+
+    pub const fn word(self) -> u64 {
+        self.0
+    }
 
     pub const fn new(outcome: u32, verdict: i32) -> Self {
         Self((outcome as u64) << 32 | verdict as u32 as u64)
@@ -65,16 +74,24 @@ impl Decided {
     }
 }
 
-/// The steps are functions of their own, not inlined: their stacks lie over each other.
+/// Each step is a function that is global to the verifier: it is walked once, by itself, and not again for every way that leads to
+/// it. So a step knows nothing of the one before but what is in the scratch, and answers a number that may be any.
 #[inline(always)]
 pub fn packet(ctx: &TcContext) -> Decided {
-    let Some(scratch) = maps::scratch() else { return Decided::NOT_OURS };
-    let decided = match read(ctx, scratch) {
-        TCP => of_tcp(ctx, scratch),
-        ICMP if read_quoted(ctx, scratch) != 0 => of_icmp(ctx, scratch),
+    let skb = ctx.skb.skb;
+    let decided = match shunt_read(skb) {
+        TCP => {
+            let decided = Decided::of(shunt_tcp(skb));
+            if decided.verdict() == SEND && shunt_write(skb, shunt_options(skb)) == 0 {
+                Decided::drop(outcome::NOT_WRITABLE)
+            } else {
+                decided
+            }
+        }
+        ICMP if shunt_read_quoted(skb) != 0 => Decided::of(shunt_icmp(skb)),
         _ => Decided::NOT_OURS,
     };
-    if decided.verdict() == SEND { route::send(ctx, scratch).or(decided.outcome()) } else { decided }
+    if decided.verdict() == SEND { Decided::of(shunt_send(skb)).or(decided.outcome()) } else { decided }
 }
 
 const NEITHER: u32 = 0;
@@ -82,10 +99,12 @@ const TCP: u32 = 1;
 const ICMP: u32 = 2;
 
 /// Reads the IP header and the ports into the scratch; what kind of packet it is.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn read(ctx: &TcContext, scratch: *mut Scratch) -> u32 {
+extern "C" fn shunt_read(skb: *mut __sk_buff) -> u32 {
+    let Some(scratch) = maps::scratch() else { return NEITHER };
     // SAFETY: this CPU's scratch, used by nothing else while this packet is at hand.
-    let Some(network) = headers(&Skb(ctx), unsafe { &mut *scratch }) else { return NEITHER };
+    let Some(network) = headers(&Skb(&TcContext::new(skb)), unsafe { &mut *scratch }) else { return NEITHER };
     let icmp = if network.version == IPV4 { network::ICMP } else { network::ICMPV6 };
     let kind = if network.protocol == network::TCP {
         TCP
@@ -126,14 +145,20 @@ fn headers(skb: &Skb<'_>, scratch: &mut Scratch) -> Option<Network> {
     }
 }
 
+#[unsafe(no_mangle)]
 #[inline(never)]
+extern "C" fn shunt_tcp(skb: *mut __sk_buff) -> u64 {
+    let decided = maps::scratch().map_or(Decided::NOT_OURS, |scratch| of_tcp(&TcContext::new(skb), scratch));
+    decided.word()
+}
+
+#[inline(always)]
 fn of_tcp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
     // SAFETY: this CPU's scratch; nothing writes these two fields from here on.
     let (network, key) = unsafe { (&(*scratch).network, &(*scratch).key) };
     let Some(entry) = maps::entry(key) else { return Decided::NOT_OURS };
     let Some((flow, gate)) = maps::flow(entry) else { return Decided::stack(outcome::PENDING) };
-    let mut skb = Skb(ctx);
-    let Some(header) = skb.load::<{ tcp::HEADER / 4 }>(network.transport) else {
+    let Some(header) = Skb(ctx).load::<{ tcp::HEADER / 4 }>(network.transport) else {
         return Decided::drop(outcome::MALFORMED);
     };
     let (this, other) = ends_of(flow, entry);
@@ -151,31 +176,70 @@ fn of_tcp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
             Context { now_ns: bpf_ktime_get_ns(), segments: (*ctx.skb.skb).gso_segs, ifindex: (*ctx.skb.skb).ifindex },
         )
     };
-    let verdict = segment::translate(&mut skb, (ETHERNET, network), &header, entry, &mut sides, context);
-    match verdict {
-        Verdict::Stack(outcome) => Decided::stack(outcome),
-        Verdict::Drop(outcome) => Decided::drop(outcome),
-        Verdict::Replace => {
+    let write = match segment::decide(network, &header, entry, &mut sides, context) {
+        Ok(Step::Forward(write)) => write,
+        Ok(Step::Own { seq, ack }) => {
+            return match segment::write_own(&mut Skb(ctx), network.transport, &header, (seq, ack)) {
+                Some(()) => Decided::stack(outcome::OWN_ACK),
+                None => Decided::drop(outcome::NOT_WRITABLE),
+            };
+        }
+        Err(Verdict::Stack(outcome)) => return Decided::stack(outcome),
+        Err(Verdict::Drop(outcome)) => return Decided::drop(outcome),
+        Err(Verdict::Replace) => {
             end::replaced(scratch, entry, flow);
-            Decided::stack(outcome::REPLACED)
+            return Decided::stack(outcome::REPLACED);
         }
-        Verdict::Send { outcome, ended } => {
-            if ended {
-                end::ended(scratch, entry, flow);
-            }
-            // SAFETY: this CPU's scratch and a live element.
-            unsafe { (*scratch).leaves = Leaves::new((*other).ifindex, &header) };
-            route::ask(ctx, scratch, entry);
-            Decided::new(outcome, SEND)
-        }
+        // Only of what is written.
+        Err(Verdict::Send { .. }) => return Decided::NOT_OURS,
+    };
+    // SAFETY: this CPU's scratch and live elements.
+    unsafe {
+        (*scratch).entry = *entry;
+        (*scratch).write = write;
+        (*scratch).leaves = Leaves::new((*other).ifindex, write.tcp_bytes());
     }
+    if write.ended {
+        end::ended(scratch, entry, flow);
+    }
+    Decided::new(write.outcome(), SEND)
+}
+
+/// Writes the headers as the scratch says, after the options; 0 when they cannot be written.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn shunt_write(skb: *mut __sk_buff, of_options: u64) -> u32 {
+    let Some(scratch) = maps::scratch().filter(|_| of_options != NOT_WRITTEN) else { return 0 };
+    let ctx = TcContext::new(skb);
+    // SAFETY: this CPU's scratch; nothing writes these fields meanwhile.
+    let (network, entry, write) = unsafe { (&(*scratch).network, &(*scratch).entry, &(*scratch).write) };
+    segment::write_headers(&mut Skb(&ctx), (ETHERNET, network), entry, write, of_options as u32).map_or(0, |()| 1)
+}
+
+const NOT_WRITTEN: u64 = u64::MAX;
+
+/// Writes the options as the scratch says: the difference for the checksum.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn shunt_options(skb: *mut __sk_buff) -> u64 {
+    let Some(scratch) = maps::scratch() else { return NOT_WRITTEN };
+    // SAFETY: this CPU's scratch; nothing writes these fields meanwhile.
+    let (network, entry, write) = unsafe { (&(*scratch).network, &(*scratch).entry, &(*scratch).write) };
+    let Some((flow, _)) = maps::flow(entry) else { return NOT_WRITTEN };
+    let (this, other) = ends_of(flow, entry);
+    let ctx = TcContext::new(skb);
+    // SAFETY: live elements; see `of_tcp`.
+    let written = unsafe { segment::write_options(&mut Skb(&ctx), network, entry, write, &mut *this, &*other) };
+    written.map_or(NOT_WRITTEN, u64::from)
 }
 
 /// Reads what an ICMP error quotes into the scratch; 0 when it is none.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn read_quoted(ctx: &TcContext, scratch: *mut Scratch) -> u32 {
+extern "C" fn shunt_read_quoted(skb: *mut __sk_buff) -> u32 {
+    let Some(scratch) = maps::scratch() else { return 0 };
     // SAFETY: this CPU's scratch.
-    match icmp::quoted(&Skb(ctx), unsafe { &(*scratch).network }) {
+    match icmp::quoted(&Skb(&TcContext::new(skb)), unsafe { &(*scratch).network }) {
         Some(quoted) => {
             // SAFETY: as above.
             unsafe { (*scratch).quoted = quoted };
@@ -185,7 +249,14 @@ fn read_quoted(ctx: &TcContext, scratch: *mut Scratch) -> u32 {
     }
 }
 
+#[unsafe(no_mangle)]
 #[inline(never)]
+extern "C" fn shunt_icmp(skb: *mut __sk_buff) -> u64 {
+    let decided = maps::scratch().map_or(Decided::NOT_OURS, |scratch| of_icmp(&TcContext::new(skb), scratch));
+    decided.word()
+}
+
+#[inline(always)]
 fn of_icmp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
     // SAFETY: this CPU's scratch; nothing writes these fields from here on.
     let (network, quoted) = unsafe { (&(*scratch).network, &(*scratch).quoted) };
@@ -202,8 +273,10 @@ fn of_icmp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
         Verdict::Replace => Decided::NOT_OURS,
         Verdict::Send { outcome, .. } => {
             // SAFETY: this CPU's scratch and a live element.
-            unsafe { (*scratch).leaves = Leaves::of_icmp((*other).ifindex) };
-            route::ask(ctx, scratch, entry);
+            unsafe {
+                (*scratch).entry = *entry;
+                (*scratch).leaves = Leaves::new((*other).ifindex, 0);
+            }
             Decided::new(outcome, SEND)
         }
     }

@@ -6,7 +6,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use proxy_abi::handoff::{HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, LAYOUT, gate, outcome};
-use proxy_translate::{OPTIONS, Options, icmp::Quoted, network::Network};
+use proxy_translate::{OPTIONS, Options, icmp::Quoted, network::Network, segment::Write};
 
 use crate::route::Leaves;
 
@@ -40,8 +40,10 @@ pub struct Scratch {
     pub quoted: Quoted,
     pub key: HandoffKey,
     pub opposite: HandoffKey,
+    /// A copy: functions of the program pass no pointers.
+    pub entry: HandoffEntry,
+    pub write: Write,
     pub options: Options,
-    pub number: u32,
     pub leaves: Leaves,
     pub question: bpf_fib_lookup,
 }

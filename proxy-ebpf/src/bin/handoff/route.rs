@@ -4,22 +4,19 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
         BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as Lookup,
     },
     helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh},
     programs::TcContext,
 };
-use proxy_abi::{
-    flow::IPV4,
-    handoff::{HandoffEntry, outcome},
-};
-use proxy_translate::{
-    network::{ETHERNET, words},
-    tcp::{self, Tcp},
-};
+use proxy_abi::{flow::IPV4, handoff::outcome};
+use proxy_translate::network::{ETHERNET, words};
 
-use crate::{arrival::Decided, maps::Scratch};
+use crate::{
+    arrival::Decided,
+    maps::{self, Scratch},
+};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -36,19 +33,22 @@ pub struct Leaves {
 
 impl Leaves {
     #[inline(always)]
-    pub const fn new(last: u32, header: &tcp::Header) -> Self {
-        Self { last, tcp_bytes: Tcp::of(header).header_bytes as u32 }
-    }
-
-    #[inline(always)]
-    pub const fn of_icmp(last: u32) -> Self {
-        Self { last, tcp_bytes: 0 }
+    pub const fn new(last: u32, tcp_bytes: u32) -> Self {
+        Self { last, tcp_bytes }
     }
 }
 
-/// Sends the packet, whose headers are the entry's already, as the FIB answers the question in the scratch.
+/// Sends the packet, whose headers are those of the entry in the scratch already, as the FIB says.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn send(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
+pub extern "C" fn shunt_send(skb: *mut __sk_buff) -> u64 {
+    let decided = maps::scratch().map_or(Decided::NOT_OURS, |scratch| send(&TcContext::new(skb), scratch));
+    decided.word()
+}
+
+#[inline(always)]
+fn send(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
+    ask(ctx, scratch);
     // SAFETY: this CPU's scratch; two fields of it.
     let (leaves, lookup) = unsafe { ((*scratch).leaves, &mut (*scratch).question) };
     // SAFETY: helper on the context that the program was given; the question is as long as is said.
@@ -82,10 +82,10 @@ fn by_neighbour(ifindex: u32) -> i32 {
 
 /// Writes the question for the way of a translated packet into the scratch.
 #[inline(never)]
-pub fn ask(ctx: &TcContext, scratch: *mut Scratch, entry: &HandoffEntry) {
-    // SAFETY: this CPU's scratch; three fields of it.
-    let (network, tcp_bytes, lookup) =
-        unsafe { (&(*scratch).network, (*scratch).leaves.tcp_bytes, &mut (*scratch).question) };
+fn ask(ctx: &TcContext, scratch: *mut Scratch) {
+    // SAFETY: this CPU's scratch; four fields of it.
+    let (network, entry, tcp_bytes, lookup) =
+        unsafe { (&(*scratch).network, &(*scratch).entry, (*scratch).leaves.tcp_bytes, &mut (*scratch).question) };
     // SAFETY: integers only, for which zeros are values; fields of the context.
     let (gso_size, ifindex) = unsafe {
         *lookup = core::mem::zeroed();

@@ -4,11 +4,14 @@
 use core::arch::asm;
 
 use aya_ebpf::{
-    bindings::BPF_F_RECOMPUTE_CSUM,
+    bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM},
     helpers::{bpf_l4_csum_replace, bpf_skb_load_bytes, bpf_skb_store_bytes},
     programs::TcContext,
 };
-use proxy_translate::{OPTIONS, Options, Packet};
+use proxy_translate::{
+    OPTIONS, Options, Packet,
+    options::{self, Layout},
+};
 
 use crate::maps;
 
@@ -21,15 +24,11 @@ pub struct Skb<'a>(pub &'a TcContext);
 /// Linux 6.8 forget. The compiler, which knows more, would ask for the latter.
 #[inline(always)]
 fn from_one(number: usize, most: usize) -> Option<u32> {
-    let mut less = number.wrapping_sub(1);
-    // SAFETY: does nothing, with a number that may be any from here on.
-    unsafe { asm!("{0} = {0}", inout(reg) less, options(pure, nomem, nostack, preserves_flags)) };
-    if less >= most {
+    let less = unknown(number.wrapping_sub(1) as u64);
+    if less >= most as u64 {
         return None;
     }
-    // SAFETY: as above.
-    unsafe { asm!("{0} = {0}", inout(reg) less, options(pure, nomem, nostack, preserves_flags)) };
-    Some(less as u32 + 1)
+    Some(unknown(less) as u32 + 1)
 }
 
 impl Packet for Skb<'_> {
@@ -51,20 +50,6 @@ impl Packet for Skb<'_> {
     #[inline(always)]
     fn store_unsummed<const N: usize>(&mut self, at: usize, words: &[u32; N]) -> Option<()> {
         self.0.store(at, words, u64::from(BPF_F_RECOMPUTE_CSUM)).ok()
-    }
-
-    /// Through a map: what is read from there may be anything.
-    #[inline(always)]
-    fn opaque(&mut self, number: usize) -> usize {
-        match maps::scratch() {
-            // SAFETY: a live element, of this CPU only.
-            Some(room) => unsafe {
-                let room = &raw mut (*room).number;
-                room.write_volatile(number as u32);
-                room.read_volatile() as usize
-            },
-            None => 0,
-        }
     }
 
     #[inline(always)]
@@ -94,6 +79,12 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn step(&self, start: usize, length: usize, layout: Layout) -> Layout {
+        let word = u64::from(shunt_step(self.0.skb.skb, start as u32, length as u32, layout.word()));
+        Layout::of(unknown(word) as u32)
+    }
+
+    #[inline(always)]
     fn adjust_checksum(&mut self, at: usize, pseudo: u32, rest: u32) -> Option<()> {
         // SAFETY: helpers on the context that the program was given; offsets are checked in the kernel.
         let changed = unsafe {
@@ -102,4 +93,19 @@ impl Packet for Skb<'_> {
         };
         (changed == 0).then_some(())
     }
+}
+
+/// The same number, of which the compiler knows nothing: it leaves checks away that the verifier, which knows less, wants to see.
+#[inline(always)]
+fn unknown(mut number: u64) -> u64 {
+    // SAFETY: an instruction that changes nothing.
+    unsafe { asm!("{number} = {number}", number = inout(reg) number, options(pure, nomem, nostack)) };
+    number
+}
+
+/// Global to the verifier: walked once, and not again for each step.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn shunt_step(skb: *mut __sk_buff, start: u32, length: u32, layout: u32) -> u32 {
+    options::step(&Skb(&TcContext::new(skb)), start as usize, length as usize, Layout::of(layout)).word()
 }

@@ -86,12 +86,7 @@ pub fn key_of(v6: bool, from_backend: bool) -> HandoffKey {
 }
 
 pub fn flow(gate: u32) -> HandoffFlow {
-    let end = HandoffEnd {
-        seen: seen::CLOCK | seen::DRAINED,
-        first_seq: 0xffff_f000,
-        end_seq: 0xffff_f000,
-        ..HandoffEnd::EMPTY
-    };
+    let end = HandoffEnd { seen: seen::CLOCK, first_seq: 0xffff_f000, end_seq: 0xffff_f000, ..HandoffEnd::EMPTY };
     HandoffFlow { gate, id: 1, ends: [end; 2], ..HandoffFlow::EMPTY }
 }
 

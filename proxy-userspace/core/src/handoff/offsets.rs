@@ -1,5 +1,7 @@
 //! From the numbers of one connection to those of the other; arithmetic wraps (RFC 9293 §3.4).
 
+use std::time::Duration;
+
 use super::{Both, Failure};
 
 /// What the kernel says of one of the two sockets, in the sequence numbers of its connection.
@@ -17,6 +19,11 @@ pub struct Seen {
     pub unsent: u32,
     /// Bytes that were read from this socket and are not yet written to the other.
     pub held: u32,
+    /// What its peer takes behind what it has acknowledged; 0: not known.
+    pub window: u32,
+    /// What its peer was told that it may send; 0: not known.
+    pub announced: u32,
+    pub round_trip: Duration,
 }
 
 /// What is added to the sequence numbers of packets from the client, and of those from the backend, and taken off the
@@ -33,12 +40,50 @@ impl Offsets {
         let [client, backend] = sockets;
         Self([from(client, backend), from(backend, client)])
     }
+}
 
-    /// `None` when bytes are on their way through the daemon. What was sent and not acknowledged is with the kernel. With unread
-    /// bytes it is not known whether something out of order waits behind them: acknowledged selectively, and then gone with the socket.
-    pub fn at_rest(sockets: &Both<Seen>) -> Option<Self> {
-        let rests = |socket: &Seen| socket.unread == 0 && socket.unsent == 0 && socket.held == 0;
-        sockets.iter().all(rests).then(|| Self::of(sockets))
+/// What is on its way through the daemon, be it in its sockets: `unread`, `held`, `unsent`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rest {
+    /// It may be overtaken.
+    Little,
+    /// It gets less while nothing is read.
+    Shrinks,
+    /// … and so much is left.
+    Much,
+}
+
+impl Rest {
+    /// In one direction, in bytes. It is sent within a round trip, and until then its reader keeps what overtakes it.
+    pub const MOST: u32 = 256 << 10;
+    /// What our socket announces at most when the rest has been read from it.
+    pub const ANNOUNCED: u32 = 16 << 10;
+
+    pub fn of(sockets: &Both<Seen>) -> Self {
+        let [client, backend] = sockets;
+        let ways = [(client, backend), (backend, client)].map(|(from, to)| Self::of_way(from, to));
+        if ways == [Self::Little; 2] {
+            Self::Little
+        } else if ways.contains(&Self::Much) {
+            Self::Much
+        } else {
+            Self::Shrinks
+        }
+    }
+
+    fn of_way(from: &Seen, to: &Seen) -> Self {
+        let unwritten = from.unread + from.held;
+        let rest = unwritten + to.unsent;
+        // Beyond its window the reader would throw away what overtakes the rest.
+        let announced = from.announced.max(Self::ANNOUNCED);
+        let fits = u64::from(to.unacked) + u64::from(unwritten) + u64::from(announced) <= u64::from(to.window);
+        if rest == 0 || rest <= Self::MOST && fits {
+            Self::Little
+        } else if to.unacked > 0 {
+            Self::Shrinks
+        } else {
+            Self::Much
+        }
     }
 }
 
@@ -64,6 +109,11 @@ pub struct Facts {
     pub out_of_order: u32,
     /// The interface's and the peer's limit: the largest segment that the peer takes, without options.
     pub peer_mss: u32,
+    /// See [`Seen::window`] (v5.4+).
+    pub window: u32,
+    /// See [`Seen::announced`] (v6.2+).
+    pub announced: u32,
+    pub round_trip: Duration,
 }
 
 /// Why a pair of connections cannot be joined.

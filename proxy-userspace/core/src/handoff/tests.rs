@@ -7,7 +7,7 @@ use super::*;
 mod model;
 
 const WHEN: When = When { bytes: 1000, age: Duration::from_millis(20) };
-const WORTH: Event = Event::Quiet { bytes: 1000, age: Duration::ZERO };
+const WORTH: Event = Event::Turn { bytes: 1000, age: Duration::ZERO, held: false };
 
 fn quiet() -> Both<Seen> {
     let socket = |write_seq, rcv_nxt| Seen { write_seq, rcv_nxt, ..Seen::default() };
@@ -33,9 +33,9 @@ fn committed() -> Handover {
 #[test]
 fn a_connection_that_carried_little_and_is_young_is_left_alone() {
     let mut one = Handover::new(true, Tick(0));
-    let young = Event::Quiet { bytes: 999, age: Duration::from_millis(19) };
+    let young = Event::Turn { bytes: 999, age: Duration::from_millis(19), held: false };
     assert_eq!(one.step(young, &WHEN, Tick(19)), Action::Nothing);
-    let old = Event::Quiet { bytes: 0, age: Duration::from_millis(20) };
+    let old = Event::Turn { bytes: 0, age: Duration::from_millis(20), held: false };
     assert_eq!(one.step(old, &WHEN, Tick(20)), Action::Measure);
 }
 
@@ -47,21 +47,45 @@ fn one_without_a_port_of_its_own_stays() {
 }
 
 #[test]
-fn a_byte_that_is_in_the_daemon_keeps_the_gate_closed() {
-    let mut one = Handover::new(true, Tick(0));
-    one.step(WORTH, &WHEN, Tick(1));
-    one.step(measured(quiet()), &WHEN, Tick(1));
+fn what_is_on_its_way_may_be_overtaken_when_it_is_little_and_its_reader_has_room() {
+    let mut sockets = quiet();
+    assert_eq!(Rest::of(&sockets), Rest::Little);
+    (sockets[1].unread, sockets[1].announced) = (3_000, 20_000);
+    (sockets[0].unsent, sockets[0].unacked) = (2_000, 6_000);
+    sockets[0].window = 29_000;
+    assert_eq!(Rest::of(&sockets), Rest::Little);
+    // What overtakes it would not find room.
+    sockets[0].window = 28_999;
+    assert_eq!(Rest::of(&sockets), Rest::Shrinks);
+    (sockets[0].unsent, sockets[0].unacked, sockets[0].window) = (0, 0, 22_999);
+    assert_eq!(Rest::of(&sockets), Rest::Much);
+    (sockets[0].window, sockets[1].unread) = (u32::MAX, Rest::MOST + 1);
+    assert_eq!(Rest::of(&sockets), Rest::Much);
+}
+
+#[test]
+fn reading_pauses_until_what_was_written_has_gone_and_no_longer() {
     let mut busy = quiet();
-    busy[1].rcv_nxt += 1;
-    busy[1].held = 1;
-    let stays = Action::Relay { armed: false, why: Failure::Busy };
-    assert_eq!(one.step(measured(busy), &WHEN, Tick(2)), stays);
-    // It has been relayed meanwhile: the offsets are what they were.
-    let mut later = quiet();
-    later[1].rcv_nxt += 1;
-    later[0].write_seq += 1;
+    (busy[0].unsent, busy[0].unacked) = (1, 1);
+    let held = Event::Turn { bytes: 1000, age: Duration::ZERO, held: true };
+    let mut one = Handover::new(true, Tick(0));
+    assert_eq!(one.step(held, &WHEN, Tick(1)), Action::Pause);
+    assert_eq!((one.step(held, &WHEN, Tick(2)), one.is_paused()), (Action::Nothing, true));
     assert_eq!(one.step(WORTH, &WHEN, Tick(3)), Action::Measure);
-    assert_eq!(one.step(measured(later), &WHEN, Tick(3)), Action::Commit);
+    assert_eq!(one.step(measured(busy), &WHEN, Tick(3)), Action::Pause);
+    let why = Failure::Busy;
+    let mut late = one;
+    assert_eq!(late.step(held, &WHEN, Tick(21)), Action::Relay { armed: false, why });
+    assert!(!late.is_paused());
+    let mut late = one;
+    assert_eq!(late.step(WORTH, &WHEN, Tick(21)), Action::Measure);
+    assert_eq!(late.step(measured(busy), &WHEN, Tick(21)), Action::Relay { armed: false, why });
+    let mut in_time = one;
+    assert_eq!(in_time.step(WORTH, &WHEN, Tick(20)), Action::Measure);
+    assert!(matches!(in_time.step(measured(quiet()), &WHEN, Tick(20)), Action::Arm(_)));
+    assert_eq!(in_time.step(WORTH, &WHEN, Tick(20)), Action::Measure);
+    assert_eq!(in_time.step(measured(busy), &WHEN, Tick(20)), Action::Pause);
+    assert_eq!(in_time.step(held, &WHEN, Tick(21)), Action::Relay { armed: true, why });
 }
 
 #[test]
@@ -80,7 +104,8 @@ fn offsets_that_moved_are_never_used() {
 fn a_busy_connection_is_tried_again_soon_and_then_rarely() {
     let mut one = Handover::new(true, Tick(0));
     let mut busy = quiet();
-    busy[0].unsent = 1;
+    // Its reader has taken everything, and takes no more.
+    busy[0].unread = 1;
     let mut now = Tick(0);
     for attempt in 0..40 {
         assert_eq!(one.step(WORTH, &WHEN, now), Action::Measure, "attempt {attempt}");
@@ -137,6 +162,9 @@ fn ends_whose_segments_do_not_fit_are_not_joined() {
         announced_mss,
         out_of_order: 0,
         peer_mss,
+        window: 65_535,
+        announced: 65_535,
+        round_trip: Duration::ZERO,
     };
     assert_eq!(fit(&facts(1460, 1460), &facts(1460, 1460)), Ok(()));
     assert_eq!(fit(&facts(1460, 1400), &facts(1460, 1460)), Err(Unfit::ToClient { sent: 1460, taken: 1400 }));

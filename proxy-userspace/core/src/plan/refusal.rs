@@ -165,13 +165,11 @@ impl fmt::Display for Handoff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Works => f.write_str("connections can be handed over"),
-            Self::NotPermitted => f.write_str("CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN or CAP_NET_RAW is missing"),
+            Self::NotPermitted => f.write_str("CAP_BPF, CAP_NET_ADMIN or CAP_NET_RAW is missing"),
             Self::NoTc => f.write_str("this kernel has neither tcx (Linux 6.6) nor clsact (CONFIG_NET_CLS_ACT)"),
             Self::NoRedirect => f.write_str("this kernel has no bpf_redirect_neigh (Linux 5.10)"),
             Self::ProbeFailed(check) => write!(f, "its self-probe failed on this kernel: {check}"),
-            Self::NotAsked => f.write_str(
-                "the daemon was started without a route that hands over, and is not ready for it: restart it",
-            ),
+            Self::NotAsked => f.write_str("the kernel was not asked"),
         }
     }
 }

@@ -16,7 +16,8 @@ mod table;
 use std::os::fd::BorrowedFd;
 
 use proxy_abi::handoff::{
-    FROM_BACKEND, FROM_CLIENT, HandoffEnd, HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, OWNER_BYTES, seen,
+    FROM_BACKEND, FROM_CLIENT, HandoffEnd, HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, OWNER_BYTES, closing,
+    seen,
 };
 
 pub use error::{HandoffError, InsertError};
@@ -52,12 +53,23 @@ pub struct NewFlow {
 /// What our socket to one end had written and received at commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Boundary {
-    /// `write_seq`: the sequence number after the last byte that our socket wrote to this end.
+    /// The sequence number after the last byte that our socket will have written to this end, with those that wait to be.
     pub own_seq: u32,
-    /// `rcv_nxt`: the sequence number of the next byte from this end.
+    /// The sequence number of the next byte from this end that was not read.
     pub first_seq: u32,
-    /// Nothing of ours is unacknowledged (`SIOCOUTQ` 0): the end is drained from the beginning.
-    pub drained: bool,
+    /// The sequence number up to which the end has acknowledged what our socket wrote.
+    pub acked: u32,
+}
+
+/// What the daemon itself takes from one end to the other after commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PassedOn {
+    /// Payload since commit.
+    pub bytes: u64,
+    /// Behind all of that: the sequence number of our socket to the other end.
+    pub own_seq: u32,
+    /// The end's FIN came behind these bytes.
+    pub finished: bool,
 }
 
 /// A flow that is in the table.
@@ -80,9 +92,11 @@ pub trait HandoffStore: Send + Sync {
     /// Commits: from now on both directions are translated. `at`: client and backend. One store of a word after those it depends on.
     fn open_gate(&self, gate: Gate, at: [Boundary; 2]);
 
-    /// After commit the daemon itself passes on what had slipped into its sockets: of that end (0: client, 1: backend), `bytes` in all.
-    /// They count, and the other end may acknowledge them. Call it before they are written.
-    fn passed_on(&self, gate: Gate, end: usize, bytes: u64);
+    /// After commit the daemon itself passes on what is in its sockets: of that end (0: client, 1: backend), so much in all. It counts,
+    /// and the other end may acknowledge it: to our socket. Call it before it is written.
+    ///
+    /// The program may write the word with [`seen::FIN`] at the same time, and win: the caller looks, and calls again.
+    fn passed_on(&self, gate: Gate, end: usize, what: PassedOn);
 
     /// Says that both sockets are about to go: nothing is for the stack any more. Call it before they are closed.
     fn leave(&self, gate: Gate);
@@ -115,6 +129,13 @@ pub trait HandoffStore: Send + Sync {
     fn events_fd(&self) -> BorrowedFd<'_>;
 }
 
+impl PassedOn {
+    /// The sequence number after the end's FIN.
+    const fn fin_end(self, first_seq: u32) -> u32 {
+        first_seq.wrapping_add(self.bytes as u32).wrapping_add(1)
+    }
+}
+
 impl Boundary {
     /// Into the end's record, before the gate opens.
     fn write_to(self, end: &mut HandoffEnd) {
@@ -122,9 +143,16 @@ impl Boundary {
         end.first_seq = self.first_seq;
         end.end_seq = u64::from(self.first_seq);
         end.fin_end = self.first_seq;
-        if self.drained {
-            end.seen |= seen::DRAINED;
-        }
+        end.ack = self.acked;
+    }
+}
+
+/// Which bit of `closing` a FIN of that end sets, when the other end is known to be so far.
+const fn first_of(end: usize, other: &HandoffEnd) -> u32 {
+    match (other.seen & seen::FIN, end) {
+        (0, 0) => closing::CLIENT_FIRST,
+        (0, _) => closing::BACKEND_FIRST,
+        _ => 0,
     }
 }
 

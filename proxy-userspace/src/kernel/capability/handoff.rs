@@ -32,7 +32,7 @@ pub fn ask() -> Handoff {
         Err(HandoffError::Attach { .. }) => Handoff::NoTc,
         Err(HandoffError::Bpf(BpfError::Verifier { log, .. })) => {
             tracing::debug!(log, "handoff");
-            Handoff::ProbeFailed("its verifier refuses the program; without CAP_PERFMON it does".into())
+            Handoff::ProbeFailed("its verifier refuses the program".into())
         }
         Err(error) => Handoff::ProbeFailed(error.to_string()),
     }

@@ -1,6 +1,6 @@
 //! [`Conntrack`] on the real kernel.
 
-use std::{fs, io};
+use std::{collections::VecDeque, fs, io};
 
 use proxy_core::{
     conntrack::{Entry, Event},
@@ -18,18 +18,24 @@ use super::{
 
 /// `IPS_DST_NAT`: every entry shunt forwards has it.
 const DST_NAT: u32 = 1 << 5;
-/// Requests in one datagram: their acknowledgements fit a default receive buffer.
+/// Requests in one datagram: if all fail, the answers fit a default receive buffer.
 const CHUNK: usize = 64;
 /// A dump that the table outran is asked for again so often.
 const DUMP_TRIES: u32 = 3;
 /// Event batches read by one drain: 65,536 events.
 const DRAIN_BATCHES: usize = 512;
+/// Datagrams of a dump, of some hundred entries each, from one look at the event socket to the next.
+const DUMP_STRETCH: usize = 8;
+/// Events held for the next drain at most: some 60 MB.
+const MOST_HELD: usize = 262_144;
 
 /// Two sockets in the network namespace of the thread that opened them.
 #[derive(Debug)]
 pub struct NetlinkConntrack {
     id_mask: u32,
     events: AsyncFd<EventSocket>,
+    /// Events that came while a dump ran.
+    held: VecDeque<Event>,
     asks: RequestSocket,
     nudge: Nudge,
     requests: Requests,
@@ -48,6 +54,7 @@ impl NetlinkConntrack {
         Ok(Self {
             id_mask,
             events,
+            held: VecDeque::new(),
             asks: RequestSocket::open()?,
             nudge: Nudge::open(),
             requests: Requests::default(),
@@ -89,7 +96,12 @@ impl NetlinkConntrack {
         self.requests.finish();
         self.asks.send(self.requests.bytes())?;
         let mut complete = Complete::Yes;
+        let mut datagrams = 0usize;
         loop {
+            datagrams += 1;
+            if datagrams.is_multiple_of(DUMP_STRETCH) {
+                self.hold()?;
+            }
             let datagram = self.asks.receive()?;
             for message in Messages(datagram).filter(|message| message.sequence == sequence) {
                 if message.flags & NLM_F_DUMP_INTR != 0 {
@@ -110,7 +122,17 @@ impl NetlinkConntrack {
         }
     }
 
-    /// One request per key; how many entries were found.
+    /// Takes what events there are off their socket, for the next drain. A dump of a full table may last for seconds on a
+    /// busy machine, and itself makes the kernel tell of every expired entry it meets: more than a socket's buffer holds.
+    fn hold(&mut self) -> Result<(), ConntrackError> {
+        if self.held.len() < MOST_HELD {
+            read_queued(self.events.get_mut(), self.id_mask, &mut |event| self.held.push_back(event))?;
+        }
+        Ok(())
+    }
+
+    /// One request per key; how many entries were found. Failures are always answered, so only the last of a datagram asks
+    /// for an acknowledgement: in a flood, the answers would cost more than what they are about.
     fn change(
         &mut self,
         what: &'static str,
@@ -123,35 +145,50 @@ impl NetlinkConntrack {
         for chunk in keys.chunks(CHUNK) {
             self.requests.clear();
             let first = self.sequence.wrapping_add(1);
+            let last = self.sequence.wrapping_add(chunk.len() as u32);
             for key in chunk {
                 let sequence = self.next_sequence();
-                self.requests.start(kind, NLM_F_ACK, sequence, wire::family(key));
+                let flags = if sequence == last { NLM_F_ACK } else { 0 };
+                self.requests.start(kind, flags, sequence, wire::family(key));
                 self.requests.original(key);
                 fill(&mut self.requests, key);
                 self.requests.finish();
             }
             self.asks.send(self.requests.bytes())?;
-            let mut answered = 0;
-            while answered < chunk.len() {
+            found += chunk.len();
+            let mut answered = false;
+            while !answered {
                 let datagram = self.asks.receive()?;
                 for message in Messages(datagram) {
                     // An answer to a request given up on earlier is none of ours.
                     if message.sequence.wrapping_sub(first) as usize >= chunk.len() {
                         continue;
                     }
-                    answered += 1;
-                    match error_number(message.payload) {
-                        Some(0) => found += 1,
-                        Some(libc::ENOENT) => {}
-                        Some(_) | None => {
-                            first_failure.get_or_insert_with(|| refusal(what, message.payload));
-                        }
+                    answered |= message.sequence == last;
+                    let error = error_number(message.payload);
+                    found = found.saturating_sub(usize::from(error != Some(0)));
+                    if !matches!(error, Some(0 | libc::ENOENT)) {
+                        first_failure.get_or_insert_with(|| refusal(what, message.payload));
                     }
                 }
             }
         }
         first_failure.map_or(Ok(found), Err)
     }
+}
+
+fn read_queued(socket: &mut EventSocket, id_mask: u32, each: &mut dyn FnMut(Event)) -> Result<Drained, ConntrackError> {
+    for _ in 0..DRAIN_BATCHES {
+        match socket.read()? {
+            Batch::Empty => return Ok(Drained { more: false }),
+            Batch::Overrun => each(Event::Lost),
+            Batch::Read(read) => {
+                let messages = socket.datagrams(read).flat_map(Messages);
+                messages.filter_map(|message| parse::event(&message, id_mask)).for_each(&mut *each);
+            }
+        }
+    }
+    Ok(Drained { more: true })
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,19 +220,10 @@ impl Conntrack for NetlinkConntrack {
     }
 
     fn drain(&mut self, each: &mut dyn FnMut(&Event)) -> Result<Drained, ConntrackError> {
-        let id_mask = self.id_mask;
-        let socket = self.events.get_mut();
-        for _ in 0..DRAIN_BATCHES {
-            match socket.read()? {
-                Batch::Empty => return Ok(Drained { more: false }),
-                Batch::Overrun => each(&Event::Lost),
-                Batch::Read(read) => {
-                    let messages = socket.datagrams(read).flat_map(Messages);
-                    messages.filter_map(|message| parse::event(&message, id_mask)).for_each(|event| each(&event));
-                }
-            }
-        }
-        Ok(Drained { more: true })
+        self.held.drain(..).for_each(|event| each(&event));
+        // What a flood has made it grow to is not kept.
+        self.held.shrink_to(DRAIN_BATCHES);
+        read_queued(self.events.get_mut(), self.id_mask, &mut |event| each(&event))
     }
 
     fn dump(&mut self, filter: MarkFilter, each: &mut dyn FnMut(&Entry)) -> Result<(), ConntrackError> {

@@ -93,7 +93,7 @@ impl Stage {
         };
         let new = NewFlow { id: id.bits(), owner: [0; OWNER_BYTES], entries: entries(&ends), interfaces: [0; 2] };
         let gate = self.store.insert(&new).expect("room");
-        self.store.open_gate(gate, [Boundary { own_seq: 500, first_seq: 1_000, drained: false }; 2]);
+        self.store.open_gate(gate, [Boundary { own_seq: 500, first_seq: 1_000, acked: 400 }; 2]);
         self.store.leave(gate);
         let now = Instant::now();
         let admitted = self.route.admission.enter(&self.route.config, client.ip(), now.elapsed()).expect("admitted");

@@ -1,6 +1,9 @@
 //! What others ask: connections, wherever they are, and their end.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::HashSet,
+    sync::{Arc, OnceLock},
+};
 
 use proxy_core::view;
 use tokio::sync::{mpsc, oneshot};
@@ -15,7 +18,7 @@ use crate::stream::{
 pub(super) async fn answer(
     mut queue: mpsc::Receiver<StreamCommand>,
     links: Vec<Link>,
-    owner: Option<mpsc::UnboundedSender<handed::Command>>,
+    owner: Arc<OnceLock<mpsc::UnboundedSender<handed::Command>>>,
 ) {
     while let Some(command) = queue.recv().await {
         match command {
@@ -50,18 +53,18 @@ pub(super) async fn answer(
 
 /// `None`: there is no owner, or it has ended.
 async fn ask<T>(
-    owner: &Option<mpsc::UnboundedSender<handed::Command>>,
+    owner: &OnceLock<mpsc::UnboundedSender<handed::Command>>,
     command: impl FnOnce(oneshot::Sender<T>) -> handed::Command,
 ) -> Option<T> {
     let (reply, answered) = oneshot::channel();
-    owner.as_ref()?.send(command(reply)).ok()?;
+    owner.get()?.send(command(reply)).ok()?;
     answered.await.ok()
 }
 
 async fn kill(
     id: StreamId,
     links: &[Link],
-    owner: &Option<mpsc::UnboundedSender<handed::Command>>,
+    owner: &OnceLock<mpsc::UnboundedSender<handed::Command>>,
 ) -> Result<view::Killed, view::Failure> {
     let missing = || view::Failure {
         error: format!("there is no connection {id}"),

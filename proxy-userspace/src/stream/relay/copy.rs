@@ -15,7 +15,7 @@ impl Way {
             return Ok(false);
         }
         let mut turn = TURN;
-        while from.readable && !self.ended {
+        while self.may_read(from) {
             let scratch = stores.buffers.scratch();
             let room = scratch.len();
             let read = match recv(&from.fd, &mut *scratch, RecvFlags::empty()) {

@@ -27,7 +27,7 @@ impl Way {
             return Ok(false);
         }
         let mut turn = TURN;
-        while from.readable && !self.ended {
+        while self.may_read(from) {
             let pipe = if from.urgent { None } else { stores.pipes.take() };
             let Some(pipe) = pipe else { return self.copy(from, to, stores) };
             match splice(&from.fd, None, &pipe.write, None, pipe.size, FLAGS) {

@@ -24,6 +24,7 @@ use crate::{
     stream::{
         StreamId,
         flow::Flow,
+        handover::HandoffEngine,
         route::{Listen, Route},
     },
 };
@@ -34,6 +35,8 @@ pub enum Command {
     Apply(Applied, oneshot::Sender<()>),
     /// What sockets are joined with.
     Join(Box<Sockmap>),
+    /// What connections are handed over with.
+    HandOver(Box<HandoffEngine>),
     List {
         filter: ConnectionFilter,
         reply: oneshot::Sender<Vec<Row>>,
@@ -115,6 +118,7 @@ impl Worker {
                     let _ = done.send(());
                 }
                 Command::Join(map) => self.take_maps(*map),
+                Command::HandOver(engine) => self.shared.handoff = Some(*engine),
                 Command::List { filter, reply } => {
                     self.count_all();
                     drop(reply.send(self.list(&filter)));

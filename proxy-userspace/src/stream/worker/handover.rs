@@ -13,7 +13,7 @@ use proxy_abi::handoff::OWNER_BYTES;
 use proxy_core::{
     config::Engine,
     handed::{Record, route_hash},
-    handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, Seen, Unfit},
+    handoff::{self, Action, Both, Facts, Failure, Handover, Offsets, Rest, Seen, Unfit},
     session::{State, Tick},
 };
 use rustix::io::Errno;
@@ -36,6 +36,10 @@ use crate::{
 
 /// Other ports that are tried when the kernel does not like one: somebody listens there, or a connection of before is not over.
 const OTHER_PORTS: usize = 4;
+/// What may wait in each socket of a connection that is to be handed over soon: with what comes behind it, it must fit into the
+/// window of its reader, which is 64 KiB in the beginning.
+const WAITING_BYTES: usize = 24 << 10;
+
 /// What both sockets have been found to be.
 struct Found {
     sockets: Both<Seen>,
@@ -47,12 +51,9 @@ impl Flow {
         self.handover.as_ref().is_some_and(|handing| handing.is_committed())
     }
 
-    /// Nothing is held in the daemon.
-    fn is_quiet(&self) -> bool {
-        let empty = |waiting: &Waiting| matches!(waiting, Waiting::Nothing);
-        empty(&self.up.waiting)
-            && empty(&self.down.waiting)
-            && matches!(self.session.state(), State::Established { .. })
+    /// Something was read and could not be written.
+    fn holds(&self) -> bool {
+        [&self.up, &self.down].iter().any(|way| !matches!(way.waiting, Waiting::Nothing))
     }
 }
 
@@ -91,7 +92,13 @@ impl Worker {
         if port.is_none() {
             self.count_failure(flow, Failure::NoPort);
         }
-        flow.handover = Some(Box::new(Handing { protocol, connected, port, stage: Stage::Relayed }));
+        if port.is_some() {
+            for socket in both(flow) {
+                // Best effort: with more in its sockets it is harder to hand over while it is busy.
+                let _ = repair::take_at_most(socket, WAITING_BYTES);
+            }
+        }
+        flow.handover = Some(Box::new(Handing { protocol, connected, port, in_order: [0; 2], stage: Stage::Relayed }));
     }
 
     /// Its time has come, be there anything to relay or not.
@@ -112,15 +119,23 @@ impl Worker {
 
     /// Whenever bytes have been relayed: hands the connection over if it is the moment.
     pub(super) fn hand_over(&mut self, key: u32, flow: &mut Flow) -> Fate {
-        if flow.handover.is_none() || !flow.is_quiet() {
-            return Fate::Lives;
-        }
         let Some(mut handing) = flow.handover.take() else { return Fate::Lives };
         self.try_to_hand_over(flow, &mut handing);
+        let paused = handing.protocol.is_paused();
+        let goes_on = flow.up.paused && !paused;
+        (flow.up.paused, flow.down.paused) = (paused, paused);
         let committed = handing.is_committed();
         flow.handover = Some(handing);
+        if committed {
+            return self.look_after(key, flow);
+        }
+        if goes_on && !flow.queued {
+            // What has come meanwhile makes no new event.
+            flow.queued = true;
+            self.queue.push_back(key);
+        }
         self.arm(key, flow);
-        if committed { self.look_after(key, flow) } else { Fate::Lives }
+        Fate::Lives
     }
 
     fn try_to_hand_over(&mut self, flow: &mut Flow, handing: &mut Handing) {
@@ -128,12 +143,19 @@ impl Worker {
         let now = self.now();
         let step = |handing: &mut Handing, event| handing.protocol.step(event, &engine.when, now);
         let age = now.since(handing.connected);
-        let mut action = step(handing, handoff::Event::Quiet { bytes: flow.up.bytes + flow.down.bytes, age });
+        let turn = match flow.session.state() {
+            State::Established { .. } => {
+                handoff::Event::Turn { bytes: flow.up.bytes + flow.down.bytes, age, held: flow.holds() }
+            }
+            _ if handing.protocol.is_paused() => handoff::Event::Failed(Failure::Finished),
+            _ => return,
+        };
+        let mut action = step(handing, turn);
         let mut found = None;
         loop {
             action = match action {
                 Action::Measure => {
-                    let event = match self.measure(flow) {
+                    let event = match self.measure(flow, &mut handing.in_order) {
                         Ok(measured) => {
                             let event = handoff::Event::Measured {
                                 sockets: measured.sockets,
@@ -152,7 +174,7 @@ impl Worker {
                     match made {
                         Ok(armed) => {
                             handing.stage = Stage::Armed(armed);
-                            step(handing, handoff::Event::Quiet { bytes: u64::MAX, age })
+                            step(handing, handoff::Event::Turn { bytes: u64::MAX, age, held: false })
                         }
                         Err(why) => step(handing, handoff::Event::Failed(why)),
                     }
@@ -163,9 +185,16 @@ impl Worker {
                     }
                     return;
                 }
+                Action::Pause => return release(flow),
                 Action::Relay { armed, why } => {
                     self.count_failure(flow, why);
                     release(flow);
+                    if !handing.protocol.is_eager() {
+                        for socket in both(flow) {
+                            // Before Linux 5.14 so much that it is no hindrance, as far as `net.core.rmem_max` allows.
+                            let _ = repair::take_as_ever(socket).or_else(|_| repair::take_at_most(socket, 1 << 20));
+                        }
+                    }
                     if armed && let Stage::Armed(armed) = std::mem::take(&mut handing.stage) {
                         engine.store.remove(armed.gate);
                     }
@@ -178,8 +207,8 @@ impl Worker {
         }
     }
 
-    /// Holds both sockets and reads their numbers.
-    fn measure(&mut self, flow: &Flow) -> Result<Found, Failure> {
+    /// Holds both sockets and reads their numbers. `in_order`: segments out of order when nothing was any more.
+    fn measure(&mut self, flow: &Flow, in_order: &mut Both<u32>) -> Result<Found, Failure> {
         let backend = flow.backend.as_ref().ok_or(Failure::Kernel)?;
         if flow.backend_address.is_some_and(|backend| backend.is_ipv4() != flow.listen.is_ipv4()) {
             return Err(Failure::AddressFamilies);
@@ -190,37 +219,36 @@ impl Worker {
         if flow.client.finished || backend.finished {
             return Err(Failure::Finished);
         }
-        // Most attempts at a busy connection end here, for two calls.
-        for socket in [&flow.client, backend] {
-            if repair::unread(socket).map_err(told)? > 0 {
-                return Err(Failure::Busy);
-            }
-        }
         let one = |socket: &Socket| -> Result<(Seen, Facts), Failure> {
             repair::hold(socket).map_err(told)?;
-            let before = repair::unread(socket).map_err(told)?;
-            let numbers = repair::sequences(socket).map_err(told)?;
+            let numbers = repair::sequences(socket).map_err(told)?.ok_or(Failure::Busy)?;
             let queued = repair::queued(socket).map_err(told)?;
-            if queued.unread != before {
-                // Something has come meanwhile: the numbers are not of one moment.
-                return Err(Failure::Busy);
-            }
+            let facts = repair::facts(socket).map_err(told)?;
             let seen = Seen {
                 write_seq: numbers.write_seq,
                 rcv_nxt: numbers.rcv_nxt,
-                unread: queued.unread,
+                unread: numbers.unread,
                 unacked: queued.unacked,
                 unsent: queued.unsent,
                 held: 0,
+                window: facts.window,
+                announced: facts.announced,
+                round_trip: facts.round_trip,
             };
-            Ok((seen, repair::facts(socket).map_err(told)?))
+            Ok((seen, facts))
         };
         let (client, client_facts) = one(&flow.client)?;
         let (backend_seen, backend_facts) = one(backend)?;
-        for (socket, facts) in [(&flow.client, &client_facts), (backend, &backend_facts)] {
-            if facts.out_of_order > 0 && repair::receive_memory(socket).map_err(told)? > 0 {
+        let sockets = [(&flow.client, client.unread, &client_facts), (backend, backend_seen.unread, &backend_facts)];
+        for ((socket, unread, facts), in_order) in sockets.into_iter().zip(in_order) {
+            if facts.out_of_order == *in_order {
+                continue;
+            }
+            // With bytes before it that were not read, it does not show whether it is still out of order.
+            if unread > 0 || repair::receive_memory(socket).map_err(told)? > 0 {
                 return Err(Failure::OutOfOrder);
             }
+            *in_order = facts.out_of_order;
         }
         if let Err(unfit) = handoff::fit(&client_facts, &backend_facts) {
             self.learn(flow, unfit);
@@ -282,15 +310,17 @@ impl Worker {
 
     /// From here on the ends talk to each other. The sockets stay held: even killed, they say nothing.
     fn commit(&mut self, flow: &Flow, found: &Found, armed: Armed) -> Committed {
-        for socket in [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten() {
+        for socket in both(flow) {
             // Best effort: what is not acknowledged is sent again, and answered by the other end.
             let _ = repair::quick_ack(socket);
+            let _ = repair::announce_little(socket, Rest::ANNOUNCED as i32);
         }
-        let at = found.sockets.map(|socket| Boundary {
-            own_seq: socket.write_seq,
+        let [client, backend] = found.sockets;
+        let at = [(client, backend), (backend, client)].map(|(this, other)| Boundary {
+            own_seq: this.write_seq.wrapping_add(other.unread),
             // What is not read yet is passed on, and counts, after this.
-            first_seq: socket.rcv_nxt.wrapping_sub(socket.unread),
-            drained: socket.unacked == 0,
+            first_seq: this.rcv_nxt.wrapping_sub(this.unread),
+            acked: this.write_seq.wrapping_sub(this.unacked),
         });
         if let Some(engine) = &self.shared.handoff {
             engine.store.set_owner(armed.gate, self.record(flow).encode());
@@ -336,9 +366,13 @@ fn told(error: RepairError) -> Failure {
     Failure::Kernel
 }
 
+fn both(flow: &Flow) -> impl Iterator<Item = &Socket> {
+    [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten()
+}
+
 /// Both sockets are read from and written to again.
 fn release(flow: &Flow) {
-    for socket in [Some(&flow.client), flow.backend.as_ref()].into_iter().flatten() {
+    for socket in both(flow) {
         if let Err(error) = repair::release(socket) {
             tracing::error!(%error, "a connection stays under repair");
         }

@@ -22,7 +22,7 @@ pub enum InsertError {
 pub enum HandoffError {
     #[error(transparent)]
     Bpf(#[from] BpfError),
-    #[error("the verifier does not take the handoff program of a process without CAP_PERFMON")]
+    #[error("this kernel's verifier refuses the handoff program of a process without CAP_PERFMON")]
     NoPerfmon,
     #[error("{} is not in a BPF file system", .0.display())]
     NotBpffs(PathBuf),

@@ -7,9 +7,9 @@ use std::{
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use proxy_abi::handoff::{HandoffFlow, OWNER_BYTES, gate};
+use proxy_abi::handoff::{HandoffFlow, OWNER_BYTES, gate, seen};
 
-use super::{Boundary, Gate};
+use super::{Boundary, Gate, PassedOn, first_of};
 
 /// The array, mapped. Every access is one to memory that the program, and other processes, may change at any time: by value, volatile.
 #[derive(Debug)]
@@ -81,14 +81,32 @@ impl Flows {
         }
     }
 
-    /// Raises the end's `end_seq` to `bytes` behind its first, if the program has not.
-    pub fn passed_on(&self, gate: Gate, end: usize, bytes: u64) {
-        let (Some(flow), Some(seen)) = (self.element(gate), self.get(gate)) else { return };
-        let Some(to) = seen.ends.get(end).map(|end| u64::from(end.first_seq) + bytes) else { return };
-        // SAFETY: an aligned word of an end that exists, which lives as long as `self`. The program writes it plainly, and only ever
-        // something larger: for what comes behind these bytes.
-        let word = unsafe { AtomicU64::from_ptr(&raw mut (*flow.as_ptr()).ends[end].end_seq) };
-        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now < to).then_some(to));
+    /// Raises the end's `end_seq` to what was passed on of it, if the program has not, and the other's boundary.
+    pub fn passed_on(&self, gate: Gate, end: usize, what: PassedOn) {
+        let (Some(flow), Some(now)) = (self.element(gate), self.get(gate)) else { return };
+        let (this, other) = if end == 0 { (0, 1) } else { (1, 0) };
+        let [first, second] = &now.ends;
+        let (from, to) = if end == 0 { (first, second) } else { (second, first) };
+        let bytes = u64::from(from.first_seq) + what.bytes;
+        // SAFETY: aligned words of ends that exist, which live as long as `self`. The program writes `end_seq` plainly, and only ever
+        // something larger: for what comes behind these bytes. It reads `own_seq`. Before it has seen a FIN it does not write `fin_end`.
+        let (end_seq, own_seq, fin_end, bits, closing) = unsafe {
+            let flow = flow.as_ptr();
+            (
+                AtomicU64::from_ptr(&raw mut (*flow).ends[this].end_seq),
+                AtomicU32::from_ptr(&raw mut (*flow).ends[other].own_seq),
+                AtomicU32::from_ptr(&raw mut (*flow).ends[this].fin_end),
+                AtomicU32::from_ptr(&raw mut (*flow).ends[this].seen),
+                AtomicU32::from_ptr(&raw mut (*flow).closing),
+            )
+        };
+        let _ = end_seq.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now < bytes).then_some(bytes));
+        own_seq.store(what.own_seq, Ordering::Release);
+        if what.finished {
+            fin_end.store(what.fin_end(from.first_seq), Ordering::Relaxed);
+            bits.fetch_or(seen::FIN, Ordering::Release);
+            closing.fetch_or(first_of(end, to), Ordering::Relaxed);
+        }
     }
 
     /// The one word.

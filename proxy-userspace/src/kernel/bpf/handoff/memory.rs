@@ -7,10 +7,10 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use proxy_abi::handoff::{HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, OWNER_BYTES, gate};
+use proxy_abi::handoff::{HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, OWNER_BYTES, gate, seen};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{Boundary, Found, Gate, HandoffStore, InsertError, NewFlow, prepared};
+use super::{Boundary, Found, Gate, HandoffStore, InsertError, NewFlow, PassedOn, first_of, prepared};
 
 /// A table in memory. A test plays the program: [`MemoryHandoffs::change`] and [`MemoryHandoffs::send`].
 pub struct MemoryHandoffs {
@@ -80,10 +80,16 @@ impl HandoffStore for MemoryHandoffs {
         });
     }
 
-    fn passed_on(&self, gate: Gate, end: usize, bytes: u64) {
+    fn passed_on(&self, gate: Gate, end: usize, what: PassedOn) {
         self.change(gate, |flow| {
-            if let Some(end) = flow.ends.get_mut(end) {
-                end.end_seq = end.end_seq.max(u64::from(end.first_seq) + bytes);
+            let [client, backend] = &mut flow.ends;
+            let (this, other) = if end == 0 { (client, backend) } else { (backend, client) };
+            this.end_seq = this.end_seq.max(u64::from(this.first_seq) + what.bytes);
+            other.own_seq = what.own_seq;
+            if what.finished {
+                this.fin_end = what.fin_end(this.first_seq);
+                this.seen |= seen::FIN;
+                flow.closing |= first_of(end, other);
             }
         });
     }

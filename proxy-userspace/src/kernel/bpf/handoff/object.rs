@@ -51,28 +51,26 @@ pub fn load_pinned(folder: &Path, sizes: Sizes) -> Result<(Ebpf, Sizes), Handoff
 }
 
 fn load_with(loader: &mut EbpfLoader<'_>, sizes: Sizes) -> Result<Ebpf, HandoffError> {
-    if !may_load() {
-        return Err(HandoffError::NoPerfmon);
-    }
     loader.map_max_entries("FLOWS", sizes.flows);
     loader.map_max_entries("ENTRIES", sizes.flows.saturating_mul(2));
     loader.map_max_entries("EVENTS", sizes.events);
     let mut object = loader.load(OBJECT).map_err(BpfError::from_load)?;
-    program(&mut object)?.load().map_err(BpfError::from_program)?;
-    Ok(object)
+    match program(&mut object)?.load().map_err(BpfError::from_program) {
+        Ok(()) => Ok(object),
+        Err(BpfError::Verifier { .. }) if lacks_perfmon() => Err(HandoffError::NoPerfmon),
+        Err(error) => Err(error.into()),
+    }
 }
 
-/// Without `CAP_PERFMON` the verifier also walks what a CPU might speculate, and gives the program up after some ten seconds: better not to
-/// ask. Where it cannot be read what this thread may, the kernel decides.
-fn may_load() -> bool {
+/// Without `CAP_PERFMON` the verifier also walks what a CPU might speculate, and refuses what that might read: more in one kernel than
+/// in another.
+fn lacks_perfmon() -> bool {
     const CAP_SYS_ADMIN: u64 = 1 << 21;
     const CAP_PERFMON: u64 = 1 << 38;
-    const CAP_BPF: u64 = 1 << 39;
     let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(u64::MAX);
-    // Without even CAP_BPF the kernel's own refusal says more.
-    effective & (CAP_SYS_ADMIN | CAP_PERFMON) != 0 || effective & CAP_BPF == 0
+    effective & (CAP_SYS_ADMIN | CAP_PERFMON) == 0
 }
 
 /// The program of a loaded object.

@@ -23,6 +23,8 @@ pub use packet::Case;
 pub struct HandoffProbe {
     /// Packets that came out as they should.
     pub packets: usize,
+    /// Instructions that the verifier walked (v5.16+).
+    pub verified_instructions: Option<u32>,
     /// Programs can be attached by tcx (v6.6+); else by clsact.
     pub tcx: bool,
 }
@@ -42,7 +44,10 @@ pub fn run() -> Result<HandoffProbe, HandoffError> {
     // Once the program is loaded, which takes its time: clocks go on in the packets.
     let cases = packet::all();
     bench.run_all(&cases)?;
-    Ok(HandoffProbe { packets: cases.len(), tcx: SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok() })
+    let info = object::program(&mut bench.object)?.info().map_err(BpfError::from_program)?;
+    let verified_instructions = info.verified_instruction_count();
+    let tcx = SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok();
+    Ok(HandoffProbe { packets: cases.len(), verified_instructions, tcx })
 }
 
 /// The program, loaded, with a table of its own.

@@ -15,8 +15,8 @@ use aya::{
 use proxy_abi::handoff::{HandoffEntry, HandoffEvent, HandoffFlow, HandoffKey, OWNER_BYTES, gate, outcome};
 
 use super::{
-    Boundary, Found, Gate, HandoffError, HandoffProbe, HandoffStore, InsertError, NewFlow, flows::Flows, links, object,
-    prepared, probe,
+    Boundary, Found, Gate, HandoffError, HandoffProbe, HandoffStore, InsertError, NewFlow, PassedOn, flows::Flows,
+    links, object, prepared, probe,
 };
 use crate::kernel::bpf::BpfError;
 
@@ -184,8 +184,8 @@ impl HandoffStore for HandoffTable {
         self.flows.open(gate, at);
     }
 
-    fn passed_on(&self, gate: Gate, end: usize, bytes: u64) {
-        self.flows.passed_on(gate, end, bytes);
+    fn passed_on(&self, gate: Gate, end: usize, what: PassedOn) {
+        self.flows.passed_on(gate, end, what);
     }
 
     fn leave(&self, gate: Gate) {

@@ -22,11 +22,11 @@ fn privileged() -> bool {
 }
 
 #[test]
-fn cap_bpf_cap_perfmon_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_comes_out_as_computed_here() {
+fn cap_bpf_and_cap_net_admin_are_enough_for_the_self_probe_and_every_packet_comes_out_as_computed_here() {
     if !privileged() {
         return;
     }
-    for keep in [CAP_BPF | CAP_NET_ADMIN | CAP_PERFMON, u64::MAX] {
+    for keep in [CAP_BPF | CAP_NET_ADMIN, CAP_BPF | CAP_NET_ADMIN | CAP_PERFMON, u64::MAX] {
         let probe = move || {
             keep_only(keep);
             HandoffTable::self_probe()
@@ -35,20 +35,9 @@ fn cap_bpf_cap_perfmon_and_cap_net_admin_are_enough_for_the_self_probe_and_every
             std::thread::spawn(probe).join().expect("the thread ends").unwrap_or_else(|e| panic!("{e}: {e:?}"));
         println!("{report:?}");
         assert!(report.packets > 200);
+        // Of a million that the verifier walks at most; what a kernel that reports none of them (before 5.16) would say is not known.
+        assert!(report.verified_instructions.is_none_or(|walked| walked < 50_000));
     }
-}
-
-#[test]
-fn without_cap_perfmon_the_probe_says_so_at_once() {
-    if !privileged() {
-        return;
-    }
-    let probe = || {
-        keep_only(CAP_BPF | CAP_NET_ADMIN);
-        HandoffTable::self_probe()
-    };
-    let error = std::thread::spawn(probe).join().expect("the thread ends").expect_err("no CAP_PERFMON");
-    assert!(matches!(error, HandoffError::NoPerfmon), "{error:?}");
 }
 
 /// A test that needs the kernel: on a thread with a network of its own and a BPF file system of its own, which go with the thread.
@@ -92,7 +81,7 @@ fn a_daemon_that_comes_after_finds_the_flows_and_the_interfaces_and_nothing_is_l
         first.attach(LOOPBACK).expect("attached");
         first.attach(LOOPBACK).expect("attached already");
         let gate = first.insert(&new_flow(41, 1_000)).expect("room");
-        first.open_gate(gate, [Boundary { own_seq: 5, first_seq: 6, drained: true }; 2]);
+        first.open_gate(gate, [Boundary { own_seq: 5, first_seq: 6, acked: 5 }; 2]);
         drop(first);
 
         // Sizes are those of the maps that are there.
@@ -125,6 +114,24 @@ fn a_full_table_and_ports_that_are_taken_are_refused_and_leave_nothing_behind() 
         assert!(table.remove(gate).is_none());
         table.insert(&new_flow(5, 5)).expect("room again");
     });
+}
+
+#[test]
+fn what_the_daemon_passes_on_itself_counts_with_its_fin_and_who_was_first() {
+    let pass_on = |store: &dyn HandoffStore| {
+        let gate = store.insert(&new_flow(1, 1)).expect("room");
+        store.open_gate(gate, [Boundary { own_seq: 500, first_seq: u32::MAX - 9, acked: 400 }; 2]);
+        store.passed_on(gate, 0, PassedOn { bytes: 30, own_seq: 530, finished: true });
+        store.passed_on(gate, 1, PassedOn { bytes: 0, own_seq: 500, finished: true });
+        let flow = store.flow(gate);
+        let [client, backend] = &flow.ends;
+        assert_eq!((client.bytes(), client.own_seq, backend.bytes(), backend.own_seq), (30, 500, 0, 530));
+        assert_eq!((client.fin_end, backend.fin_end), (21, u32::MAX - 8), "the number after each FIN");
+        assert_eq!((client.seen & seen::FIN, backend.seen & seen::FIN), (seen::FIN, seen::FIN));
+        assert_eq!(flow.closing, closing::CLIENT_FIRST);
+    };
+    pass_on(&MemoryHandoffs::new(2).expect("a table"));
+    in_a_namespace(|folder| pass_on(&HandoffTable::open(folder, SIZES).expect("new maps")));
 }
 
 #[test]

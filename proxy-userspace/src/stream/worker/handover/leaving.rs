@@ -14,12 +14,15 @@ use proxy_core::{
 
 use super::release;
 use crate::{
-    kernel::repair::{self, RepairError},
+    kernel::{
+        bpf::handoff::PassedOn,
+        repair::{self, RepairError},
+    },
     stream::{
         admission::Seat,
         flow::Flow,
         handover::{HandedOver, Handing, Held, Stage},
-        relay::{Means, Waiting},
+        relay::{Means, Waiting, Way},
         socket::Socket,
         worker::{Fate, Worker, meter_slot},
     },
@@ -52,6 +55,7 @@ impl Worker {
                 | Action::Measure
                 | Action::Arm(_)
                 | Action::Commit
+                | Action::Pause
                 | Action::Relay { .. }
                 | Action::Look
                 | Action::PassOn
@@ -80,7 +84,8 @@ impl Worker {
             let Some(backend) = flow.backend.as_ref() else { return Ok(Action::GiveUp) };
             let mut sockets: Both<Seen> = Default::default();
             // A FIN that slipped in is passed on like a byte.
-            let fin = [flow.client.finished && !flow.up.ended, backend.finished && !flow.down.ended];
+            let finished = [repair::is_finished(&flow.client)?, repair::is_finished(backend)?];
+            let fin = [finished[0] && !flow.up.ended, finished[1] && !flow.down.ended];
             let held = [&flow.up, &flow.down].map(|way| match &way.waiting {
                 Waiting::Nothing => 0,
                 Waiting::Bytes(held) => held.left().len() as u32,
@@ -91,36 +96,38 @@ impl Worker {
                 let queued = repair::queued(socket)?;
                 sockets[index] = Seen {
                     write_seq: committed.written[index],
-                    rcv_nxt: 0,
                     unread: queued.unread + held[index] + u32::from(fin[index]),
                     unacked: queued.unacked,
                     unsent: queued.unsent,
-                    held: 0,
+                    ..Seen::default()
                 };
             }
             let record = engine.store.flow(gate);
-            let written = committed.written;
             let acknowledged = [0, 1].map(|index| {
                 let end = &record.ends[index];
-                // The program's own word holds for what was written up to commit.
-                let all = end.seen & seen::DRAINED != 0 && end.own_seq == written[index];
-                if all { Some(written[index]) } else { (end.seen & seen::ACK != 0).then_some(end.ack) }
+                (end.seen & seen::ACK != 0).then_some(end.ack)
             });
+            let ended = [flow.up.ended, flow.down.ended];
+            let knows = |end: usize| !ended[end] || record.ends[end].seen & seen::FIN != 0;
             // Behind a reset nobody acknowledges anything, and nobody waits for what has slipped in.
             let reset = record.closing & (closing::RESET_BY_CLIENT | closing::RESET_BY_BACKEND) != 0;
-            let acknowledged = if reset { written.map(Some) } else { acknowledged };
+            let acknowledged = if reset { committed.written.map(Some) } else { acknowledged };
             if reset {
                 sockets.iter_mut().for_each(|socket| socket.unread = 0);
             }
             let settled = committed.ticket.is_some_and(|ticket| engine.grace.passed(ticket));
+            if settled && !(knows(0) && knows(1)) {
+                // Both wrote the same word at once. Once more, and then nobody does who has not seen it.
+                self.tell_program(flow, handing, [0; 2], ended);
+                let Some(committed) = handing.committed() else { return Ok(Action::GiveUp) };
+                committed.ticket = Some(engine.grace.ask());
+                return Ok(Action::Look);
+            }
             let event = handoff::Event::Looked { sockets, acknowledged, settled };
             match handing.protocol.step(event, &engine.when, self.now()) {
                 Action::PassOn => {
-                    for (end, socket) in sockets.iter().enumerate() {
-                        let relayed = if end == 0 { flow.up.bytes } else { flow.down.bytes };
-                        let bytes = relayed - committed.relayed[end] + u64::from(socket.unread);
-                        engine.store.passed_on(gate, end, bytes);
-                    }
+                    let rest = [0, 1].map(|end| sockets[end].unread - u32::from(fin[end]));
+                    self.tell_program(flow, handing, rest, [fin[0] || ended[0], fin[1] || ended[1]]);
                     if !self.pass_on(flow, handing)? {
                         return Ok(Action::Look);
                     }
@@ -135,17 +142,33 @@ impl Worker {
         }
     }
 
+    /// What is passed on besides its packets: `rest` is still to be.
+    fn tell_program(&self, flow: &Flow, handing: &mut Handing, rest: Both<u32>, finished: Both<bool>) {
+        let (Some(engine), Some(committed)) = (&self.shared.handoff, handing.committed()) else { return };
+        let relayed = [flow.up.bytes, flow.down.bytes];
+        for end in 0..2 {
+            let other = 1 - end;
+            let fin = u32::from(if end == 0 { flow.up.passed_on } else { flow.down.passed_on });
+            let what = PassedOn {
+                bytes: relayed[end] - committed.relayed[end] + u64::from(rest[end]),
+                own_seq: committed.written[other].wrapping_sub(fin).wrapping_add(rest[end]),
+                finished: finished[end],
+            };
+            engine.store.passed_on(committed.armed.gate, end, what);
+        }
+    }
+
     /// What slipped into the sockets before the gate was open goes to the other end as ever. True when all of it has.
     fn pass_on(&mut self, flow: &mut Flow, handing: &mut Handing) -> Result<bool, RepairError> {
         let (Some(committed), Some(backend)) = (handing.committed(), flow.backend.as_mut()) else { return Ok(true) };
         repair::release(&flow.client)?;
         repair::release(&*backend)?;
         (flow.client.readable, backend.readable) = (true, true);
-        let before = [flow.down.bytes, flow.up.bytes];
+        let before = [written(&flow.down), written(&flow.up)];
         // An end that is gone is for the program to notice.
         let _ = flow.up.pump(Means::Copy, &mut flow.client, backend, &mut self.stores);
         let _ = flow.down.pump(Means::Copy, backend, &mut flow.client, &mut self.stores);
-        let after = [flow.down.bytes, flow.up.bytes];
+        let after = [written(&flow.down), written(&flow.up)];
         for (end, written) in committed.written.iter_mut().enumerate() {
             *written = written.wrapping_add((after[end] - before[end]) as u32);
         }
@@ -216,4 +239,9 @@ impl Worker {
         flow.session.step(Event::Cut(reason), &self.slots[flow.slot].limits, self.now());
         self.end(flow, reason, proxy_core::session::How::Reset)
     }
+}
+
+/// How far the sequence numbers of the socket have come that this way writes to. The FIN counts as one.
+fn written(way: &Way) -> u64 {
+    way.bytes + u64::from(way.passed_on)
 }
