@@ -202,7 +202,9 @@ impl World {
             Some(ours.wrapping_add(self.directions[1 - end].acknowledged))
         });
         let settled = self.directions.iter().all(|one| one.inside.is_empty());
-        let looked = Event::Looked { sockets, acknowledged, settled };
+        // What is held is passed on like what is unread.
+        let left = |sockets: Both<Seen>| sockets.map(|seen| Seen { unread: seen.unread + seen.held, ..seen });
+        let looked = Event::Looked { sockets: left(sockets), acknowledged, settled };
         let event = match self.action {
             Action::Nothing | Action::Relay { .. } | Action::Pause => self.turn(),
             Action::Measure => Event::Measured { sockets, established: true },
@@ -214,7 +216,7 @@ impl World {
                 for one in &mut self.directions {
                     (one.read, one.written, one.own) = (one.received, one.received, one.received);
                 }
-                Event::Looked { sockets: self.sockets(), acknowledged, settled }
+                Event::Looked { sockets: left(self.sockets()), acknowledged, settled }
             }
             Action::Commit | Action::Look => looked,
             Action::Leave => {
