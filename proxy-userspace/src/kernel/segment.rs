@@ -15,7 +15,7 @@ pub const ACK: u8 = 0x10;
 const TCP: u8 = 6;
 const TCP_HEADER: usize = 20;
 
-/// A segment without payload.
+/// A segment without payload of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Segment {
     pub flags: u8,
@@ -23,6 +23,9 @@ pub struct Segment {
     pub acknowledgement: u32,
     /// TSval of the timestamps option, its one option if any: some peers drop a segment without it (RFC 7323 §3.2).
     pub timestamp: Option<u32>,
+    /// One byte that the peer has already. It answers such a segment even where it takes it for an old duplicate by its timestamp,
+    /// which it would let a bare acknowledgement pass for in silence (`tcp_disordered_ack_check`, v6.18; RFC 1122 §4.2.3.6).
+    pub old_byte: bool,
 }
 
 /// Raw sockets of both families. Without `CAP_NET_RAW` there are none, and nothing is sent.
@@ -99,6 +102,7 @@ fn encode(from: SocketAddr, to: SocketAddr, segment: Segment) -> Vec<u8> {
         bytes.extend([0; 4]);
     }
     bytes[12] = (bytes.len() as u8 / 4) << 4;
+    bytes.extend(segment.old_byte.then_some(0));
     bytes[13] = segment.flags;
     bytes[14..16].copy_from_slice(&u16::MAX.to_be_bytes());
     let checksum = checksum(from.ip(), to.ip(), &bytes);
@@ -134,13 +138,15 @@ mod tests {
     fn a_segment_sums_to_zero_with_its_checksum() {
         for (from, to) in [("10.0.0.1:40000", "10.0.0.2:80"), ("[fd00::1]:40000", "[fd00::2]:80")] {
             let [from, to]: [SocketAddr; 2] = [from, to].map(|text| text.parse().expect("address"));
-            for (timestamp, header) in [(None, 20), (Some(9), 32)] {
-                let segment = Segment { flags: RST | ACK, sequence: 0xfedc_ba98, acknowledgement: 7, timestamp };
+            for (timestamp, old_byte, header) in [(None, false, 20), (Some(9), false, 32), (Some(9), true, 32)] {
+                let (sequence, acknowledgement) = (0xfedc_ba98, 7);
+                let segment = Segment { flags: RST | ACK, sequence, acknowledgement, timestamp, old_byte };
                 let segment = encode(from, to, segment);
                 assert_eq!(checksum(from.ip(), to.ip(), &segment), 0);
                 assert_ne!(segment[16..18], [0, 0]);
                 assert_eq!(segment[4..8], [0xfe, 0xdc, 0xba, 0x98]);
-                assert_eq!((segment.len(), usize::from(segment[12] >> 4) * 4), (header, header));
+                let length = header + usize::from(old_byte);
+                assert_eq!((segment.len(), usize::from(segment[12] >> 4) * 4), (length, header));
             }
         }
     }

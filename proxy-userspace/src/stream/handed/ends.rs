@@ -80,10 +80,11 @@ impl Resets {
         };
         let Some(next) = expected(flow, index, &towards).next() else { return };
         let acknowledgement = flow.ends[index].end_seq as u32;
-        // The clock goes on from where our socket's was; it has not been seen later, for silence was long.
+        // The clock goes on from where our socket's was. What the other end has said meanwhile may have been later: hence the byte.
         let agreed = towards.options & option::TIMESTAMPS_OUT != 0;
         let timestamp = agreed.then(|| clock_at(&towards, now.0 * 1_000_000));
-        self.0.send(from, to, Segment { flags: ACK, sequence: next.wrapping_sub(1), acknowledgement, timestamp });
+        let sequence = next.wrapping_sub(1);
+        self.0.send(from, to, Segment { flags: ACK, sequence, acknowledgement, timestamp, old_byte: true });
     }
 }
 
