@@ -27,7 +27,7 @@ fn the_backend_of_a_transparent_tls_route_sees_the_client_and_bytes_go_both_ways
     const BYTES: u64 = 20 << 20;
     let lab = Lab::new()?;
     let servers = servers_with_tls(&lab, &Behaviour::Exchange { seed: 7, bytes: BYTES, start: Start::AtOnce })?;
-    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "source_address = \"client\"")?)?;
+    let shunt = Shunt::start(&lab, &Relay::tls_routes(&lab, "source_address = \"client\"")?)?;
     on_each(&Relay::TLS, |relay| {
         let mut stream = relay.open(&lab)?;
         let mut reader = stream.try_clone()?;

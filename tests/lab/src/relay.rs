@@ -99,12 +99,17 @@ impl Relay {
 
     /// As [`Self::routes`], and the ways through TLS.
     pub fn routes_with_tls(lab: &Lab, rest: &str) -> Result<String> {
+        Ok(format!("{}{}", Self::routes(rest), Self::tls_routes(lab, rest)?))
+    }
+
+    /// The ways through TLS alone.
+    pub fn tls_routes(lab: &Lab, rest: &str) -> Result<String> {
         let backend = [Ipv4Addr::new(10, 88, 2, 2)];
         let pki = &lab.tls()?.pki;
         let (ends, again) = (pki.terminate(&["web"], ""), pki.again(NAME));
         let terminated = Self::Terminated.route_to(&backend, &format!("{rest}\n{ends}"));
         let again = Self::Again.route_to(&backend, &format!("{rest}\n{ends}{again}"));
-        Ok(format!("{}{terminated}{again}", Self::routes(rest)))
+        Ok(format!("{terminated}{again}"))
     }
 
     /// … to the same port of several backends.
