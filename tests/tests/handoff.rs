@@ -42,7 +42,7 @@ fn handovers(shunt: &Shunt) -> Result<f64> {
 
 /// `count` connections at once, busy in both directions from their first byte.
 fn carry_while_busy(lab: &Lab, server: &TcpServer, count: u64, bytes: u64) -> Result<()> {
-    let expected = pattern::send(&mut std::io::sink(), 6, bytes)?;
+    let expected = pattern::send(&mut io::sink(), 6, bytes)?;
     thread::scope(|scope| -> Result<()> {
         let threads: Vec<_> = (0..count)
             .map(|n| {
@@ -60,8 +60,7 @@ fn carry_while_busy(lab: &Lab, server: &TcpServer, count: u64, bytes: u64) -> Re
     })?;
     let mut arrived: Vec<Digested> =
         server.wait_records(count as usize, SOON)?.into_iter().map(|record| record.received).collect();
-    let sent: Result<Vec<Digested>, _> =
-        (0..count).map(|n| pattern::send(&mut std::io::sink(), 100 + n, bytes)).collect();
+    let sent: Result<Vec<Digested>, _> = (0..count).map(|n| pattern::send(&mut io::sink(), 100 + n, bytes)).collect();
     let mut sent = sent?;
     arrived.sort_by(|a, b| a.sha256.cmp(&b.sha256));
     sent.sort_by(|a, b| a.sha256.cmp(&b.sha256));
@@ -183,7 +182,7 @@ fn a_daemon_that_is_killed_takes_no_transfer_with_it() -> Result<()> {
     let mut shunt = Shunt::start(&lab, &route(""))?;
     let streams: Vec<TcpStream> = (0..COUNT).map(|_| Ok(lab.client().connect(TO.listen())?)).collect::<Result<_>>()?;
     wait_for("all are handed over", SOON, || (handovers(&shunt).ok()? == COUNT as f64).then_some(()))?;
-    let expected = pattern::send(&mut std::io::sink(), 6, BYTES)?;
+    let expected = pattern::send(&mut io::sink(), 6, BYTES)?;
     let (begun, killed) = (Barrier::new(COUNT + 1), AtomicBool::new(false));
     thread::scope(|scope| -> Result<()> {
         let threads: Vec<_> = streams
@@ -217,9 +216,8 @@ fn a_daemon_that_is_killed_takes_no_transfer_with_it() -> Result<()> {
     })?;
     let mut arrived: Vec<String> =
         server.wait_records(COUNT, SOON)?.into_iter().map(|record| record.received.sha256).collect();
-    let mut sent: Vec<String> = (0..COUNT as u64)
-        .map(|n| Ok(pattern::send(&mut std::io::sink(), 100 + n, BYTES)?.sha256))
-        .collect::<Result<_>>()?;
+    let mut sent: Vec<String> =
+        (0..COUNT as u64).map(|n| Ok(pattern::send(&mut io::sink(), 100 + n, BYTES)?.sha256)).collect::<Result<_>>()?;
     arrived.sort();
     sent.sort();
     ensure!(arrived == sent, "client → backend");
@@ -281,7 +279,7 @@ fn a_slow_reader_holds_its_sender_up_and_gets_every_byte() -> Result<()> {
         }
     }
     let received = running.finish();
-    ensure!(received == pattern::send(&mut std::io::sink(), 6, BYTES)?, "{received:?}");
+    ensure!(received == pattern::send(&mut io::sink(), 6, BYTES)?, "{received:?}");
     println!("{} handed over: {:?}", handovers(&shunt)?, shunt.metrics()?.samples("shunt_handovers_total"));
     stream.shutdown(Shutdown::Write)?;
     shunt.wait_ended(TO.route(), &[("finished_backend_first", 1)], SOON)
