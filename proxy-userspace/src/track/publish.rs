@@ -10,6 +10,7 @@ use std::{
 };
 
 use proxy_core::{
+    conntrack::Traffic,
     flow::{FlowTable, Now, RouteTally},
     reason::Reason,
     view,
@@ -189,12 +190,16 @@ fn stats(tally: &RouteTally, kernel: Option<&RouteCounters>, rates: Option<&Rate
     for (reason, count) in kernel.iter().flat_map(|kernel| &kernel.refused).filter(|(_, count)| *count > 0) {
         *terminations.entry(*reason).or_default() += count;
     }
-    let inward = kernel.map_or(tally.traffic_in, |kernel| kernel.traffic_in);
-    let outward = kernel.map_or(tally.traffic_out, |kernel| kernel.traffic_out);
+    // The kernel's counters know what was before this daemon; the records know what went with a table that somebody deleted.
+    let more = |kernel: Option<Traffic>, records: Traffic| {
+        kernel.filter(|kernel| kernel.bytes >= records.bytes).unwrap_or(records)
+    };
+    let inward = more(kernel.map(|kernel| kernel.traffic_in), tally.traffic_in);
+    let outward = more(kernel.map(|kernel| kernel.traffic_out), tally.traffic_out);
     let [connections_rate, bytes_in_rate, bytes_out_rate] = rates.map_or([0.0; 3], |rates| rates.per_second);
     view::RouteStats {
         connections_active: tally.active,
-        connections_total: kernel.map_or(tally.seen, |kernel| kernel.connections),
+        connections_total: kernel.map_or(0, |kernel| kernel.connections).max(tally.seen),
         bytes_in: inward.bytes,
         bytes_out: outward.bytes,
         packets_in: inward.packets,

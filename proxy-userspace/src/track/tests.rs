@@ -161,6 +161,18 @@ fn run(body: impl AsyncFnOnce(&mut Bench)) -> String {
 }
 
 #[test]
+fn who_asks_is_answered_with_the_routes_that_were_told_before() {
+    // Were it chance, it would be one of two each time.
+    for _ in 0..16 {
+        run(async |bench| {
+            bench.kernel.begin(flow(1, 1));
+            bench.send(routes([(1, info("web"))])).await;
+            assert_eq!(bench.list(ConnectionFilter::default()).await.len(), 1);
+        });
+    }
+}
+
+#[test]
 fn an_end_told_before_the_routes_are_known_is_counted_once_they_are() {
     run(async |bench| {
         bench.kernel.begin(flow(1, 1));
@@ -263,6 +275,21 @@ fn kernel_counters_and_refusals_are_merged_with_the_records() {
         tokio::time::sleep(Duration::from_millis(50)).await;
         bench.send(counters(6, 11_000)).await;
         bench.route("web", |route| route.bytes_in_rate == 0.0).await;
+    });
+}
+
+#[test]
+fn counters_that_begin_again_take_nothing_back() {
+    run(async |bench| {
+        bench.send(routes([(1, info("web"))])).await;
+        (1..=3).for_each(|id| bench.kernel.begin(flow(id, 1)));
+        bench.route("web", |route| route.connections_total == 3).await;
+        // The table was deleted before anybody had read its counters.
+        let traffic = Traffic { packets: 1, bytes: 1000 };
+        let counters = RouteCounters { connections: 1, traffic_in: traffic, traffic_out: traffic, refused: Vec::new() };
+        bench.send(Input::Counters(KernelCounters { routes: HashMap::from([(1, counters)]) })).await;
+        let stats = bench.route("web", |route| route.bytes_out == 1000).await;
+        assert_eq!(stats.connections_total, 3);
     });
 }
 

@@ -31,18 +31,13 @@ const CUT: u32 = 0xfff;
 /// speculation (without `CAP_PERFMON`) it follows one beyond its end.
 macro_rules! twelve_times {
     ($step:expr) => {
-        $step;
-        $step;
-        $step;
-        $step;
-        $step;
-        $step;
-        $step;
-        $step;
-        $step;
-        $step;
-        $step;
-        $step;
+        twelve_times!(@ $step, 1 2 3 4 5 6 7 8 9 10 11 12)
+    };
+    (@ $step:expr, $($nth:literal)*) => {
+        $({
+            let _ = $nth;
+            $step;
+        })*
     };
 }
 

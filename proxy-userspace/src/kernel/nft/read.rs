@@ -273,13 +273,11 @@ fn is_ours(attributes: Attributes<'_>, table: u16) -> bool {
     attributes.find(table).and_then(|name| name.text()) == Some(TABLE)
 }
 
-/// In the order of the keys. A dump beside a `flush ruleset` may tell of no element and of no interruption: the elements are those of the
-/// generation before (`nft_set_elem_active`, v6.18). So the generation must have been the same throughout.
+/// In the order of the keys.
 pub fn counters(socket: &mut NetlinkSocket, name: &str) -> Result<Vec<(Key, Counter)>, NftError> {
     let names = [(set::TABLE, TABLE), (set::NAME, name)];
     let query = Query { what: "a set", message: msg::GET_SET, flags: REQUEST, attributes: &names };
     for _ in 0..SNAPSHOT_TRIES {
-        let before = generation(socket)?;
         let mut described = None;
         let end = request(socket, &query, |message| described = describe(message))?;
         let size = match (end, described) {
@@ -296,9 +294,7 @@ pub fn counters(socket: &mut NetlinkSocket, name: &str) -> Result<Vec<(Key, Coun
         match dump_elements(socket, name, size, read, finish, Vec::len) {
             // The size is asked for again: the set may have changed after it was told.
             Err(NftError::Interrupted) => {}
-            Ok(counters) if generation(socket)? == before => return Ok(counters),
-            Ok(_) => {}
-            Err(error) => return Err(error),
+            result => return result,
         }
     }
     Err(NftError::Interrupted)

@@ -147,8 +147,14 @@ impl Worker {
             State::Established { .. } => {
                 handoff::Event::Turn { bytes: flow.up.bytes + flow.down.bytes, age, held: flow.holds() }
             }
-            _ if handing.protocol.is_paused() => handoff::Event::Failed(Failure::Finished),
-            _ => return,
+            State::HalfClosed { .. } | State::Closed(_) if handing.protocol.is_paused() => {
+                handoff::Event::Failed(Failure::Finished)
+            }
+            State::HalfClosed { .. } | State::Closed(_) => return,
+            // Before both connections are up there is nothing to hand over.
+            State::Classifying { .. } | State::Handshaking { .. } | State::Dialing { .. } | State::Securing { .. } => {
+                return;
+            }
         };
         let mut action = step(handing, turn);
         let mut found = None;
