@@ -9,7 +9,11 @@ use std::{
     sync::Arc,
 };
 
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+    unistd::{AccessFlags, faccessat},
+};
 use proxy_core::{handed::route_hash, plan::Plan};
 use tokio::{io::unix::AsyncFd, task::AbortHandle};
 
@@ -44,27 +48,30 @@ fn is_bpf_fs(path: &Path) -> bool {
     statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
 }
 
-/// The table, where a route hands over or a daemon before this one has left connections in it.
-pub fn open(plan: &Plan, socket: &Path) -> Result<Option<Arc<HandoffTable>>, HandoffError> {
+/// Whether there is a BPF file system for it in which this process may make, or change, its folder.
+pub fn can_pin(socket: &Path) -> bool {
     let folder = folder(socket);
-    if !folder.exists() && !plan.routes().iter().any(|route| route.hands_over()) {
-        return Ok(None);
-    }
-    HandoffTable::open(&folder, SIZES).map(Arc::new).map(Some)
+    let existing = if folder.exists() { folder.as_path() } else { folder.parent().unwrap_or(&folder) };
+    is_bpf_fs(existing) && faccessat(AT_FDCWD, existing, AccessFlags::W_OK, AtFlags::AT_EACCESS).is_ok()
 }
 
-/// Puts the program on every interface, and goes on doing so with new ones, inside a tokio runtime.
-pub fn follow_interfaces(table: Arc<HandoffTable>) -> Result<Store, InterfaceError> {
-    follow(table).map(|(store, _)| store)
+/// [`begin`], where a route hands over or a daemon before this one has left connections.
+pub fn begin_where_needed(plan: &Plan, socket: &Path) -> Result<Option<Begun>, StreamError> {
+    let needed = folder(socket).exists() || plan.routes().iter().any(|route| route.hands_over());
+    needed.then(|| begin(socket)).transpose()
 }
 
-/// Makes the table and puts the program on every interface for a daemon that was started without: for good, or for as long as a
-/// change is tried. Inside a tokio runtime.
+/// Makes the table, or takes over what a daemon before this one has left, and puts the program on every interface: for good, or for as
+/// long as a start or a change is tried. What was there before stays in any case. Inside a tokio runtime.
 pub fn begin(socket: &Path) -> Result<Begun, StreamError> {
     let folder = folder(socket);
+    let was_there = folder.exists();
     let table = HandoffTable::open(&folder, SIZES).map(Arc::new);
     let followed = table.map_err(StreamError::from).and_then(|table| Ok(follow(table)?));
     let take_away = move || {
+        if was_there {
+            return;
+        }
         if let Err(error) = HandoffTable::remove_pins(&folder) {
             tracing::warn!(%error, "left behind; `shunt cleanup` removes it");
         }

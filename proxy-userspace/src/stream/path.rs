@@ -134,7 +134,30 @@ pub struct Prepared {
     /// One for each worker, when they are needed first.
     maps: Vec<Sockmap>,
     /// When connections are to be handed over first.
-    handoff: Option<(handed::Begun, handed::Owner, HandoffEngine)>,
+    handoff: Option<BroughtUp>,
+}
+
+/// What connections are handed over with, for a change that may still fail: unless it is kept nothing of it is left.
+#[derive(Debug)]
+struct BroughtUp(Option<(handed::Begun, handed::Owner, HandoffEngine)>);
+
+impl BroughtUp {
+    fn keep(mut self) -> Option<(handed::Owner, HandoffEngine)> {
+        let (begun, owner, engine) = self.0.take()?;
+        begun.keep();
+        Some((owner, engine))
+    }
+}
+
+impl Drop for BroughtUp {
+    fn drop(&mut self) {
+        if let Some((begun, owner, engine)) = self.0.take() {
+            drop(engine);
+            // Its thread uses the table.
+            owner.stop();
+            drop(begun);
+        }
+    }
 }
 
 /// The listen addresses after a change, and what has to be done for it.
@@ -289,8 +312,7 @@ impl Streams for StreamPath {
 
     fn commit(&mut self, prepared: Prepared) {
         let Prepared { routes, gone, listening, return_path: made, maps, handoff } = prepared;
-        if let Some((begun, owner, engine)) = handoff {
-            begun.keep();
+        if let Some((owner, engine)) = handoff.and_then(BroughtUp::keep) {
             self.handing.serve(&owner);
             self.owner = Some(owner);
             // Before the routes that need it.
@@ -406,10 +428,10 @@ impl Handing {
     }
 
     /// For a change that needs it first.
-    fn begin(&self) -> Result<(handed::Begun, handed::Owner, HandoffEngine), StreamError> {
+    fn begin(&self) -> Result<BroughtUp, StreamError> {
         let begun = (self.begin)()?;
         let (owner, engine) = self.own(begun.store.clone())?;
-        Ok((begun, owner, engine))
+        Ok(BroughtUp(Some((begun, owner, engine))))
     }
 
     fn serve(&self, owner: &handed::Owner) {
