@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    ops::RangeInclusive,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -12,7 +13,7 @@ use std::{
 use nix::{
     fcntl::{AT_FDCWD, AtFlags},
     sys::statfs::{BPF_FS_MAGIC, statfs},
-    unistd::{AccessFlags, faccessat},
+    unistd::{AccessFlags, SysconfVar, faccessat, sysconf},
 };
 use proxy_core::{handed::route_hash, plan::Plan};
 use tokio::{io::unix::AsyncFd, task::AbortHandle};
@@ -21,6 +22,7 @@ use crate::{
     kernel::{
         bpf::handoff::{HandoffError, HandoffStore, HandoffTable, Sizes},
         interfaces::{InterfaceError, Interfaces},
+        memory,
         segment::Sender,
     },
     stream::{
@@ -30,8 +32,21 @@ use crate::{
     },
 };
 
-/// 131,072 connections: 32 MiB of kernel memory at once, and some 500 bytes more for each that is there.
-const SIZES: Sizes = Sizes { flows: 1 << 17, events: 1 << 20 };
+/// Bytes that are taken at once for a connection that may come.
+const AT_ONCE: u64 = 256;
+/// One in so many bytes of the machine's memory may be taken so: 131,072 connections where there are 4 GiB.
+const SHARE: u64 = 128;
+const FLOWS: RangeInclusive<u64> = 1 << 12..=1 << 17;
+
+/// For maps that are new.
+fn sizes() -> Sizes {
+    let asked = |what| sysconf(what).ok().flatten().and_then(|answer| u64::try_from(answer).ok()).unwrap_or_default();
+    let memory = asked(SysconfVar::_PHYS_PAGES) * asked(SysconfVar::PAGE_SIZE);
+    let flows = (memory / SHARE / AT_ONCE).clamp(*FLOWS.start(), *FLOWS.end());
+    // A power of two, rounded down.
+    Sizes { flows: 1 << flows.ilog2(), events: 1 << 20 }
+}
+
 /// Where systemd mounts it.
 const BPF_FS: &str = "/sys/fs/bpf";
 
@@ -66,7 +81,9 @@ pub fn begin_where_needed(plan: &Plan, socket: &Path) -> Result<Option<Begun>, S
 pub fn begin(socket: &Path) -> Result<Begun, StreamError> {
     let folder = folder(socket);
     let was_there = folder.exists();
-    let table = HandoffTable::open(&folder, SIZES).map(Arc::new);
+    let table = HandoffTable::open(&folder, sizes()).map(Arc::new);
+    // The loader has read what the kernel says of its types, megabytes.
+    memory::give_back();
     let followed = table.map_err(StreamError::from).and_then(|table| Ok(follow(table)?));
     let take_away = move || {
         if was_there {
@@ -154,7 +171,7 @@ pub fn remove(socket: &Path) -> Result<Option<String>, HandoffError> {
     if !folder.exists() {
         return Ok(None);
     }
-    let ended = match HandoffTable::open(&folder, SIZES) {
+    let ended = match HandoffTable::open(&folder, sizes()) {
         Ok(table) => end_all(&table),
         // Another version's: its flows end with their next packets.
         Err(HandoffError::Layout { .. }) => 0,

@@ -56,3 +56,64 @@ fn looking_changes_nothing() {
     let status = Command::new("unshare").args(["-n", "sh", "-c", &script]).status().expect("unshare needs root");
     assert!(status.success());
 }
+
+/// How `shunt plan` would serve a route that reads first bytes, and why not by `handoff`, behind these rules.
+fn planned_behind(rules: &str) -> (String, String) {
+    let route = "[[route]]\nname = \"web\"\nlisten = [\"0.0.0.0:443\"]\nbackends = [\"10.0.0.2:443\"]\nmatch.sni = [\"a.example\"]\n";
+    let file = std::env::temp_dir().join(format!("shunt-plan-{}-{:p}.toml", std::process::id(), rules.as_ptr()));
+    std::fs::write(&file, route).expect("a file");
+    let shunt = env!("CARGO_BIN_EXE_shunt");
+    let script = format!("set -e; printf '%s' \"$1\" | nft -f -; exec {shunt} plan {} --format json", file.display());
+    let output =
+        Command::new("unshare").args(["-n", "sh", "-c", &script, "sh", rules]).output().expect("unshare needs root");
+    std::fs::remove_file(&file).expect("the file");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let plan: serde_json::Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
+    let route = &plan["routes"][0];
+    let refused = route["refused"].as_array().expect("refused").iter().filter(|one| one["engine"] == "handoff");
+    let reasons: Vec<_> = refused.filter_map(|one| one["reason"].as_str()).collect();
+    (route["engine"].as_str().unwrap_or_default().to_owned(), reasons.join("; "))
+}
+
+#[test]
+fn auto_hands_over_where_no_chain_has_a_say_in_established_connections() {
+    let chain = |hook: &str, rules: &str| {
+        format!("table inet other {{ chain c {{ type filter hook {hook} priority 0; {rules}\n}}\n}}")
+    };
+    for allowed in [
+        chain("forward", ""),
+        chain("forward", "counter; log; tcp dport 25 accept"),
+        chain("input", "policy drop; ct state established,related accept; tcp dport 443 accept"),
+        chain(
+            "input",
+            "policy drop; ct state invalid drop; iifname lo accept; ct state { established, related } accept",
+        ),
+        chain("input", "policy drop; ct state vmap { established : accept, related : accept, invalid : drop }; drop"),
+        chain("output", "policy drop; ct state != { established, related } drop; accept")
+            .replace("ct state != { established, related } drop", "ct state new drop"),
+        "table ip n { chain p { type nat hook prerouting priority -100; tcp dport 80 redirect to :81; }\n}".to_owned(),
+        "table inet n { chain loose { drop; }\n}".to_owned(),
+    ] {
+        let (engine, why) = planned_behind(&allowed);
+        assert_eq!(engine, "handoff", "{allowed}: {why}");
+    }
+    for (filter, named) in [
+        (chain("forward", "policy drop; "), "chain c of table inet other (hook forward, priority 0)"),
+        (chain("forward", "ct state established accept; ct state invalid drop"), "hook forward"),
+        (chain("input", "policy drop; "), "hook input"),
+        (chain("input", "tcp dport 443 limit rate 5/second accept; ct state established accept"), "hook input"),
+        (chain("input", "ip saddr 192.0.2.0/24 drop; ct state established accept"), "hook input"),
+        (chain("input", "ct state vmap { established : drop }"), "hook input"),
+        (chain("prerouting", "meta mark set 7"), "hook prerouting"),
+        (chain("output", "ct state established quota over 1 mbytes drop"), "hook output"),
+        (
+            "table netdev n { chain i { type filter hook ingress device lo priority -5; ip saddr 192.0.2.1 drop; }\n}"
+                .to_owned(),
+            "chain i of table netdev n (hook ingress, priority -5)",
+        ),
+    ] {
+        let (engine, why) = planned_behind(&filter);
+        assert!(engine == "splice" && why.contains(named), "{filter}: {engine}, {why}");
+    }
+}

@@ -423,7 +423,7 @@ impl Handing {
         };
         let grace = Grace::start().map_err(failed)?;
         let engine =
-            HandoffEngine { store: store.table, owner: sender, ports, grace, on: store.on, when: handover::WHEN };
+            HandoffEngine { store: store.table, owner: sender, ports, grace, on: store.on, when: handover::when() };
         Ok((handed::Owner::spawn(options).map_err(failed)?, engine))
     }
 
