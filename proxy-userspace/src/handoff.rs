@@ -34,8 +34,8 @@ use crate::{
 
 /// Bytes that are taken at once for a connection that may come.
 const AT_ONCE: u64 = 256;
-/// One in so many bytes of the machine's memory may be taken so: 131,072 connections where there are 4 GiB.
-const SHARE: u64 = 128;
+/// One in so many bytes of the machine's memory may be taken so: 131,072 connections from 8 GiB on.
+const SHARE: u64 = 256;
 const FLOWS: RangeInclusive<u64> = 1 << 12..=1 << 17;
 
 /// For maps that are new.

@@ -76,7 +76,11 @@ fn auto_hands_over_until_somebody_filters_and_again_when_nobody_does_and_no_conn
     let chain = "chain fw of table ip firewall (hook forward, priority 7)";
     let why = why_not(&shunt, "web")?;
     ensure!(why.contains(chain) && why.contains("engine = \"handoff\""), "{why}");
-    let doctor = shunt.cli(&["doctor", "--json", "--config", shunt.config_file().to_str().context("path")?])?;
+    let config = shunt.config_file().to_str().context("path")?;
+    let planned = shunt.cli(&["plan", config])?;
+    let planned = String::from_utf8_lossy(&planned.stdout).into_owned();
+    ensure!(planned.contains("not be seen by") && planned.contains(chain), "{planned}");
+    let doctor = shunt.cli(&["doctor", "--json", "--config", config])?;
     let doctor: Value = serde_json::from_slice(&doctor.stdout)?;
     let checks = doctor["checks"].as_array().context("checks")?;
     let check = checks.iter().find(|check| check["name"] == "firewall and handoff").context("no check of it")?;

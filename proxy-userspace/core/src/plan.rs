@@ -125,6 +125,12 @@ impl RoutePlan {
         self.only_against_handoff(|refusal| matches!(refusal, Refusal::CannotHandOver(_)))
     }
 
+    /// What of this machine keeps connections that could be handed over in the daemon.
+    pub fn kept_by(&self) -> Option<&Refusal> {
+        let kept = self.could_hand_over() && !self.hands_over();
+        self.refused.iter().find(|(engine, _)| kept && *engine == Engine::Handoff).map(|(_, refusal)| refusal)
+    }
+
     fn only_against_handoff(&self, of_kind: fn(&Refusal) -> bool) -> bool {
         let against = || self.refused.iter().filter(|(engine, _)| *engine == Engine::Handoff);
         self.engine != Some(Engine::Nft) && against().next().is_some() && against().all(|(_, refusal)| of_kind(refusal))
