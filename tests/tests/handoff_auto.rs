@@ -237,3 +237,26 @@ fn a_reload_that_fails_takes_away_again_what_it_brought_up_to_hand_over_with() -
     ensure!(!lab.pins().left()?.is_empty());
     echo(&mut held, b"goes on")
 }
+
+#[test]
+fn what_a_daemon_before_handed_over_is_taken_over_by_the_reload_that_can() -> Result<()> {
+    let (lab, _server) = stage()?;
+    let mut shunt = Shunt::start(&lab, &web(DECIDES))?;
+    let mut stream = connect(&lab)?;
+    handed_over(&shunt, &stream)?;
+    let id = shunt.connection_of(&stream)?.context("it is not shown")?["id"].clone();
+    shunt.kill9();
+    let (pins, away) = (pins(&lab), pins(&lab).with_extension("away"));
+    fs::rename(&pins, &away)?;
+    fs::create_dir_all(pins.join("ABI"))?;
+    shunt.restart()?;
+    ensure!(engine(&shunt)? == "splice" && shunt.connection_of(&stream)?.is_none());
+    echo(&mut stream, b"it needs no daemon")?;
+    fs::remove_dir_all(&pins)?;
+    fs::rename(&away, &pins)?;
+    shunt.reload(&web(DECIDES))?;
+    handed_over(&shunt, &stream)?;
+    let shown = shunt.connection_of(&stream)?.context("it is not shown")?;
+    ensure!(shown["id"] == id && shown["route"] == "web", "{shown}, before {id}");
+    echo(&mut stream, b"and goes on")
+}

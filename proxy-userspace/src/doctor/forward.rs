@@ -20,15 +20,12 @@ pub(super) fn passed_by(filters: &[FilterChain], plan: Option<&Plan>) -> Vec<Che
     if filters.is_empty() {
         return hands_over.then(|| new().ok("no chain has a say in established connections")).into_iter().collect();
     }
-    let say = |chain: &FilterChain| {
-        match (hands_over, withheld) {
-        (true, _) => new().warn(
-            format!("{chain} filters, and does not see what is handed over"),
-            "filter by deny = [...] in the route, or take engine = \"splice\"; a running connection ends with shunt kill",
-        ),
+    let passes =
+        "filter by deny = [...] in the route, or take engine = \"splice\"; a running connection ends with shunt kill";
+    let say = |chain: &FilterChain| match (hands_over, withheld) {
+        (true, _) => new().warn(format!("{chain} filters, and does not see what is handed over"), passes),
         (false, true) => new().warn(format!("{chain} filters: engine = \"auto\" does not hand over"), mend(chain)),
         (false, false) => new().ok(format!("{chain} filters: engine = \"auto\" does not hand over")),
-    }
     };
     filters.iter().map(say).collect()
 }

@@ -312,7 +312,9 @@ impl Streams for StreamPath {
 
     fn commit(&mut self, prepared: Prepared) {
         let Prepared { routes, gone, listening, return_path: made, maps, handoff } = prepared;
-        if let Some((owner, engine)) = handoff.and_then(BroughtUp::keep) {
+        let owned = handoff.and_then(BroughtUp::keep);
+        let begins = owned.is_some();
+        if let Some((owner, engine)) = owned {
             self.handing.serve(&owner);
             self.owner = Some(owner);
             // Before the routes that need it.
@@ -350,6 +352,11 @@ impl Streams for StreamPath {
         }
         self.tell_owner(handed::Command::Routes(routes.clone()));
         self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
+        if begins {
+            // It has heard of no route before; and a start at which it could not be brought up may have left something to adopt.
+            self.tell_owner(handed::Command::Routes(self.routes.values().cloned().collect()));
+            self.tell_owner(handed::Command::Adopt);
+        }
         self.settling.clear();
         for (worker, change) in self.workers.iter().zip(changes) {
             let (done, serves) = oneshot::channel();
