@@ -18,7 +18,7 @@ use crate::{
     stream::{Accept as _, Stream},
     tls::NAME,
     topology::{GATEWAY, Lab},
-    wait::wait_for,
+    wait::{patiently, wait_for},
 };
 
 /// Far more than a connection has to carry before it is moved to splice.
@@ -179,7 +179,7 @@ impl Relay {
         };
         let mut echoed = 0;
         let (out, mut back) = (vec![0x5a; chunk], vec![0; chunk]);
-        SockRef::from(&*stream).set_read_timeout(Some(Duration::from_secs(10)))?;
+        SockRef::from(&*stream).set_read_timeout(Some(patiently(Duration::from_secs(10))))?;
         while echoed < most {
             stream.write_all(&out).context("priming")?;
             stream.read_exact(&mut back).context("priming")?;
