@@ -131,6 +131,8 @@ fn examine(
     accelerator: &mut Option<Accelerator>,
 ) -> Result<Vec<Outcome>> {
     let results = results_of(folder, kernel);
+    let lock = fs::File::create(results.with_added_extension("lock"))?;
+    lock.try_lock().with_context(|| format!("another run uses {}", results.display()))?;
     if results.exists() {
         fs::remove_dir_all(&results)?;
     }
