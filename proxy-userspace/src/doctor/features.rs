@@ -87,8 +87,8 @@ fn optional(nft: &NftFacts) -> Vec<Check> {
 fn port_ranges(probe: &Probe) -> Check {
     let check =
         Check::of("port ranges", "one socket per worker for all ports of a relayed route, instead of one per port");
-    let without = "give the process CAP_BPF and CAP_NET_ADMIN, before Linux 6.8 CAP_PERFMON too, before 5.11 LimitMEMLOCK=infinity, on \
-                   Linux 5.9 or newer; or listen on few ports";
+    let without = "give the process CAP_BPF and CAP_NET_ADMIN, on Linux 5.9 or newer; an old one may want CAP_PERFMON too, and before \
+                   5.11 LimitMEMLOCK=infinity; or listen on few ports";
     match probe.sk_lookup {
         Some(true) => check.ok("sk_lookup leads them to one socket"),
         Some(false) => {
