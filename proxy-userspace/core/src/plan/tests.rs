@@ -54,13 +54,17 @@ fn relayed(text: &str) -> (Option<Engine>, Vec<Refusal>) {
 #[test]
 fn what_nft_cannot_do_the_daemon_relays_and_says_so() {
     let text = route("proxy_protocol = { send = \"v1\" }");
-    assert_eq!(relayed(&text), (Some(Engine::Splice), Vec::new()));
+    assert_eq!(relayed(&text), (Some(Engine::Handoff), Vec::new()));
+    let because = |capabilities: &Capabilities| planned(&text, capabilities).routes[0].because();
+    let begins = "proxy_protocol.send writes a header into the stream: the daemon begins, and hands over to the kernel";
+    assert_eq!(because(&Capabilities::all()), begins);
+    let stays = Capabilities { handoff: Handoff::NoTc, ..Capabilities::all() };
+    assert_eq!(because(&stays), "proxy_protocol.send writes a header into the stream: the daemon relays");
     let plan = planned(&text, &Capabilities::all());
-    assert_eq!(plan.routes[0].because(), "proxy_protocol.send writes a header into the stream: the daemon relays");
     assert!(!plan.uses_nft());
     let forced = planned(&route("engine = \"copy\""), &Capabilities::all());
     assert_eq!(forced.routes[0].engine, Some(Engine::Copy));
-    let unprivileged = Capabilities { net_admin: false, ..Capabilities::all() };
+    let unprivileged = Capabilities { net_admin: false, handoff: Handoff::NotPermitted, ..Capabilities::all() };
     assert_eq!(planned(&route(""), &unprivileged).routes[0].engine, Some(Engine::Splice));
 }
 
@@ -149,7 +153,7 @@ fn routes_that_hang_together_by_their_ports_go_the_same_way() {
         + &one("d", "[\"10.0.0.1:82\"]", "");
     let plan = planned(&text, &Capabilities::all());
     let engines: Vec<_> = plan.routes.iter().map(|r| r.engine).collect();
-    assert_eq!(engines, [Some(Engine::Splice), Some(Engine::Splice), Some(Engine::Splice), Some(Engine::Nft)]);
+    assert_eq!(engines, [Some(Engine::Handoff), Some(Engine::Handoff), Some(Engine::Handoff), Some(Engine::Nft)]);
     let c = RouteName::new("c").expect("valid");
     assert_eq!(refusals(&text, &Capabilities::all()), [Refusal::SharesPortWith(c)]);
     let forced = text.replacen("name = \"a\"\n", "name = \"a\"\nengine = \"nft\"\n", 1);
@@ -261,7 +265,8 @@ fn sockets_are_joined_only_by_order_and_only_by_a_trusted_kernel() {
     };
     let forced = "engine = \"sockmap\"\nproxy_protocol = { send = \"v1\" }";
     assert_eq!(engine(forced, &Capabilities::all()), (Some(Engine::Sockmap), String::new()));
-    let (chosen, why) = engine("proxy_protocol = { send = \"v1\" }", &Capabilities::all());
+    let cannot = Capabilities { handoff: Handoff::NotPermitted, ..Capabilities::all() };
+    let (chosen, why) = engine("proxy_protocol = { send = \"v1\" }", &cannot);
     assert!(chosen == Some(Engine::Splice) && why.contains("kernel thread (16 ms against 45 µs)"), "{chosen:?} {why}");
     let doubtful =
         Capabilities { sockmap: Sockmap::Refused("half-close: bytes are missing".into()), ..Capabilities::all() };
