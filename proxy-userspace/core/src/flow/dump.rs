@@ -77,6 +77,7 @@ impl FlowTable {
         if meter(record, entry, tally) && !adopted {
             record.last_activity = now.mono;
             record.silent_since = self.last_dump.max(record.start);
+            record.warned = false;
         }
         match record.state {
             State::Closing { ended, .. } => {
@@ -88,6 +89,13 @@ impl FlowTable {
             State::Dialing | State::Established | State::HalfClosed { .. } => {
                 let oldest = tally.oldest_building.get_or_insert(record.start);
                 *oldest = record.start.min(*oldest);
+                let silent_for = |after| now.mono.saturating_sub(record.last_activity) >= after;
+                // What an adopted flow's silence was is a guess until the next dump.
+                let known = record.adopted_by != Some(self.dumping);
+                if known && !record.warned && tally.info.idle_warning.is_some_and(silent_for) {
+                    record.warned = true;
+                    self.silent.push(id);
+                }
                 self.timers.watch(record, &tally.info);
                 // Its bytes, and its age, are news.
                 touch(tally, record.route, &mut self.changed);

@@ -222,6 +222,8 @@ pub struct Record {
     pub(super) generation: u32,
     /// The dump that added it, before its `New` was heard: that event may still be on its way.
     pub(super) adopted_by: Option<u32>,
+    /// It has been warned of this silence.
+    pub(super) warned: bool,
     /// It had ended when the first dump came upon it. If that was after the event socket was opened, its end is still told.
     pub(super) over_before: bool,
 }
@@ -249,6 +251,7 @@ impl Record {
             expires: None,
             generation: 0,
             adopted_by: None,
+            warned: false,
             over_before: false,
         }
     }

@@ -75,6 +75,7 @@ pub(super) fn info() -> RouteInfo {
         name: "web".into(),
         protocol: Protocol::Tcp,
         idle: Some(Duration::from_secs(60)),
+        idle_warning: None,
         half_closed: Some(Duration::from_secs(30)),
         lifetime: None,
         kernel_timeouts: true,
