@@ -1,6 +1,6 @@
 //! Programs as people use them, through a route of each engine: connections that are quiet for long and then needed at once (B1).
 
-use std::{net::SocketAddr, thread, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
@@ -200,14 +200,11 @@ fn a_websocket_carries_messages_both_ways_after_being_idle() -> Result<()> {
         ensure!(reasons.keys().all(|r| r.starts_with("finished_")), "{reasons:?}");
         Ok(())
     };
-    thread::scope(|scope| {
-        let forwarded = scope.spawn(|| talk("forwarded", "ws://10.88.1.1:8765/".to_owned(), None));
-        on_each(&Relay::ENGINES_AND_TLS, |relay| match Relay::TLS.contains(&relay) {
-            true => talk(relay.route(), format!("wss://{}/", relay.listen()), Some(pki.file("ca.pem"))),
-            false => talk(relay.route(), format!("ws://{}/", relay.listen()), None),
-        })?;
-        forwarded.join().expect("client").context("forwarded")
-    })
+    on_each(&Relay::ENGINES_AND_TLS, |relay| match Relay::TLS.contains(&relay) {
+        true => talk(relay.route(), format!("wss://{}/", relay.listen()), Some(pki.file("ca.pem"))),
+        false => talk(relay.route(), format!("ws://{}/", relay.listen()), None),
+    })?;
+    talk("forwarded", "ws://10.88.1.1:8765/".to_owned(), None).context("forwarded")
 }
 
 const EVENT_SERVER: &str = r#"
