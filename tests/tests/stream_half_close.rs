@@ -200,18 +200,21 @@ fn an_http_response_streams_on_after_the_request_side_has_closed() -> Result<()>
         .replace(":80\"]\nb", ":80\"]\nengine = \"nft\"\nb")
         .replace("2.2:80", &format!("2.2:{}", Relay::Copy.backend_port()));
     let shunt = Shunt::start(&lab, &(Relay::routes_with_tls(&lab, "")? + &forwarded))?;
-    let download = |mut stream: Stream, route: &str| {
+    let download = |mut stream: Stream| -> Result<()> {
         stream.write_all(b"GET /page HTTP/1.0\r\nHost: x\r\n\r\n")?;
         stream.shutdown(Shutdown::Write)?;
         let (answer, end) = read_to_end(&mut stream, Duration::from_secs(30))?;
         let body = answer.windows(4).position(|w| w == b"\r\n\r\n").context("no end of headers")? + 4;
         ensure!(end == End::Finished && answer[body..] == page, "{} bytes, {end:?}", answer.len());
-        shunt.wait_ended(route, &[("finished_client_first", 1)], SOON)
+        Ok(())
     };
     on_each(&Relay::WITH_TLS, |relay| {
         let stream = relay.open(&lab)?;
         relay.settle(&shunt, &stream)?;
-        download(stream, relay.route())
+        download(stream)?;
+        shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)
     })?;
-    download(lab.client().connect(([10, 88, 1, 1], 80))?.into(), "web").context("forwarded")
+    download(lab.client().connect(([10, 88, 1, 1], 80))?.into()).context("forwarded")?;
+    shunt
+        .wait_route("web", "its end", SOON, |route| (route["terminations"]["finished_client_first"] == 1).then_some(()))
 }
