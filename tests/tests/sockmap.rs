@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    GATEWAY6, Lab, Shunt, kernel, link, patiently,
+    GATEWAY6, Lab, Shunt, dialog, kernel, link, patiently,
     pattern::{self, Digested},
     relay::{Relay, servers},
     scripted::{Behaviour, TcpServer},
@@ -246,6 +246,34 @@ fn say(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn of_what_comes_right_before_a_reset_the_beginning_arrives_or_nothing_and_no_clean_end() -> Result<()> {
+    const ANSWER: usize = 800;
+    let lab = Lab::new()?;
+    let listener = lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let mut answer = [0; ANSWER];
+    pattern::Pattern::new(1).fill(&mut answer);
+    let rounds = 8;
+    for _ in 0..rounds {
+        let mut client = lab.client().connect(Relay::Joined.listen())?;
+        let (mut backend, _) = listener.accept()?;
+        // The backend is silent: what it says before it resets are the first bytes of its direction since the join.
+        (0..16).try_for_each(|_| say(&mut client, &mut backend))?;
+        wait_until("joined", SOON, || {
+            say(&mut client, &mut backend).is_ok()
+                && shunt.engine_of(&client).is_ok_and(|engine| engine.as_deref() == Some("sockmap"))
+        })?;
+        backend.write_all(&answer)?;
+        dialog::reset(&backend)?;
+        drop(backend);
+        let (heard, end) = dialog::read_to_end(&mut client, SOON)?;
+        ensure!(answer.starts_with(&heard), "{} bytes that are not how the answer begins: {heard:?}", heard.len());
+        ensure!(end == dialog::End::Reset, "{end:?} after {} bytes", heard.len());
+    }
+    shunt.wait_ended("joined", &[("reset_by_backend", rounds)], SOON)
+}
+
 /// What the daemon takes for the largest window that a socket has, …
 const WINDOW: usize = 512 << 10;
 /// … what the kernel may have under way of it (`GRANT`), …
@@ -392,7 +420,7 @@ fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
     for _ in 0..FLOWS {
         let mut stream = lab.client().connect(Relay::Joined.listen())?;
         for _ in 0..20 {
-            shunt_lab::dialog::echo(&mut stream, b"hello")?;
+            dialog::echo(&mut stream, b"hello")?;
         }
         flows.push(stream);
     }
@@ -407,7 +435,7 @@ fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
         "{FLOWS} idle: {each} bytes of the daemon each; in 20 s {cpu:.2} s of processor time, woken {slept} times"
     );
     for stream in flows.iter_mut().step_by(100) {
-        shunt_lab::dialog::echo(stream, b"still there")?;
+        dialog::echo(stream, b"still there")?;
     }
     Ok(())
 }
@@ -425,7 +453,7 @@ fn connections_beyond_the_room_of_the_maps_are_relayed() -> Result<()> {
     for _ in 0..ROOM + MORE {
         let mut stream = lab.client().connect(Relay::Joined.listen())?;
         for _ in 0..20 {
-            shunt_lab::dialog::echo(&mut stream, b"hello")?;
+            dialog::echo(&mut stream, b"hello")?;
         }
         flows.push(stream);
     }
@@ -438,8 +466,8 @@ fn connections_beyond_the_room_of_the_maps_are_relayed() -> Result<()> {
     let carried = vec![0x5a; 8 << 20];
     let last = flows.last_mut().context("the last")?;
     for piece in carried.chunks(1 << 16) {
-        shunt_lab::dialog::echo(last, piece)?;
+        dialog::echo(last, piece)?;
     }
     ensure!(active("splice")? == 1.0, "what carries much is spliced");
-    flows.iter_mut().step_by(100).try_for_each(|stream| shunt_lab::dialog::echo(stream, b"still there"))
+    flows.iter_mut().step_by(100).try_for_each(|stream| dialog::echo(stream, b"still there"))
 }
