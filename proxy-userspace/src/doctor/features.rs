@@ -143,6 +143,10 @@ pub(super) fn handoff(found: &Handoff) -> Check {
              routes meanwhile"
         }
         Handoff::NoTc | Handoff::NoRedirect => "use a newer kernel; splice serves these routes meanwhile",
+        Handoff::NoBpffs => {
+            "mount -t bpf bpf /sys/fs/bpf, and let the process write there; splice serves these routes meanwhile"
+        }
+        Handoff::NotBroughtUp(_) => "see the daemon's log; splice serves these routes meanwhile",
         Handoff::ProbeFailed(_) => "report it with the output of uname -a; splice serves these routes meanwhile",
     };
     check.warn(found.to_string(), mend)
@@ -193,7 +197,7 @@ mod tests {
             sk_lookup: None,
             ipv6: false,
             handoff: Handoff::NotPermitted,
-            forward_filter: None,
+            filters: Vec::new(),
             scratch_namespace: false,
         };
         let states: Vec<_> = checks(&probe).into_iter().map(|check| (check.name, check.state)).collect();
