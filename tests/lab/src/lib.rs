@@ -26,7 +26,9 @@
 //! ```
 
 mod acme;
+pub mod cable;
 pub mod dialog;
+pub mod frame;
 pub mod hello;
 mod host;
 pub mod kernel;
