@@ -27,6 +27,7 @@
 
 mod acme;
 pub mod cable;
+pub mod capture;
 pub mod dialog;
 pub mod frame;
 pub mod hello;
