@@ -94,8 +94,13 @@ fn a_next_hop_that_is_forgotten_or_has_another_address_is_found_again() -> Resul
     gateway.sh("ip neighbour flush all")?;
     stage.goes_on(&mut stream, "without a neighbour")?;
     ensure!(stage.outcome("neighbour")? > 0, "nobody asked");
+    // As whoever takes an address over does.
+    backend.set_sysctl("net.ipv4.conf.eth0.arp_notify", "1")?;
     backend.sh("ip link set eth0 address 02:00:00:00:00:77")?;
     stage.goes_on(&mut stream, "the backend's address is another")?;
+    for device in ["clients", "backend1"] {
+        gateway.set_sysctl(&format!("net.ipv4.conf.{device}.arp_notify"), "1")?;
+    }
     gateway.sh("ip link set clients address 02:00:00:00:00:88; ip link set backend1 address 02:00:00:00:00:99")?;
     stage.goes_on(&mut stream, "the gateway's addresses are others")
 }
@@ -150,7 +155,8 @@ fn a_route_through_a_new_interface_is_followed_in_the_middle_of_a_transfer() -> 
         Ok(())
     })?;
     for host in [stage.lab.client(), backend] {
-        ensure!(wire::ends_seen(host)? == (1, 0), "FIN and RST at {}: {:?}", host.name(), wire::ends_seen(host)?);
+        // A FIN may be sent again.
+        ensure!(wire::ends_seen(host)?.1 == 0, "FIN and RST at {}: {:?}", host.name(), wire::ends_seen(host)?);
     }
     stage.shunt.wait_route(TO.route(), "each byte counted once", SOON, |route| {
         (route["bytes_in"] == BYTES && route["bytes_out"] == BYTES).then_some(())
@@ -193,7 +199,7 @@ fn an_interface_that_goes_down_and_comes_back_is_as_before() -> Result<()> {
     stage.goes_on(&mut stream, "another with its number")
 }
 
-/// A router on the way that takes small packets only, and says so.
+/// A router behind the gateway that takes small packets only, and says so.
 struct Narrow {
     most: usize,
     refused: Arc<AtomicU64>,
@@ -202,15 +208,11 @@ struct Narrow {
 impl Carry for Narrow {
     fn take(&mut self, way: Way, frame: Vec<u8>, ends: &Ends) {
         const ETHERNET: usize = 14;
-        if frame.len() - ETHERNET <= self.most || Segment::of(&frame).is_none() {
+        if way == Way::ToGateway || frame.len() - ETHERNET <= self.most || Segment::of(&frame).is_none() {
             return ends.put(way, &frame);
         }
         self.refused.fetch_add(1, Relaxed);
-        let back = match way {
-            Way::ToGateway => Way::FromGateway,
-            Way::FromGateway => Way::ToGateway,
-        };
-        ends.put(back, &too_big(&frame, self.most as u16));
+        ends.put(Way::ToGateway, &too_big(&frame, self.most as u16));
     }
 }
 
@@ -242,28 +244,25 @@ fn checksum(bytes: &[u8]) -> [u8; 2] {
 #[test]
 fn a_path_that_becomes_narrow_tells_the_end_whose_packets_do_not_fit() -> Result<()> {
     let stage = Stage::new(Lab::builder().backends(1).cabled().build()?, Behaviour::Echo)?;
-    let mut streams = [TO.connect(&stage.lab, &stage.shunt)?, TO.connect(&stage.lab, &stage.shunt)?];
+    let mut stream = TO.connect(&stage.lab, &stage.shunt)?;
     let refused = [0, 1].map(|number| {
         let refused = Arc::new(AtomicU64::new(0));
         stage.lab.cable(number).carry(Narrow { most: 1300, refused: Arc::clone(&refused) });
         refused
     });
-    stage.goes_on(&mut streams[0], "through 1300 bytes")?;
-    ensure!(refused.iter().all(|refused| refused.load(Relaxed) > 0), "not narrow: {refused:?}");
-    ensure!(stage.outcome("icmp_translated")? >= 2);
-    // What a socket of the gateway has been told of the path is no reason to drop what others send without a word.
-    let mut relayed = stage.lab.gateway().connect((stage.lab.backend(1).ip, TO.backend_port()))?;
-    echo(&mut relayed, &[7; 30_000])?;
-    let known = || stage.lab.gateway().sh(&format!("ip route get {}", stage.lab.backend(1).ip));
-    wait_until("the gateway knows of it", SOON, || known().is_ok_and(|way| way.contains("mtu 1300")))?;
-    for cable in stage.lab.cables() {
-        cable.carry(Narrow { most: 1400, refused: Arc::default() });
-    }
-    let mut wider = TO.connect(&stage.lab, &stage.shunt).ok();
-    if let Some(wider) = &mut wider {
-        stage.goes_on(wider, "a new one")?;
-    }
-    stage.goes_on(&mut streams[1], "others were told")
+    // What a socket of the gateway's own has been told of the path is no reason to drop what others send without a word.
+    let (gateway, backend) = (stage.lab.gateway(), stage.lab.backend(1).ip);
+    let mut own = gateway.connect((backend, TO.backend_port()))?;
+    echo(&mut own, &[7; 30_000])?;
+    let way = || gateway.sh(&format!("ip route get {backend}"));
+    wait_until("the gateway knows of it", SOON, || way().is_ok_and(|way| way.contains("mtu 1300")))?;
+    stage.goes_on(&mut stream, "through 1300 bytes")?;
+    let [to_client, to_backend] = refused.map(|refused| refused.load(Relaxed));
+    ensure!(to_client > 0 && to_backend > 0, "not narrow: {to_client} and {to_backend} were refused");
+    let told = stage.outcome("icmp_translated")?;
+    ensure!(told >= 2, "{told} were told of {to_client} and {to_backend}");
+    ensure!(stage.outcome("too_big")? == 0);
+    Ok(())
 }
 
 #[test]

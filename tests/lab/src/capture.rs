@@ -43,8 +43,9 @@ impl Capture {
     pub fn start(host: &Host, name: &str, dir: &Path) -> Result<Self> {
         let file = dir.join(format!("{name}.pcap"));
         let mut command = host.command("tcpdump");
-        // Each packet at once, into a file that is written by this user, with room for what comes while others compile.
-        command.args(["-i", "eth0", "-U", "--immediate-mode", "-s", "0", "-B", "65536", "-Z", "root", "-w"]);
+        // Each packet at once, into a file that is written by this user. Every place of the ring is as large as the largest packet may be:
+        // with that of a link without offloads there is room for what comes while tcpdump waits for its turn.
+        command.args(["-i", "eth0", "-U", "--immediate-mode", "-s", "2048", "-B", "65536", "-Z", "root", "-w"]);
         let mut tcpdump = Running::start(
             &format!("tcpdump-{name}"),
             {

@@ -10,12 +10,14 @@ use std::{
 use anyhow::{Context, Result};
 use nix::libc;
 
-use crate::host::Host;
+use crate::{host::Host, process::run};
 
 nix::ioctl_write_ptr_bad!(set_interface, libc::TUNSETIFF, libc::ifreq);
 
 /// Larger than any frame of a link without offloads.
 const FRAME: usize = 2048;
+/// Frames that wait to be read: what the windows of many connections allow, as a cable loses nothing unless it is told to.
+const QUEUE: &str = "10000";
 
 #[derive(Debug)]
 pub struct Tap(File);
@@ -35,6 +37,7 @@ impl Tap {
         // SAFETY: the kernel reads the request, and writes the name into it; it lives until the call is over.
         unsafe { set_interface(file.as_raw_fd(), &raw const request) }
             .with_context(|| format!("TUNSETIFF {name} in {}", host.name()))?;
+        run(host.command("ip").args(["link", "set", name, "txqueuelen", QUEUE]))?;
         Ok(Self(file))
     }
 

@@ -1,6 +1,6 @@
 //! One TCP connection as it passed on a link.
 
-use std::{collections::HashMap, net::SocketAddr};
+use std::{collections::HashMap, fmt, net::SocketAddr};
 
 use crate::frame::{Segment, flag};
 
@@ -8,7 +8,7 @@ use crate::frame::{Segment, flag};
 const OWN: u8 = 64;
 
 /// What one end sent.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Direction {
     /// The stream, as far as it was seen without a gap.
     pub bytes: Vec<u8>,
@@ -25,8 +25,10 @@ pub struct Direction {
     pub own_ends: u32,
     /// When payload passed that had passed before.
     pub again: Vec<u64>,
-    /// The last acknowledgement, as an offset into the other stream.
-    acked: Option<usize>,
+    /// The last acknowledgement, as an offset into the other stream: of the machine itself, and of what it forwarded.
+    acked: [Option<usize>; 2],
+    /// Acknowledgements of less than one before that was of the other of these two.
+    pub crossed: u32,
     pub seen: Seen,
 }
 
@@ -41,7 +43,7 @@ pub struct Seen {
     pub behind_fin: u32,
     /// Acknowledgements of what the other end had not sent.
     pub ack_ahead: u32,
-    /// Acknowledgements of less than the ones before, the other end's packets being in order.
+    /// Acknowledgements of less than one before from the same machine.
     pub ack_back: u32,
     /// A number far from the stream.
     pub astray: u32,
@@ -94,6 +96,16 @@ impl Connection {
     }
 }
 
+impl fmt::Debug for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ahead: Option<usize> = self.ahead.iter().map(|(begin, _)| *begin).min();
+        let mut shown = f.debug_struct("Direction");
+        shown.field("bytes", &self.bytes.len()).field("ahead", &ahead).field("again", &self.again.len());
+        shown.field("fin", &self.fin).field("rst", &self.rst).field("forwarded", &self.forwarded);
+        shown.field("seen", &self.seen).finish_non_exhaustive()
+    }
+}
+
 impl Direction {
     /// Everything that was sent was seen, without a gap.
     pub fn is_whole(&self) -> bool {
@@ -125,7 +137,7 @@ impl Direction {
             self.fin.get_or_insert(at);
         }
         if segment.has(flag::ACK) {
-            self.acknowledges(segment.ack, other);
+            self.acknowledges(segment.ack, segment.hops < OWN, other);
         }
     }
 
@@ -171,7 +183,7 @@ impl Direction {
         }
     }
 
-    fn acknowledges(&mut self, ack: u32, other: &Self) {
+    fn acknowledges(&mut self, ack: u32, forwarded: bool, other: &Self) {
         let Some(offset) = other.offset(ack) else {
             self.seen.astray += 1;
             return;
@@ -179,7 +191,9 @@ impl Direction {
         let sent = other.ahead.iter().map(|(begin, bytes)| begin + bytes.len()).max().unwrap_or(0);
         let sent = sent.max(other.bytes.len()) + usize::from(other.fin.is_some());
         self.seen.ack_ahead += u32::from(offset > sent);
-        self.seen.ack_back += u32::from(self.acked.is_some_and(|acked| offset < acked));
-        self.acked = self.acked.max(Some(offset));
+        let [same, beside] = [forwarded, !forwarded].map(|forwarded| self.acked[usize::from(forwarded)]);
+        self.seen.ack_back += u32::from(same.is_some_and(|acked| offset < acked));
+        self.crossed += u32::from(beside.is_some_and(|acked| offset < acked));
+        self.acked[usize::from(forwarded)] = same.max(Some(offset));
     }
 }
