@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    GATEWAY6, Lab, Shunt, kernel, link,
+    GATEWAY6, Lab, Shunt, dialog, kernel, link, patiently,
     pattern::{self, Digested},
     relay::{Relay, servers},
     scripted::{Behaviour, TcpServer},
@@ -32,8 +32,8 @@ fn sizes(seed: u64) -> [u64; 2] {
 
 /// Says its bytes and hears the others at the same time, each to its end.
 fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Digested)> {
-    stream.set_read_timeout(Some(LATE))?;
-    stream.set_write_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
+    stream.set_write_timeout(Some(patiently(LATE)))?;
     thread::scope(|scope| {
         let sender = scope.spawn(move || -> Result<Digested> {
             let mut to = stream;
@@ -49,7 +49,7 @@ fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Dige
 
 fn serve(mut stream: TcpStream) -> Result<(u64, Digested, Digested)> {
     let mut seed = [0; 8];
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.read_exact(&mut seed)?;
         stream.write_all(&seed)?;
@@ -61,7 +61,7 @@ fn serve(mut stream: TcpStream) -> Result<(u64, Digested, Digested)> {
 
 fn dial(lab: &Lab, seed: u64) -> Result<(u64, Digested, Digested)> {
     let mut stream = lab.client().connect(Relay::Joined.listen())?;
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.write_all(&seed.to_be_bytes())?;
         stream.read_exact(&mut [0; 8])?;
@@ -207,7 +207,7 @@ fn readers_that_do_not_read_hold_the_writer_back_and_lose_nothing() -> Result<()
 }
 
 fn count_to_end(stream: &mut TcpStream) -> Result<u64> {
-    stream.set_read_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(patiently(SOON)))?;
     let (mut buffer, mut count) = (vec![0; 1 << 20], 0);
     loop {
         match stream.read(&mut buffer)? {
@@ -240,10 +240,38 @@ fn question(client: &mut TcpStream, backend: &mut TcpStream) -> Result<()> {
 fn say(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
     let mut byte = [0];
     from.write_all(b"?")?;
-    to.set_read_timeout(Some(SOON))?;
+    to.set_read_timeout(Some(patiently(SOON)))?;
     to.read_exact(&mut byte)?;
     ensure!(&byte == b"?", "{byte:?}");
     Ok(())
+}
+
+#[test]
+fn of_what_comes_right_before_a_reset_the_beginning_arrives_or_nothing_and_no_clean_end() -> Result<()> {
+    const ANSWER: usize = 800;
+    let lab = Lab::new()?;
+    let listener = lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let mut answer = [0; ANSWER];
+    pattern::Pattern::new(1).fill(&mut answer);
+    let rounds = 8;
+    for _ in 0..rounds {
+        let mut client = lab.client().connect(Relay::Joined.listen())?;
+        let (mut backend, _) = listener.accept()?;
+        // The backend is silent: what it says before it resets are the first bytes of its direction since the join.
+        (0..16).try_for_each(|_| say(&mut client, &mut backend))?;
+        wait_until("joined", SOON, || {
+            say(&mut client, &mut backend).is_ok()
+                && shunt.engine_of(&client).is_ok_and(|engine| engine.as_deref() == Some("sockmap"))
+        })?;
+        backend.write_all(&answer)?;
+        dialog::reset(&backend)?;
+        drop(backend);
+        let (heard, end) = dialog::read_to_end(&mut client, SOON)?;
+        ensure!(answer.starts_with(&heard), "{} bytes that are not how the answer begins: {heard:?}", heard.len());
+        ensure!(end == dialog::End::Reset, "{end:?} after {} bytes", heard.len());
+    }
+    shunt.wait_ended("joined", &[("reset_by_backend", rounds)], SOON)
 }
 
 /// What the daemon takes for the largest window that a socket has, …
@@ -287,7 +315,7 @@ fn a_connection_of_which_too_much_waits_is_ended_and_counted_and_its_neighbour_i
     let shunt = on_a_kernel_that_takes_too_much(&lab)?;
     let (mut client, mut backend) = joined(&lab, &shunt, &listener)?;
     let (mut neighbour, mut other) = joined(&lab, &shunt, &listener)?;
-    client.set_write_timeout(Some(SOON))?;
+    client.set_write_timeout(Some(patiently(SOON)))?;
     let written = client.write_all(&vec![0x77; 2 * (GRANT + WINDOW + BEYOND)]);
     ensure!(written.is_err() || count_to_end(&mut client).is_err(), "the writer was not told");
     ensure!(count_to_end(&mut backend).is_err(), "the reader was told of an end");
@@ -309,8 +337,8 @@ fn connections_of_which_too_much_waits_together_are_ended_with_the_worst_first_u
         (0..FLOWS).map(|_| joined(&lab, &shunt, &listener)).collect::<Result<Vec<(TcpStream, TcpStream)>>>()?;
     let bytes = vec![0x77; EACH];
     for (nth, (client, backend)) in flows.iter_mut().enumerate() {
-        client.set_write_timeout(Some(SOON))?;
-        backend.set_write_timeout(Some(SOON))?;
+        client.set_write_timeout(Some(patiently(SOON)))?;
+        backend.set_write_timeout(Some(patiently(SOON)))?;
         match nth {
             // As much in both directions.
             0 => client.write_all(&bytes).and_then(|()| backend.write_all(&bytes)).context("the first")?,
@@ -392,7 +420,7 @@ fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
     for _ in 0..FLOWS {
         let mut stream = lab.client().connect(Relay::Joined.listen())?;
         for _ in 0..20 {
-            shunt_lab::dialog::echo(&mut stream, b"hello")?;
+            dialog::echo(&mut stream, b"hello")?;
         }
         flows.push(stream);
     }
@@ -407,7 +435,7 @@ fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
         "{FLOWS} idle: {each} bytes of the daemon each; in 20 s {cpu:.2} s of processor time, woken {slept} times"
     );
     for stream in flows.iter_mut().step_by(100) {
-        shunt_lab::dialog::echo(stream, b"still there")?;
+        dialog::echo(stream, b"still there")?;
     }
     Ok(())
 }
@@ -425,7 +453,7 @@ fn connections_beyond_the_room_of_the_maps_are_relayed() -> Result<()> {
     for _ in 0..ROOM + MORE {
         let mut stream = lab.client().connect(Relay::Joined.listen())?;
         for _ in 0..20 {
-            shunt_lab::dialog::echo(&mut stream, b"hello")?;
+            dialog::echo(&mut stream, b"hello")?;
         }
         flows.push(stream);
     }
@@ -438,8 +466,8 @@ fn connections_beyond_the_room_of_the_maps_are_relayed() -> Result<()> {
     let carried = vec![0x5a; 8 << 20];
     let last = flows.last_mut().context("the last")?;
     for piece in carried.chunks(1 << 16) {
-        shunt_lab::dialog::echo(last, piece)?;
+        dialog::echo(last, piece)?;
     }
     ensure!(active("splice")? == 1.0, "what carries much is spliced");
-    flows.iter_mut().step_by(100).try_for_each(|stream| shunt_lab::dialog::echo(stream, b"still there"))
+    flows.iter_mut().step_by(100).try_for_each(|stream| dialog::echo(stream, b"still there"))
 }

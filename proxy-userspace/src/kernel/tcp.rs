@@ -8,14 +8,17 @@ use std::{
     os::fd::{AsFd, AsRawFd},
 };
 
-use rustix::io::Errno;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 
 pub use again::say_again;
 
 /// Of `struct tcp_info` (`linux/tcp.h`), which only ever grows at its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TcpInfo {
-    /// The peer's FIN is among `received`.
+    /// The peer's FIN is among `received`, or the connection was reset ([`has_failed`]).
     pub finished: bool,
     /// Acknowledged by the peer, the SYN of a connection that was dialled included (v4.1+).
     pub acked: u64,
@@ -54,6 +57,13 @@ pub fn info(socket: impl AsFd) -> Result<TcpInfo, Errno> {
         u64::from_ne_bytes(word)
     };
     Ok(TcpInfo { finished: AFTER_FIN.contains(&bytes[0]), acked: word(ACKED), received: word(RECEIVED) })
+}
+
+/// There was a reset, or the peer has vanished. Takes nothing: the next call still says so.
+pub fn has_failed(socket: impl AsFd) -> bool {
+    let socket = socket.as_fd();
+    let mut asked = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
+    poll(&mut asked, Some(&Timespec::default())).is_ok() && asked[0].revents().contains(PollFlags::ERR)
 }
 
 /// Bytes written and not yet acknowledged.
