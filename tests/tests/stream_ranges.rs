@@ -25,7 +25,7 @@ const LAST: u16 = 59_999;
 fn range(rest: &str) -> String {
     format!(
         "[[route]]\nname = \"many\"\nlisten = [\"10.88.1.1:{FIRST}-{LAST}\", \"[fd88:1::1]:{FIRST}-{LAST}\"]\n\
-         balance = \"least-connections\"\nbackends = [\"10.88.2.2:7\"]\ntimeouts = {{ drain = \"1s\" }}\n{rest}\n"
+         balance = \"least-connections\"\nengine = \"splice\"\nbackends = [\"10.88.2.2:7\"]\ntimeouts = {{ drain = \"1s\" }}\n{rest}\n"
     )
 }
 

@@ -22,8 +22,12 @@ use packages::{Kernel, Kernels};
 use results::{Column, Outcome};
 
 /// Test programs that say what this kernel can do for shunt.
-const TESTS: [&str; 12] = [
+const TESTS: [&str; 16] = [
     "ebpf_objects",
+    "privileges",
+    "handoff_life",
+    "handoff_peers",
+    "sockmap",
     "lab",
     "nft_encoding",
     "templates",

@@ -97,6 +97,7 @@ fn connection() -> view::Connection {
         packets_in: 1,
         packets_out: 1,
         metered: true,
+        not_handed_over: None,
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::CommandFactory;
-use proxy_core::{capability::Capabilities, config::Config, flow::MarkLayout, view};
+use proxy_core::{config::Config, flow::MarkLayout, view};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -101,7 +101,7 @@ fn check(file: &Path) -> Result<Exit, Failure> {
 
 fn plan(file: &Path, format: PlanFormat) -> Result<Exit, Failure> {
     let config = load(file)?;
-    let mut capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe(&config) };
+    let mut capabilities = capability::probe(&config, stream::trust_in_sockmap());
     if !capabilities.net_admin {
         // A plan touches nothing: it is of use also to somebody who may not carry it out.
         eprintln!(

@@ -182,6 +182,15 @@ fn a_lone_reset_from_the_backend_is_a_refusal() {
 }
 
 #[test]
+fn a_lone_reset_is_a_refusal_too_where_destroy_tells_no_state() {
+    let refused = Entry { tcp_state: None, traffic_in: traffic(1), traffic_out: traffic(1), ..syn(1) };
+    assert_eq!(destroyed_as(refused.clone(), 2), Reason::ConnectRefused);
+    // Past its handshake, or never answered.
+    assert_eq!(destroyed_as(Entry { status: SEEN_REPLY, ..refused.clone() }, 2), Reason::KernelExpired);
+    assert_eq!(destroyed_as(Entry { traffic_out: traffic(0), ..refused }, 31), Reason::ConnectTimeout);
+}
+
+#[test]
 fn a_client_that_resets_before_any_answer_was_not_refused() {
     let gone = Entry { tcp_state: Some(TcpState::Close), traffic_in: traffic(2), traffic_out: traffic(0), ..syn(1) };
     assert_eq!(destroyed_as(gone, 2), Reason::ResetByClient);

@@ -175,6 +175,9 @@ pub(in crate::cli) fn explain(explain: &view::Explain) -> String {
             false => "bytes not known: it began before accounting was on".to_owned(),
         };
         line(&mut text, "", &carried);
+        if let Some(why) = &one.not_handed_over {
+            line(&mut text, "", &format!("not handed over: {why}"));
+        }
     }
     text
 }
