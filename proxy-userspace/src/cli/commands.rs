@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::CommandFactory;
-use proxy_core::{config::Config, flow::MarkLayout, view};
+use proxy_core::{capability::Capabilities, config::Config, flow::MarkLayout, view};
 use serde::Serialize;
 use serde_json::Value;
 
