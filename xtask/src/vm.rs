@@ -161,6 +161,13 @@ fn examine(
         ui::error(&error);
     }
     progress.tell();
+    if progress.told < checks.len() {
+        ui::note(&format!(
+            "the machine ended before {}: {}/console.log",
+            checks[progress.told].name,
+            results.display()
+        ));
+    }
     Ok(checks.iter().map(|check| Outcome::read(&results, &check.name)).collect())
 }
 
