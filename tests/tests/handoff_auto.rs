@@ -246,7 +246,7 @@ fn what_a_daemon_before_handed_over_is_taken_over_by_the_reload_that_can() -> Re
     handed_over(&shunt, &stream)?;
     let id = shunt.connection_of(&stream)?.context("it is not shown")?["id"].clone();
     shunt.kill9();
-    let (pins, away) = (pins(&lab), pins(&lab).with_extension("away"));
+    let (pins, away) = (pins(&lab), pins(&lab).with_file_name("away"));
     fs::rename(&pins, &away)?;
     fs::create_dir_all(pins.join("ABI"))?;
     shunt.restart()?;

@@ -254,11 +254,11 @@ fn handoff(route: &Route, capabilities: &Capabilities, wanted: bool) -> Vec<Refu
     let to_here = route.backends.iter().all(|backend| is_loopback(&backend.target));
     refuse(route.source_address == SourceAddress::Client, Refusal::ClientsPorts);
     refuse(from_here || to_here, Refusal::StaysOnThisMachine);
-    if capabilities.handoff != Handoff::Works && (wanted || capabilities.handoff != Handoff::NotAsked) {
+    let passed_by = capabilities.filter.iter().filter(|_| wanted && route.engine == EngineChoice::Auto).cloned();
+    refusals.extend(passed_by.map(Refusal::BypassesFirewall));
+    let answer_matters = wanted && !matches!(refusals.last(), Some(Refusal::BypassesFirewall(_)));
+    if capabilities.handoff != Handoff::Works && (answer_matters || capabilities.handoff != Handoff::NotAsked) {
         refusals.push(Refusal::CannotHandOver(capabilities.handoff.clone()));
-    }
-    if route.engine == EngineChoice::Auto && wanted {
-        refusals.extend(capabilities.filter.iter().cloned().map(Refusal::BypassesFirewall));
     }
     refusals
 }

@@ -359,6 +359,8 @@ fn the_kernel_is_asked_where_its_answer_would_change_something() {
     let chain = FilterChain { table: "ip filter".into(), chain: "INPUT".into(), hook: Hook::Input, priority: 0 };
     let filtered = Capabilities { filter: Some(chain), ..unasked.clone() };
     assert!(!awaits("balance = \"least-connections\"", &filtered), "the firewall has said no");
+    let kept = planned(&route("balance = \"least-connections\""), &filtered);
+    assert!(matches!(kept.routes[0].kept_by(), Some(Refusal::BypassesFirewall(_))), "and it is what people are told");
     let could = planned(&route("balance = \"least-connections\""), &filtered).routes[0].could_hand_over();
     assert!(could && !awaits("balance = \"least-connections\"", &Capabilities::all()));
 }
