@@ -1,7 +1,7 @@
 //! Routes, neighbours and interfaces that change under connections that have no socket any more.
 
 use std::{
-    net::TcpStream,
+    net::{SocketAddrV6, TcpStream},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -16,13 +16,13 @@ use proxy_userspace::{
     kernel::bpf::handoff::{HandoffTable, Sizes},
 };
 use shunt_lab::{
-    Host, Lab, Shunt,
+    BACKEND_SIDE, BACKEND_SIDE6, GATEWAY6, Lab, Shunt,
     cable::{Carry, Ends, Way},
     dialog::{echo, exchange},
     frame::Segment,
     kernel, link,
     pattern::{self, Pattern},
-    relay::Relay,
+    relay::{Relay, handed_over},
     scripted::{Behaviour, Start, TcpServer},
     wait_for, wait_until, wire,
 };
@@ -83,10 +83,6 @@ impl Stage {
     }
 }
 
-fn neighbour(host: &Host, ip: impl ToString) -> Result<String> {
-    host.sh(&format!("ip neighbour show {}", ip.to_string()))
-}
-
 #[test]
 fn a_next_hop_that_is_forgotten_or_has_another_address_is_found_again() -> Result<()> {
     let (stage, mut stream) = Stage::echoing()?;
@@ -107,20 +103,32 @@ fn a_next_hop_that_is_forgotten_or_has_another_address_is_found_again() -> Resul
 
 #[test]
 fn a_next_hop_that_is_another_without_a_word_is_noticed_as_for_forwarded_packets() -> Result<()> {
-    let (stage, mut stream) = Stage::echoing()?;
+    const LISTEN6: SocketAddrV6 = SocketAddrV6::new(GATEWAY6, 8100, 0, 0);
+    let (stage, stream) = Stage::echoing()?;
     let (gateway, backend) = (stage.lab.gateway(), stage.lab.backend(1));
-    for (host, device) in [(gateway, "backend1"), (backend, "eth0")] {
+    let six = format!(
+        "[[route]]\nname = \"six\"\nlisten = [\"{LISTEN6}\"]\nengine = \"handoff\"\nbackends = [\"[{}]:{}\"]\n",
+        backend.ip6,
+        TO.backend_port()
+    );
+    stage.shunt.reload(&format!("{}{six}", TO.route_to(&[backend.ip], "")))?;
+    let mut stream6 = stage.lab.client().connect(LISTEN6)?;
+    echo(&mut stream6, b"hello")?;
+    handed_over(&stage.shunt, &stream6)?;
+    let ends = [("ipv4", backend.ip.to_string(), BACKEND_SIDE.to_string(), stream)];
+    let ends = ends.into_iter().chain([("ipv6", backend.ip6.to_string(), BACKEND_SIDE6.to_string(), stream6)]);
+    for (family, there, here, mut stream) in ends {
         // Five seconds, then three probes of a second each, are long for a test.
-        host.set_sysctl(&format!("net.ipv4.neigh.{device}.delay_first_probe_time"), "1")?;
-        host.set_sysctl(&format!("net.ipv4.neigh.{device}.retrans_time_ms"), "200")?;
+        gateway.set_sysctl(&format!("net.{family}.neigh.backend1.delay_first_probe_time"), "1")?;
+        gateway.set_sysctl(&format!("net.{family}.neigh.backend1.retrans_time_ms"), "200")?;
+        // The backend knows the gateway, and has no reason to ask; the gateway knows what was right long ago.
+        let address = gateway.sh("ip -o link show backend1 | sed 's/.*link.ether \\([0-9a-f:]*\\) .*/\\1/'")?;
+        backend.sh(&format!("ip neighbour replace {here} dev eth0 nud permanent lladdr {}", address.trim()))?;
+        gateway.sh(&format!("ip neighbour replace {there} lladdr 02:00:00:00:00:66 dev backend1 nud stale"))?;
+        stage.goes_on(&mut stream, family)?;
+        let now = gateway.sh(&format!("ip neighbour show {there}"))?;
+        ensure!(!now.contains("00:00:66"), "{now}");
     }
-    // What was right long ago.
-    gateway.sh(&format!("ip neighbour replace {} lladdr 02:00:00:00:00:66 dev backend1 nud stale", backend.ip))?;
-    // The backend knows the gateway, and has no reason to ask.
-    backend.sh(&format!("ip neighbour change 10.88.2.1 dev eth0 nud permanent lladdr $(ip neighbour show 10.88.2.1 | grep -o '..:..:..:..:..:..')"))?;
-    stage.goes_on(&mut stream, "the neighbour is another")?;
-    let now = neighbour(gateway, backend.ip)?;
-    ensure!(!now.contains("00:00:66"), "{now}");
     Ok(())
 }
 
@@ -134,11 +142,11 @@ fn a_route_through_a_new_interface_is_followed_in_the_middle_of_a_transfer() -> 
     let stream = stage.lab.client().connect(TO.listen())?;
     thread::scope(|scope| -> Result<()> {
         let transfer = scope.spawn(|| exchange(&stream, 5, BYTES));
-        let handed_over = || {
+        let is_handed_over = || {
             let labels = [("route", TO.route()), ("result", "done")];
             stage.shunt.metrics().is_ok_and(|page| page.value("shunt_handovers_total", &labels) == 1.0)
         };
-        wait_until("it is handed over", SOON, handed_over)?;
+        wait_until("it is handed over", SOON, is_handed_over)?;
         for nth in 0..3 {
             let (here, there) = (format!("more{nth}"), format!("eth{}", nth + 1));
             gateway.sh(&format!("ip link add {here} type veth peer name {there} netns {}", backend.name()))?;

@@ -26,7 +26,7 @@ const PACKAGES: [(&str, &str); 28] = [
     ("iputils-ping", "reachability"),
     ("ethtool", "offloads of links"),
     ("conntrack", "conntrack listings"),
-    ("tcpdump", "packets, when a test must be understood"),
+    ("tcpdump", "what passes on a link at a handover"),
     ("procps", "sysctl, ps"),
     ("curl", "HTTP client"),
     ("wrk", "HTTP load"),

@@ -3,8 +3,12 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
-    os::unix::fs::OpenOptionsExt,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
+    process::Command,
 };
 
 use anyhow::{Context, Result};
@@ -14,6 +18,7 @@ use crate::{host::Host, process::run};
 
 nix::ioctl_write_ptr_bad!(set_interface, libc::TUNSETIFF, libc::ifreq);
 
+const DEVICE: &str = "/dev/net/tun";
 /// Larger than any frame of a link without offloads.
 const FRAME: usize = 2048;
 /// Frames that wait to be read: what the windows of many connections allow, as a cable loses nothing unless it is told to.
@@ -25,9 +30,12 @@ pub struct Tap(File);
 impl Tap {
     /// Makes the device `name` in the namespace of `host`; it goes with this.
     pub fn open(host: &Host, name: &str) -> Result<Self> {
-        let file =
-            host.run(|| File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun"));
-        let file = file.context("open /dev/net/tun (CONFIG_TUN)")?;
+        if !Path::new(DEVICE).exists() {
+            // Where it is a module that nobody has asked for yet; whether it helped shows with the next call.
+            let _ = Command::new("modprobe").arg("tun").status();
+        }
+        let file = host.run(|| File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE));
+        let file = file.with_context(|| format!("open {DEVICE} (CONFIG_TUN)"))?;
         // SAFETY: integers and arrays of them, for which zeros are values.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
