@@ -164,6 +164,11 @@ impl Joined {
                 .turn(map.line(back.index), grant, backend, client, down, buffers, &mut turn.down)
                 .map_err(mirrored)?;
         }
+        if let (Some(there_lane), Some(back_lane)) = (&mut self.up, &mut self.down) {
+            let (there_line, back_line) = (map.line(there.index), map.line(back.index));
+            there_lane.hold_back(there_line, client, up, || back_lane.is_behind(back_line, client, down));
+            back_lane.hold_back(back_line, backend, down, || there_lane.is_behind(there_line, backend, up));
+        }
         turn.up.bytes = up.bytes - before.0;
         turn.down.bytes = down.bytes - before.1;
         if self.down.is_none() {
