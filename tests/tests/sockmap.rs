@@ -412,30 +412,31 @@ fn the_daemon_sleeps_while_the_kernel_passes_messages_on_over_both_families() ->
 #[ignore = "a measurement: 16,000 sockets"]
 fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
     const FLOWS: usize = 8000;
-    let lab = Lab::builder().client_addresses(4).build()?;
-    let _servers: Vec<TcpServer> = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    let before = kernel::resident_bytes(shunt.pid()?)?;
-    let mut flows = Vec::with_capacity(FLOWS);
-    for _ in 0..FLOWS {
-        let mut stream = lab.client().connect(Relay::Joined.listen())?;
-        for _ in 0..20 {
-            dialog::echo(&mut stream, b"hello")?;
+    const QUIET: Duration = Duration::from_secs(20);
+    for relay in [Relay::Copy, Relay::Splice, Relay::Joined] {
+        let lab = Lab::builder().client_addresses(4).build()?;
+        let _servers: Vec<TcpServer> = servers(&lab, &Behaviour::Echo)?;
+        let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+        let before = kernel::resident_bytes(shunt.pid()?)?;
+        let mut flows = Vec::with_capacity(FLOWS);
+        for _ in 0..FLOWS {
+            let mut stream = lab.client().connect(relay.listen())?;
+            (0..20).try_for_each(|_| dialog::echo(&mut stream, b"hello"))?;
+            flows.push(stream);
         }
-        flows.push(stream);
-    }
-    let joined =
-        || shunt.metrics().map(|m| m.value("shunt_connections_active", &[("route", "joined"), ("engine", "sockmap")]));
-    wait_until("all are joined", SOON, || joined().is_ok_and(|n| n == FLOWS as f64))?;
-    let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)?, sleeps(shunt.pid()?)?);
-    thread::sleep(Duration::from_secs(20));
-    let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)? - cpu, sleeps(shunt.pid()?)? - slept);
-    let each = kernel::resident_bytes(shunt.pid()?)?.saturating_sub(before) / FLOWS as u64;
-    println!(
-        "{FLOWS} idle: {each} bytes of the daemon each; in 20 s {cpu:.2} s of processor time, woken {slept} times"
-    );
-    for stream in flows.iter_mut().step_by(100) {
-        dialog::echo(stream, b"still there")?;
+        // Without so much a spliced connection is one that is copied.
+        let engine = if relay == Relay::Splice { "copy" } else { relay.engine() };
+        let labels = [("route", relay.route()), ("engine", engine)];
+        let there = || shunt.metrics().is_ok_and(|m| m.value("shunt_connections_active", &labels) == FLOWS as f64);
+        wait_until("all are moved as the route says", SOON, there)?;
+        let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)?, sleeps(shunt.pid()?)?);
+        thread::sleep(QUIET);
+        let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)? - cpu, sleeps(shunt.pid()?)? - slept);
+        let each = kernel::resident_bytes(shunt.pid()?)?.saturating_sub(before) / FLOWS as u64;
+        println!(
+            "{relay:?}: {FLOWS} idle: {each} bytes of the daemon each; in {QUIET:?} {cpu:.2} s of processor time, woken {slept} times"
+        );
+        flows.iter_mut().step_by(100).try_for_each(|stream| dialog::echo(stream, b"still there"))?;
     }
     Ok(())
 }

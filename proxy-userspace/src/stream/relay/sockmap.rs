@@ -143,6 +143,15 @@ impl Joined {
         both
     }
 
+    /// [`Self::count`] would find nothing.
+    pub fn is_counted(&self, map: &Sockmap) -> bool {
+        let idle = |lane: &Option<Lane>, place: &Place| {
+            let seen = map.line(place.index).seen();
+            lane.as_ref().is_none_or(|lane| lane.is_counted(&seen) && lane.waits(&seen) <= map.window())
+        };
+        idle(&self.up, &self.places[0]) && idle(&self.down, &self.places[1])
+    }
+
     /// Does what there is to do.
     pub fn turn(
         &mut self,

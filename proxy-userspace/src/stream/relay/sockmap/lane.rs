@@ -88,6 +88,11 @@ impl Lane {
         seen.passed.saturating_sub(self.taken)
     }
 
+    /// Nothing has been redirected since.
+    pub fn is_counted(&self, seen: &Seen) -> bool {
+        seen.redirected == self.counted
+    }
+
     pub fn count(&mut self, way: &mut Way, seen: &Seen) {
         way.bytes += seen.redirected.saturating_sub(self.counted);
         self.counted = seen.redirected;
