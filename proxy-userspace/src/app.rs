@@ -19,6 +19,7 @@ use proxy_core::{
     diff::Change,
     flow::MarkLayout,
     plan::{Capability, Plan, Refusal as Refused, RoutePlan, Unserved, plan},
+    view,
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -153,7 +154,11 @@ fn degraded(plan: &Plan, capabilities: &Capabilities) -> Option<String> {
     };
     let routes: Vec<&Arc<RoutePlan>> = plan.routes().iter().filter(only_basics).collect();
     let (_, lacking) = routes.first()?.refused.first()?;
-    Some(format!("{lacking}: {} routes are relayed by the daemon that the kernel could forward", routes.len()))
+    let counted = match routes.len() {
+        1 => "1 route is".to_owned(),
+        more => format!("{more} routes are"),
+    };
+    Some(format!("{lacking}: {counted} relayed by the daemon that the kernel could forward"))
 }
 
 /// Whether nftables and conntrack can be used here at all.
@@ -291,7 +296,7 @@ impl Daemon {
                 Some(monitor.map_err(|e| Refusal::refused(format!("cannot watch nftables: {e}"), None))?)
             }
         };
-        let apply_ms = outcome.apply.as_secs_f64() * 1e3;
+        let apply_ms = view::milliseconds(outcome.apply);
         let (routes, changes) = (outcome.added.len(), outcome.changes);
         match reconciler.has_table() {
             true => tracing::info!(

@@ -250,7 +250,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         outcome.apply = began.elapsed();
         self.plan.put(replan);
         self.config = without_routes(config);
-        self.status.last_apply_ms = outcome.apply.as_secs_f64() * 1e3;
+        self.status.last_apply_ms = view::milliseconds(outcome.apply);
         self.status.last_changes = outcome.changes;
         Ok(outcome)
     }

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt,
     dialog::{End, echo, end_of, exchange, reset},
-    kernel, link,
+    kernel, link, patiently,
     pattern::{self, Digested},
     relay::{Relay, handed_over},
     scripted::{Behaviour, Start, TcpServer},
@@ -192,7 +192,7 @@ fn a_daemon_that_is_killed_takes_no_transfer_with_it() -> Result<()> {
                 let (begun, killed) = (&begun, &killed);
                 scope.spawn(move || -> Result<Digested> {
                     begun.wait();
-                    stream.set_read_timeout(Some(LONG))?;
+                    stream.set_read_timeout(Some(patiently(LONG)))?;
                     pattern::send(&mut HeldBack { stream, left: BYTES, until: killed }, 100 + n as u64, BYTES)?;
                     stream.shutdown(Shutdown::Write)?;
                     Ok(pattern::receive(&mut &*stream)?)
@@ -312,7 +312,7 @@ fn a_backend_behind_a_smaller_mtu_is_learnt_and_the_next_client_fits() -> Result
         let text = vec![7; 64 * 1024];
         stream.write_all(&text)?;
         let mut back = vec![0; text.len()];
-        stream.set_read_timeout(Some(SOON))?;
+        stream.set_read_timeout(Some(patiently(SOON)))?;
         stream.read_exact(&mut back)?;
         ensure!(back == text);
     }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    GATEWAY, GATEWAY6, Lab, Shunt, dialog, kernel, link,
+    GATEWAY, GATEWAY6, Lab, Shunt, dialog, kernel, link, patiently,
     pattern::{self, Digested},
     relay::{Relay, servers},
     scripted::{Behaviour, TcpServer},
@@ -32,8 +32,8 @@ fn sizes(seed: u64) -> [u64; 2] {
 
 /// Says its bytes and hears the others at the same time, each to its end.
 fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Digested)> {
-    stream.set_read_timeout(Some(LATE))?;
-    stream.set_write_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
+    stream.set_write_timeout(Some(patiently(LATE)))?;
     thread::scope(|scope| {
         let sender = scope.spawn(move || -> Result<Digested> {
             let mut to = stream;
@@ -49,7 +49,7 @@ fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Dige
 
 fn serve(mut stream: TcpStream) -> Result<(u64, Digested, Digested)> {
     let mut seed = [0; 8];
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.read_exact(&mut seed)?;
         stream.write_all(&seed)?;
@@ -61,7 +61,7 @@ fn serve(mut stream: TcpStream) -> Result<(u64, Digested, Digested)> {
 
 fn dial(lab: &Lab, seed: u64) -> Result<(u64, Digested, Digested)> {
     let mut stream = lab.client().connect(Relay::Joined.listen())?;
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.write_all(&seed.to_be_bytes())?;
         stream.read_exact(&mut [0; 8])?;
@@ -207,7 +207,7 @@ fn readers_that_do_not_read_hold_the_writer_back_and_lose_nothing() -> Result<()
 }
 
 fn count_to_end(stream: &mut TcpStream) -> Result<u64> {
-    stream.set_read_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(patiently(SOON)))?;
     let (mut buffer, mut count) = (vec![0; 1 << 20], 0);
     loop {
         match stream.read(&mut buffer)? {
@@ -240,7 +240,7 @@ fn question(client: &mut TcpStream, backend: &mut TcpStream) -> Result<()> {
 fn say(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
     let mut byte = [0];
     from.write_all(b"?")?;
-    to.set_read_timeout(Some(SOON))?;
+    to.set_read_timeout(Some(patiently(SOON)))?;
     to.read_exact(&mut byte)?;
     ensure!(&byte == b"?", "{byte:?}");
     Ok(())
@@ -308,7 +308,7 @@ fn a_joined_connection_has_the_limits_of_its_state_and_every_byte_starts_them_ov
     };
     let in_time = |took: Duration, limit: Duration| {
         ensure!(
-            took > limit - Duration::from_millis(50) && took < limit + LATE_AT_MOST,
+            took > limit - Duration::from_millis(50) && took < limit + patiently(LATE_AT_MOST),
             "after {took:?}, not {limit:?}"
         );
         Ok(())
@@ -376,7 +376,7 @@ fn a_connection_of_which_too_much_waits_is_ended_and_counted_and_its_neighbour_i
     let shunt = on_a_kernel_that_takes_too_much(&lab)?;
     let (mut client, mut backend) = joined(&lab, &shunt, &listener)?;
     let (mut neighbour, mut other) = joined(&lab, &shunt, &listener)?;
-    client.set_write_timeout(Some(SOON))?;
+    client.set_write_timeout(Some(patiently(SOON)))?;
     let written = client.write_all(&vec![0x77; 2 * (GRANT + WINDOW + BEYOND)]);
     ensure!(written.is_err() || count_to_end(&mut client).is_err(), "the writer was not told");
     ensure!(count_to_end(&mut backend).is_err(), "the reader was told of an end");
@@ -398,8 +398,8 @@ fn connections_of_which_too_much_waits_together_are_ended_with_the_worst_first_u
         (0..FLOWS).map(|_| joined(&lab, &shunt, &listener)).collect::<Result<Vec<(TcpStream, TcpStream)>>>()?;
     let bytes = vec![0x77; EACH];
     for (nth, (client, backend)) in flows.iter_mut().enumerate() {
-        client.set_write_timeout(Some(SOON))?;
-        backend.set_write_timeout(Some(SOON))?;
+        client.set_write_timeout(Some(patiently(SOON)))?;
+        backend.set_write_timeout(Some(patiently(SOON)))?;
         match nth {
             // As much in both directions.
             0 => client.write_all(&bytes).and_then(|()| backend.write_all(&bytes)).context("the first")?,

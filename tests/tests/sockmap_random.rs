@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use shunt_lab::{CLIENT, Lab, Shunt, dialog::reset, link, pattern::Pattern, relay::Relay, wait_for};
+use shunt_lab::{CLIENT, Lab, Shunt, dialog::reset, link, patiently, pattern::Pattern, relay::Relay, wait_for};
 use socket2::SockRef;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -162,8 +162,8 @@ fn receive(mut stream: &TcpStream, own: Part, from: Part) -> Result<Seen> {
 }
 
 fn play(stream: TcpStream, own: Part, other: Part) -> Result<Seen> {
-    stream.set_read_timeout(Some(LATE))?;
-    stream.set_write_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
+    stream.set_write_timeout(Some(patiently(LATE)))?;
     if own.last {
         let seen = receive(&stream, own, other)?;
         send(&stream, own)?;
@@ -192,7 +192,7 @@ fn play(stream: TcpStream, own: Part, other: Part) -> Result<Seen> {
 /// The backend's side: the first bytes say which connection it is.
 fn serve(mut stream: TcpStream) -> Result<(u64, Seen)> {
     let mut seed = [0; 8];
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.read_exact(&mut seed).context("greeting")?;
         stream.write_all(&seed)?;
@@ -213,7 +213,7 @@ fn dial(lab: &Lab, seed: u64) -> Result<(SocketAddr, Seen)> {
     // Lines of the access log are told apart by it.
     let port = 10_000 + (seed % (1 << IN_ROUND)) as u16;
     let mut stream = lab.client().connect_from((CLIENT, port), Relay::Joined.listen())?;
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.write_all(&seed.to_be_bytes())?;
         stream.read_exact(&mut [0; 8]).with_context(|| format!("greeting {seed}"))?;

@@ -12,7 +12,7 @@ use serde_json::Value;
 use shunt_lab::{
     Lab, Shunt, Stream,
     dialog::{End, end_of, read_some, read_to_end},
-    pattern,
+    patiently, pattern,
     relay::{Relay, handed_over, on_each, on_every_relay, servers, servers_with_tls},
     scripted::{Behaviour, Start},
     wait_until,
@@ -32,7 +32,7 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
         on_each(&Relay::WITH_TLS, |relay| {
             let bytes = if relay == Relay::Splice { 1000 } else { BYTES };
             let mut stream = relay.open(&lab)?;
-            stream.set_read_timeout(Some(SOON))?;
+            stream.set_read_timeout(Some(patiently(SOON)))?;
             if start == Start::AfterClientFinished {
                 relay.settle(&shunt, &stream)?;
             }

@@ -3,11 +3,17 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 
 use crate::{config::Engine, reason::Reason};
+
+/// Milliseconds as the views have them: three decimals, none of them noise.
+pub fn milliseconds(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
 
 /// `GET /v1/status`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -46,11 +46,11 @@ pub(super) fn run(cli: Cli) -> Result<Exit, Failure> {
         }
         Command::Top => top::run(&Client::new(&place)?),
         Command::Reload(output) => change(&place, output.json, "/v1/reload", &[], render::reload),
-        Command::Backend { route, backend, state } => {
+        Command::Backend { route, backend, state, output } => {
             let query = [("route", route.as_str()), ("backend", &backend), ("state", state.as_str())];
-            change(&place, false, "/v1/backend", &query, render::backend)
+            change(&place, output.json, "/v1/backend", &query, render::backend)
         }
-        Command::Kill { id } => change(&place, false, "/v1/kill", &[("id", &id)], render::killed),
+        Command::Kill { id, output } => change(&place, output.json, "/v1/kill", &[("id", &id)], render::killed),
         Command::Cleanup => cleanup(&place),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -121,7 +121,8 @@ fn plan(file: &Path, format: PlanFormat) -> Result<Exit, Failure> {
 fn doctor(place: &Place, json: bool) -> Result<Exit, Failure> {
     let config = match &place.config {
         Some(file) => Some(load(file)?),
-        None => None,
+        // Its problems are for `shunt check`: what the kernel allows is of use before there is a file, or with a broken one.
+        None => load(Path::new(DEFAULT_CONFIG)).ok(),
     };
     let socket = Client::new(place).map(|client| client.socket().to_owned()).ok();
     let report = doctor::examine(config.as_ref(), socket.as_deref());

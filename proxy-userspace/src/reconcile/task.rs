@@ -247,7 +247,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
             added: names(&added),
             changed: names(&changed),
             removed: names(&removed),
-            apply_ms: apply.as_secs_f64() * 1e3,
+            apply_ms: view::milliseconds(apply),
             changes,
         })
     }
@@ -262,7 +262,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
             Err(error) => Err(failure(&error)),
             Ok(None) => Err(view::Failure {
                 error: format!("route \"{route}\" has no backend \"{backend}\""),
-                hint: Some("`shunt routes` lists routes and backends".into()),
+                hint: Some(format!("`shunt routes {route}` lists them")),
             }),
             Ok(Some((view, effects))) => {
                 tracing::info!(route, backend, state = ?admin, "backend set by an operator");

@@ -412,7 +412,7 @@ impl<C: Conntrack> Task<C> {
         let usage = self.conntrack.usage();
         let counts = self.table.counts();
         let warnings = self.warnings(usage, now);
-        let last_dump_ms = self.last_dump_took.as_secs_f64() * 1000.0;
+        let last_dump_ms = view::milliseconds(self.last_dump_took);
         self.publisher.publish(&self.table, now, |state| {
             state.conntrack = view::ConntrackStatus {
                 entries: usage.map_or(0, |usage| usage.entries),

@@ -10,6 +10,13 @@ use nix::sys::{
 
 use crate::{host::Host, process::run};
 
+/// Whether this kernel is older than version `major.minor`: for what older ones cannot do.
+pub fn older_than(major: u32, minor: u32) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) < (Some(major), Some(minor))
+}
+
 /// `nft list ruleset` in `host`.
 pub fn nft_ruleset(host: &Host) -> Result<String> {
     run(host.command("nft").args(["list", "ruleset"]))

@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use serde_json::{Value, json};
+
 /// The end of one check on one kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -64,6 +66,24 @@ fn summary(log: &str) -> String {
     }
 }
 
+/// Checks of `shunt doctor` that say which engine a kernel gets.
+const ENGINES: [&str; 6] =
+    ["nf_tables", "table ownership", "port ranges", "eBPF self-probe", "sockmap self-probe", "handoff"];
+
+/// What `shunt doctor` found of the engines, by check.
+pub fn doctor(results: &Path) -> BTreeMap<&'static str, String> {
+    let told = fs::read(results.join("doctor.log")).unwrap_or_default();
+    // A warning on standard error may stand before it.
+    let begin = told.iter().position(|byte| *byte == b'{').unwrap_or_default();
+    let report: Value = serde_json::from_slice(&told[begin..]).unwrap_or_default();
+    let found = |name: &'static str| {
+        let check = report["checks"].as_array()?.iter().find(|check| check["name"] == name)?;
+        let found = check["found"].as_str().unwrap_or_default().replace('|', "/");
+        Some((name, if check["state"] == "ok" { format!("ok: {found}") } else { format!("**no**: {found}") }))
+    };
+    ENGINES.into_iter().filter_map(found).collect()
+}
+
 /// What the kernel said of each eBPF program, by object and program: lines of the test `ebpf_objects`.
 pub fn programs(results: &Path) -> BTreeMap<String, String> {
     let log = fs::read_to_string(results.join("ebpf_objects.log")).unwrap_or_default();
@@ -76,16 +96,33 @@ pub fn programs(results: &Path) -> BTreeMap<String, String> {
 pub struct Column {
     pub kernel: String,
     pub outcomes: Vec<Outcome>,
+    pub doctor: BTreeMap<&'static str, String>,
     pub programs: BTreeMap<String, String>,
 }
 
-/// A Markdown table: a row for each check and each eBPF program, a column for each kernel.
+/// The same for programs to read.
+pub fn json(checks: &[String], kernels: &[Column]) -> Value {
+    let column = |column: &Column| {
+        let outcomes = checks.iter().zip(&column.outcomes);
+        let checks: Vec<Value> = outcomes
+            .map(|(check, outcome)| json!({"check": check, "passed": outcome.passed(), "said": outcome.cell()}))
+            .collect();
+        json!({"kernel": column.kernel, "checks": checks, "doctor": column.doctor, "programs": column.programs})
+    };
+    kernels.iter().map(column).collect()
+}
+
+/// A Markdown table: a row for each check, for what `shunt doctor` says of the engines, and for each eBPF program; a column for each kernel.
 pub fn table(checks: &[String], kernels: &[Column]) -> String {
     let heads: Vec<&str> = kernels.iter().map(|column| column.kernel.as_str()).collect();
     let mut text = format!("| check | {} |\n|{}\n", heads.join(" | "), " --- |".repeat(kernels.len() + 1));
     for (index, check) in checks.iter().enumerate() {
         let cell = |column: &Column| column.outcomes.get(index).unwrap_or(&Outcome::NotRun).cell();
         text += &format!("| {check} | {} |\n", kernels.iter().map(cell).collect::<Vec<_>>().join(" | "));
+    }
+    for engine in ENGINES {
+        let cell = |column: &Column| column.doctor.get(engine).map_or("not run", String::as_str).to_owned();
+        text += &format!("| doctor: {engine} | {} |\n", kernels.iter().map(cell).collect::<Vec<_>>().join(" | "));
     }
     let programs: BTreeSet<&String> = kernels.iter().flat_map(|column| column.programs.keys()).collect();
     for program in programs {

@@ -111,16 +111,20 @@ impl FlowTable {
         }
     }
 
-    /// An adopted flow has been silent for as long as its timeout has run.
+    /// An adopted flow has been silent for as long as its timeout has run, but no longer than it lives: the kernel begins a shorter
+    /// timeout than the route's while data is unacknowledged (`nf_conntrack_tcp_timeout_unacknowledged`).
     fn adopt(&mut self, id: FlowId, entry: &Entry, now: Now) {
         let Some(record) = self.flows.get_mut(&id) else { return };
         record.adopted_by = Some(self.dumping);
         let Some(tally) = self.tallies.get(&record.route).filter(|tally| tally.info.kernel_timeouts) else { return };
         let (Some(limit), Some(left)) = (tally.info.idle, entry.timeout) else { return };
         let idle = limit.saturating_sub(Duration::from_secs(u64::from(left)));
-        record.last_activity = now.mono.saturating_sub(idle);
+        let silent_since = now.mono.saturating_sub(idle);
+        if !record.start_told {
+            record.start = record.start.min(silent_since);
+        }
+        record.last_activity = silent_since.max(record.start);
         record.silent_since = record.last_activity;
-        record.start = record.start.min(record.last_activity);
     }
 
     /// The dump is over, and the events that were queued before its end have been applied. Records that the kernel no

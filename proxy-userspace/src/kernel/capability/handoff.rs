@@ -30,10 +30,6 @@ pub fn ask() -> Handoff {
         Ok(_) => Handoff::Works,
         Err(HandoffError::Bpf(BpfError::NotPermitted(_))) => Handoff::NotPermitted,
         Err(HandoffError::Attach { .. }) => Handoff::NoTc,
-        Err(HandoffError::Bpf(BpfError::Verifier { log, .. })) => {
-            tracing::debug!(log, "handoff");
-            Handoff::ProbeFailed("its verifier refuses the program".into())
-        }
         Err(error) => Handoff::ProbeFailed(error.to_string()),
     }
 }
