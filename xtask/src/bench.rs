@@ -101,6 +101,7 @@ pub fn run(options: &Options) -> Result<()> {
     let services = Services::start(&lab)?;
 
     let background = background_percent()?;
+    note_listeners();
     let samples = if options.scale_only || options.tls_only || options.flood_only || options.parts_only {
         results::Samples::default()
     } else {
@@ -183,6 +184,24 @@ fn background_percent() -> Result<f64> {
         ui::note(&format!("other programs use {percent:.0} % of a processor: expect noise"));
     }
     Ok(percent)
+}
+
+/// Says so when somebody on this machine hears conntrack events: the kernel then makes them for every path, which costs most
+/// where nobody wanted them (`netlink_has_listeners` asks a table of all network namespaces).
+fn note_listeners() {
+    const NETLINK_NETFILTER: &str = "12";
+    // NFNLGRP_CONNTRACK_NEW, _UPDATE, _DESTROY
+    const CONNTRACK: u32 = 0b111;
+    let hears = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let groups = fields.get(3).and_then(|groups| u32::from_str_radix(groups, 16).ok());
+        fields.get(1) == Some(&NETLINK_NETFILTER) && groups.is_some_and(|groups| groups & CONNTRACK != 0)
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let sockets = processes.filter_map(|process| fs::read_to_string(process.join("net/netlink")).ok());
+    if sockets.into_iter().any(|sockets| sockets.lines().any(hears)) {
+        ui::note("somebody hears conntrack events: the hand-written rules pay for them, too");
+    }
 }
 
 /// All, in their order, unless some were chosen.

@@ -20,7 +20,7 @@ use crate::{
 const FEW: usize = 1000;
 /// But the whole is read at least so often: a connection that is refused leaves no trace in conntrack, and the table of flows
 /// can be full.
-const WHOLE: Duration = Duration::from_secs(20);
+pub(super) const WHOLE: Duration = Duration::from_secs(20);
 
 /// When a large table was read as a whole, and what there is to read in parts.
 #[derive(Debug, Clone, Copy)]

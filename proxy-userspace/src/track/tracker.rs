@@ -28,11 +28,11 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Flows told of their end at once in one go; the others hear of it with their next packet.
 const NUDGED: usize = 2000;
 /// Dumps take at most one part in so many of a core.
-const DUMP_SHARE: u32 = 100;
+const DUMP_SHARE: u32 = 40;
 /// But they are never further apart than so many intervals.
 const MOST_INTERVALS: u32 = 5;
 /// The same for full dumps while many ended entries linger.
-const FULL_DUMP_SHARE: u32 = 200;
+const FULL_DUMP_SHARE: u32 = 100;
 /// Entries deleted from one look at the events to the next: each is told as an event, and the socket holds some 50,000.
 const DELETED_AT_ONCE: usize = 4096;
 /// With fewer lingering entries than this, leaving them out of a dump saves nothing.

@@ -21,7 +21,7 @@ use crate::{stop, ui};
 #[derive(Debug, Clone, Copy)]
 enum Variant {
     Rule(&'static str),
-    /// The table with its parts edited away; the daemon is dead, so no event is made.
+    /// The table with parts of it edited away; the daemon is dead, so no event is made for it.
     Table {
         sysctls: &'static [(&'static str, &'static str)],
         edit: &'static str,
@@ -34,35 +34,16 @@ enum Variant {
 const ACCT: &str = "net.netfilter.nf_conntrack_acct";
 const TIMESTAMP: &str = "net.netfilter.nf_conntrack_timestamp";
 
-const NO_TRACK: &str = "flush chain inet shunt track\n";
-
-const VARIANTS: [(&str, Variant); 11] = [
+const VARIANTS: [(&str, Variant); 9] = [
     ("hand-written rule", Variant::Rule(paths::RULE)),
     ("… with accounting and counters", Variant::Rule(paths::RULE_COUNTED)),
     ("shunt", Variant::Whole),
     ("… events made, never read", Variant::Unread),
     ("… no events: the daemon is dead", Variant::Table { sysctls: &[], edit: "" }),
-    ("… and no timestamps", Variant::Table { sysctls: &[(TIMESTAMP, "0")], edit: "" }),
-    ("… and no accounting", Variant::Table { sysctls: &[(ACCT, "0"), (TIMESTAMP, "0")], edit: "" }),
-    ("dead, and ends not marked", Variant::Table { sysctls: &[], edit: NO_TRACK }),
-    (
-        "dead, and packets not looked at",
-        Variant::Table { sysctls: &[], edit: "flush chain inet shunt track-forward\n" },
-    ),
-    (
-        "dead, no chains at input and output",
-        Variant::Table {
-            sysctls: &[],
-            edit: "delete chain inet shunt track-input\ndelete chain inet shunt track-output\n",
-        },
-    ),
-    (
-        "dead, bare routed",
-        Variant::Table {
-            sysctls: &[],
-            edit: "flush chain inet shunt routed\nadd rule inet shunt routed dnat ip to ct mark map @backend4-same-port\n",
-        },
-    ),
+    ("… dead, no timestamps", Variant::Table { sysctls: &[(TIMESTAMP, "0")], edit: "" }),
+    ("… dead, no accounting", Variant::Table { sysctls: &[(ACCT, "0")], edit: "" }),
+    ("… dead, ends not marked", Variant::Table { sysctls: &[], edit: "flush chain inet shunt track\n" }),
+    ("… dead, packets not counted", Variant::Table { sysctls: &[], edit: "flush chain inet shunt track-forward\n" }),
 ];
 
 /// One line: microseconds of processor time per connection, and connections per second.
