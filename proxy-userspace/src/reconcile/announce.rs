@@ -1,6 +1,6 @@
 //! What the owner of the flow table hears from the owner of the routes.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use proxy_core::{
     config::{Keepalive, Log, Route},
@@ -101,7 +101,7 @@ impl Announcer {
         }
     }
 
-    pub async fn counters(&self, counters: &HashMap<u32, Counters>) {
+    pub async fn counters(&self, counters: &[(u32, &Counters)]) {
         let traffic = |c: Counter| Traffic { packets: c.packets, bytes: c.bytes };
         let route = |c: &Counters| RouteCounters {
             connections: c.connections,
@@ -109,7 +109,7 @@ impl Announcer {
             traffic_out: traffic(c.outbound),
             refused: c.refused.clone(),
         };
-        let routes = counters.iter().map(|(&id, c)| (id, route(c))).collect();
+        let routes = counters.iter().map(|(id, c)| (*id, route(c))).collect();
         self.send(Input::Counters(KernelCounters { routes })).await;
     }
 

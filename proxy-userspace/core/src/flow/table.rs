@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    num::NonZeroU64,
     sync::Arc,
     time::Duration,
 };
@@ -228,7 +229,7 @@ impl FlowTable {
         let id = FlowId::of(entry);
         let now = now.back_to(entry.event_ns);
         if let Some(record) = self.flows.get_mut(&id)
-            && record.adopted_by.take() == Some(self.dumping)
+            && record.adopted_by.take().is_some_and(|dump| dump.get() == self.dumping)
         {
             return;
         }
@@ -266,10 +267,14 @@ impl FlowTable {
 
     fn on_destroy(&mut self, entry: &Entry, now: Now) {
         let id = FlowId::of(entry);
-        if self.flows.contains_key(&id) {
-            self.remove(id, Some(entry), now);
-        } else {
-            self.end_unknown(entry, now);
+        match self.flows.get(&id) {
+            Some(record) if !record.began_before(entry) => self.remove(id, Some(entry), now),
+            // The id was given again, and nobody told that the former owner is gone.
+            Some(_) => {
+                self.remove(id, None, now);
+                self.end_unknown(entry, now);
+            }
+            None => self.end_unknown(entry, now),
         }
     }
 
@@ -360,6 +365,7 @@ impl FlowTable {
             Standing::Over(reason) => {
                 if let Some(tally) = self.tallies.get_mut(&record.route) {
                     close(record, tally, reason, now);
+                    record.seen_ns = entry.event_ns.and_then(NonZeroU64::new).max(record.seen_ns);
                     touch(tally, record.route, &mut self.changed);
                 }
             }
