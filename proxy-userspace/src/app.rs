@@ -14,7 +14,7 @@ use std::{
 };
 
 use proxy_core::{
-    capability::Capabilities,
+    capability::{Capabilities, Handoff},
     config::{self, Config, Engine},
     diff::Change,
     flow::MarkLayout,
@@ -50,7 +50,10 @@ use crate::{
         task::{Inputs, Task, failure, load, needed},
     },
     resolve::Names,
-    stream::{self, StreamError, StreamPath},
+    stream::{
+        self, StreamError, StreamPath,
+        handed::{Begun, Store},
+    },
     track::{self, FailedDial, Tracker},
 };
 
@@ -108,17 +111,36 @@ async fn start(config_file: &Path) -> Result<(), Refusal> {
     let log = logging::init(&config.log).map_err(|e| Refusal::refused(e, None))?;
     let listeners =
         Listeners::bind(config.admin.listen, &config.admin.socket).await.map_err(|e| Refusal::refused(&e, e.mend()))?;
-    let capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe(&config) };
+    let mut capabilities = capability::probe(&config, stream::trust_in_sockmap());
     let plan = plan(&config, &capabilities);
     let unserved = plan.unserved();
     if !unserved.is_empty() {
         return Err(refuse_unserved(&unserved));
     }
+    let (plan, handoff) = bring_up(&config, plan, &mut capabilities)?;
     let warnings = degraded(&plan, &capabilities).into_iter().collect();
-    let daemon = Daemon::install(config_file, config, &plan, capabilities, log, warnings).await?;
+    let store = handoff.as_ref().map(|begun| begun.store.clone());
+    let daemon = Daemon::install(config_file, config, &plan, capabilities, log, warnings, store).await?;
+    handoff.into_iter().for_each(Begun::keep);
     drop(plan);
     daemon.serve(listeners).await;
     Ok(())
+}
+
+/// What connections are handed over with, where a route does so or a daemon before this one did. Where it cannot be had, routes
+/// that do not insist on it are served without.
+fn bring_up(config: &Config, first: Plan, capabilities: &mut Capabilities) -> Result<(Plan, Option<Begun>), Refusal> {
+    let error = match handoff::begin_where_needed(&first, &config.admin.socket) {
+        Ok(begun) => return Ok((first, begun)),
+        Err(error) => error,
+    };
+    capabilities.handoff = Handoff::NotBroughtUp(error.to_string());
+    let without = plan(config, capabilities);
+    if !without.unserved().is_empty() {
+        return Err(refuse_streams(error));
+    }
+    tracing::warn!(mend = error.mend(), "{error}");
+    Ok((without, None))
 }
 
 /// What the whole engine nft stands on, not a feature of it.
@@ -193,6 +215,7 @@ impl Daemon {
         capabilities: Capabilities,
         log: logging::LogHandle,
         mut warnings: Vec<String>,
+        handoff: Option<Store>,
     ) -> Result<Self, Refusal> {
         let record = sysctl::record_beside(&config.admin.socket);
         let recorded_before = record.exists();
@@ -203,7 +226,7 @@ impl Daemon {
         for warning in &warnings {
             tracing::warn!("{warning}");
         }
-        let installed = Self::routes(config_file, config, capabilities, log, &record, warnings).await;
+        let installed = Self::routes(config_file, config, capabilities, log, &record, warnings, handoff).await;
         if installed.is_err() && !recorded_before {
             // Nothing was here before this start: leave nothing behind.
             drop(sysctl::restore(&settings, &record));
@@ -231,7 +254,7 @@ impl Daemon {
         config: &Config,
         capabilities: &Capabilities,
         channels: &Channels,
-        handoff: Option<stream::handed::Store>,
+        handoff: Option<Store>,
     ) -> Result<(StreamPath, JoinHandle<()>), Refusal> {
         let (ended, told) = mpsc::channel(REPORTS);
         let options = stream::Options {
@@ -259,6 +282,7 @@ impl Daemon {
         log: logging::LogHandle,
         record: &Path,
         warnings: Vec<String>,
+        handoff: Option<Store>,
     ) -> Result<Self, Refusal> {
         let channels = Channels {
             drained: mpsc::channel(REPORTS),
@@ -272,8 +296,6 @@ impl Daemon {
             false => (None, None),
         };
         let port_id = nft.as_ref().map(KernelNft::port_id);
-        let handoff = handoff::open(&plan(&config, &capabilities), &config.admin.socket).map_err(refuse_handoff)?;
-        let handoff = handoff.map(handoff::follow_interfaces).transpose().map_err(|e| Refusal::refused(e, None))?;
         let (streams, relayed_log) = Self::streams(&config, &capabilities, &channels, handoff)?;
         let adopter = streams.adopter();
         let (stream_commands, relayed) = (streams.commands.clone(), streams.reader.clone());
@@ -320,6 +342,7 @@ impl Daemon {
         tokio::spawn(stream::rates::sample(relayed.clone(), REPORTING, rates));
         let Channels { drained, relayed: gone, failed_dials, access } = channels;
         let acme = acme::Handle::start(relayed.acme.clone(), relayed.tls.clone());
+        let flow_state = tracker.as_ref().map_or_else(|| watch::channel(Arc::default()).1, |t| t.state.clone());
         let mut task = Task {
             reconciler,
             config_file: config_file.to_owned(),
@@ -328,6 +351,7 @@ impl Daemon {
             checks: Checks::new(reports_tx),
             names: Names::new(resolved_tx),
             track: announcer,
+            flows: flow_state.clone(),
             access,
             acme,
             published,
@@ -344,7 +368,7 @@ impl Daemon {
             relayed,
             relayed_rates,
             route_state,
-            flow_state: tracker.as_ref().map_or_else(|| watch::channel(Arc::default()).1, |t| t.state.clone()),
+            flow_state,
         };
         let inputs = Inputs {
             commands,

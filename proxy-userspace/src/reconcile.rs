@@ -6,6 +6,7 @@
 
 pub mod announce;
 mod backends;
+mod counters;
 mod ids;
 mod relay;
 mod start;
@@ -21,11 +22,11 @@ use std::{
 };
 
 use proxy_core::{
-    capability::{Capabilities, Handoff},
+    capability::{Capabilities, FilterChain, Handoff},
     config::{Config, Engine, Route, RouteName},
     diff::{Assembly, Ownership, Update, Updates},
     flow::MarkLayout,
-    plan::{Plan, Replan, RoutePlan, Unserved, may_hand_over, replan},
+    plan::{Plan, Replan, RoutePlan, Unserved, replan},
     pool::Pool,
     ruleset::Fragment,
     view,
@@ -66,6 +67,7 @@ pub struct Reconciler<N, S> {
     draining: BTreeMap<u32, Drain>,
     /// What the kernel's counters said last, to go on from after somebody deletes the table.
     last_counters: HashMap<u32, Counters>,
+    last_whole: Option<counters::WholeRead>,
     status: view::ReconcileStatus,
     /// Routes with a host out of use for failed dials.
     ejecting: HashSet<RouteName>,
@@ -172,13 +174,29 @@ pub struct Prepared {
 }
 
 impl<N: Nft, S: Streams> Reconciler<N, S> {
-    /// Whether the kernel is to be asked, before the configuration is prepared, if connections can be handed over here.
-    pub fn must_ask_for_handoff(&self, config: &Config) -> bool {
-        self.capabilities.handoff != Handoff::Works && config.routes.iter().any(|route| may_hand_over(route))
+    /// Whether the firewall is to be looked at before the configuration is prepared: what connections that are handed over do not
+    /// pass decides how a route is served.
+    pub fn could_hand_over(&self, config: &Config) -> bool {
+        self.would(config, RoutePlan::could_hand_over)
+    }
+
+    pub fn learn_filter(&mut self, found: Option<FilterChain>) {
+        self.capabilities.filter = found;
+    }
+
+    /// Whether the kernel is to be asked then, if connections can be handed over here.
+    pub fn awaits_handoff(&self, config: &Config) -> bool {
+        self.would(config, RoutePlan::awaits_handoff)
     }
 
     pub fn learn_handoff(&mut self, found: Handoff) {
         self.capabilities.handoff = found;
+    }
+
+    /// One of its routes, with what is known of this machine so far.
+    fn would(&self, config: &Config, does: fn(&RoutePlan) -> bool) -> bool {
+        let replan = replan(config, &self.capabilities, &self.plan);
+        self.with(&replan).any(|route| does(route))
     }
 
     /// Everything about a new configuration that can fail without the kernel.
@@ -223,9 +241,13 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
 
     /// Every route as it will be with a prepared change.
     pub fn after<'a>(&'a self, prepared: &'a Prepared) -> impl Iterator<Item = &'a Arc<RoutePlan>> {
-        let (plan, range) = (self.plan.routes(), &prepared.replan.range);
+        self.with(&prepared.replan)
+    }
+
+    fn with<'a>(&'a self, replan: &'a Replan) -> impl Iterator<Item = &'a Arc<RoutePlan>> {
+        let (plan, range) = (self.plan.routes(), &replan.range);
         let (before, behind) = (plan.get(..range.start), plan.get(range.end..));
-        before.into_iter().flatten().chain(&prepared.replan.routes).chain(behind.into_iter().flatten())
+        before.into_iter().flatten().chain(&replan.routes).chain(behind.into_iter().flatten())
     }
 
     /// A prepared change is not carried out.
@@ -432,8 +454,8 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
 /// name on a port of 50,000 does not change the others.
 fn is_same(old: &RoutePlan, new: &RoutePlan) -> bool {
     let itself = old.route.own_fingerprint == new.route.own_fingerprint && old.refused == new.refused;
-    let relayed = old.is_relayed() && old.engine == new.engine;
-    old.route.fingerprint == new.route.fingerprint || (relayed && itself && same_listens(old, new))
+    let same = old.route.fingerprint == new.route.fingerprint || (old.is_relayed() && itself && same_listens(old, new));
+    same && old.engine == new.engine
 }
 
 /// What the table has of it ([`passing`](proxy_core::ruleset::passing)) is the same.

@@ -183,6 +183,9 @@ pub struct Connection {
     pub packets_out: u64,
     /// False when the flow began before `nf_conntrack_acct` was on: its bytes are not known.
     pub metered: bool,
+    /// On a route that hands connections over, while the daemon still has this one: why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_handed_over: Option<String>,
 }
 
 /// `POST /v1/reload`

@@ -139,9 +139,14 @@ pub(super) fn handoff(found: &Handoff) -> Check {
         Handoff::Works => return check.ok("the self-probe has passed"),
         Handoff::NotAsked => return check.ok("not asked"),
         Handoff::NotPermitted => {
-            "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW; splice serves these routes meanwhile"
+            "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW, before Linux 5.11 with LimitMEMLOCK=infinity too; splice serves these \
+             routes meanwhile"
         }
         Handoff::NoTc | Handoff::NoRedirect => "use a newer kernel; splice serves these routes meanwhile",
+        Handoff::NoBpffs => {
+            "mount -t bpf bpf /sys/fs/bpf, and let the process write there; splice serves these routes meanwhile"
+        }
+        Handoff::NotBroughtUp(_) => "see the daemon's log; splice serves these routes meanwhile",
         Handoff::ProbeFailed(_) => "report it with the output of uname -a; splice serves these routes meanwhile",
     };
     check.warn(found.to_string(), mend)
@@ -192,7 +197,7 @@ mod tests {
             sk_lookup: None,
             ipv6: false,
             handoff: Handoff::NotPermitted,
-            forward_filter: None,
+            filters: Vec::new(),
             scratch_namespace: false,
         };
         let states: Vec<_> = checks(&probe).into_iter().map(|check| (check.name, check.state)).collect();
