@@ -115,9 +115,11 @@ fn a_next_hop_that_is_another_without_a_word_is_noticed_as_for_forwarded_packets
     let mut stream6 = stage.lab.client().connect(LISTEN6)?;
     echo(&mut stream6, b"hello")?;
     handed_over(&stage.shunt, &stream6)?;
-    let ends = [("ipv4", backend.ip.to_string(), BACKEND_SIDE.to_string(), stream)];
-    let ends = ends.into_iter().chain([("ipv6", backend.ip6.to_string(), BACKEND_SIDE6.to_string(), stream6)]);
-    for (family, there, here, mut stream) in ends {
+    let mut ends = [
+        ("ipv4", backend.ip.to_string(), BACKEND_SIDE.to_string(), stream),
+        ("ipv6", backend.ip6.to_string(), BACKEND_SIDE6.to_string(), stream6),
+    ];
+    for (family, there, here, stream) in &mut ends {
         // Five seconds, then three probes of a second each, are long for a test.
         gateway.set_sysctl(&format!("net.{family}.neigh.backend1.delay_first_probe_time"), "1")?;
         gateway.set_sysctl(&format!("net.{family}.neigh.backend1.retrans_time_ms"), "200")?;
@@ -125,7 +127,7 @@ fn a_next_hop_that_is_another_without_a_word_is_noticed_as_for_forwarded_packets
         let address = gateway.sh("ip -o link show backend1 | sed 's/.*link.ether \\([0-9a-f:]*\\) .*/\\1/'")?;
         backend.sh(&format!("ip neighbour replace {here} dev eth0 nud permanent lladdr {}", address.trim()))?;
         gateway.sh(&format!("ip neighbour replace {there} lladdr 02:00:00:00:00:66 dev backend1 nud stale"))?;
-        stage.goes_on(&mut stream, family)?;
+        stage.goes_on(stream, family)?;
         let now = gateway.sh(&format!("ip neighbour show {there}"))?;
         ensure!(!now.contains("00:00:66"), "{now}");
     }
