@@ -342,6 +342,7 @@ impl Daemon {
         tokio::spawn(stream::rates::sample(relayed.clone(), REPORTING, rates));
         let Channels { drained, relayed: gone, failed_dials, access } = channels;
         let acme = acme::Handle::start(relayed.acme.clone(), relayed.tls.clone());
+        let flow_state = tracker.as_ref().map_or_else(|| watch::channel(Arc::default()).1, |t| t.state.clone());
         let mut task = Task {
             reconciler,
             config_file: config_file.to_owned(),
@@ -350,6 +351,7 @@ impl Daemon {
             checks: Checks::new(reports_tx),
             names: Names::new(resolved_tx),
             track: announcer,
+            flows: flow_state.clone(),
             access,
             acme,
             published,
@@ -366,7 +368,7 @@ impl Daemon {
             relayed,
             relayed_rates,
             route_state,
-            flow_state: tracker.as_ref().map_or_else(|| watch::channel(Arc::default()).1, |t| t.state.clone()),
+            flow_state,
         };
         let inputs = Inputs {
             commands,

@@ -100,4 +100,6 @@ pub struct FlowState {
     pub ages: HashMap<String, AgeHistogram>,
     pub conntrack: view::ConntrackStatus,
     pub warnings: Vec<String>,
+    /// Ids of the routes that have a connection, or of which something has changed lately.
+    pub moving: Vec<u32>,
 }

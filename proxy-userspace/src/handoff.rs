@@ -151,15 +151,20 @@ impl Attached {
     }
 
     fn look(&mut self) -> Result<(), InterfaceError> {
-        let in_use = self.interfaces.get_mut().in_use()?;
-        for &interface in in_use.difference(&self.known) {
+        let found = self.interfaces.get_mut().find()?;
+        // An interface that goes takes the program with it, and its number may come again: what is left of it says nothing.
+        for gone in self.table.attached().into_iter().filter(|interface| !found.all.contains(interface)) {
+            if let Err(error) = self.table.detach(gone) {
+                tracing::warn!(%error, "the pin of an interface that is gone stays");
+            }
+        }
+        for &interface in found.entrances.difference(&self.known) {
             match self.table.attach(interface) {
                 Ok(()) => tracing::debug!(interface, "connections can be handed over on this interface"),
                 Err(error) => tracing::warn!(%error, "connections over this interface stay in the daemon"),
             }
         }
-        // An interface that goes takes the program with it; its number may come again.
-        self.known = in_use;
+        self.known = found.entrances;
         self.on.set(self.table.attached().into_iter().collect());
         Ok(())
     }

@@ -6,6 +6,7 @@
 
 pub mod announce;
 mod backends;
+mod counters;
 mod ids;
 mod relay;
 mod start;
@@ -66,6 +67,7 @@ pub struct Reconciler<N, S> {
     draining: BTreeMap<u32, Drain>,
     /// What the kernel's counters said last, to go on from after somebody deletes the table.
     last_counters: HashMap<u32, Counters>,
+    last_whole: Option<counters::WholeRead>,
     status: view::ReconcileStatus,
     /// Routes with a host out of use for failed dials.
     ejecting: HashSet<RouteName>,

@@ -170,6 +170,21 @@ fn flows_of_other_marks_are_not_seen() {
 }
 
 #[test]
+fn what_others_forward_takes_no_room_from_what_is_told() {
+    let lab = Lab::new();
+    lab.serve("10.77.2.2:8080", echo);
+    // Room for a few events.
+    lab.gateway(1, |conntrack| {
+        let foreign: Vec<TcpStream> = (0..100).map(|_| lab.connect("10.77.1.1:9")).collect();
+        let ours = lab.connect("10.77.1.1:80");
+        let seen = events_until(conntrack, |seen| !seen.is_empty());
+        let [Event::New(new)] = &seen[..] else { panic!("{seen:?}") };
+        assert_eq!(new.client(), ours.local_addr().expect("address"));
+        drop(foreign);
+    });
+}
+
+#[test]
 fn lost_events_are_noticed() {
     let lab = Lab::new();
     lab.gateway(1, |conntrack| {

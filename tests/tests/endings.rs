@@ -177,6 +177,24 @@ timeouts = { idle = "1s" }
 }
 
 #[test]
+fn extended_keepalive_multiplies_the_idle_limit_and_warns_before() -> Result<()> {
+    let lab = Lab::new()?;
+    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &web("keepalive = \"extended\"\ntimeouts = { idle = \"3s\" }"))?;
+    let mut stream = lab.client().connect(to())?;
+    echo(&mut stream, b"then silence")?;
+    let since = Instant::now();
+    let warning = format!("client={}", stream.local_addr()?);
+    let warned = || shunt.log().lines().any(|line| line.contains("idle for long") && line.contains(&warning));
+    // Silence is noticed by a dump, and known by the next.
+    wait_until("a warning", Duration::from_secs(16), warned)?;
+    ensure!(since.elapsed() > Duration::from_secs(2), "warned after {:?}", since.elapsed());
+    wait_for("its end", Duration::from_secs(30), || reason(&shunt, "idle_timeout", 1).ok())?;
+    ensure!(since.elapsed() > Duration::from_secs(17), "ended after {:?}", since.elapsed());
+    Ok(())
+}
+
+#[test]
 fn a_busy_connection_past_its_lifetime_ends_with_that_reason() -> Result<()> {
     let lab = Lab::new()?;
     let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;

@@ -334,6 +334,14 @@ fn fifty_thousand_elements_go_in_and_come_back_in_one_batch_each() {
         assert_eq!(counters.len(), 50_001);
         let packets: u64 = counters.iter().map(|(_, counter)| counter.packets).sum();
         assert_eq!(packets, 3 + (1..=50_000u64).sum::<u64>());
+
+        // Some of them, in more than one request.
+        let asked: Vec<Key> = counters.iter().step_by(100).map(|(key, _)| key.clone()).collect();
+        let some = nft.some_counters("r4", &asked).expect("some counters");
+        assert!(some.len() == 501 && some.iter().all(|one| counters.contains(one)));
+        let nobody = Key::from_kernel(&[0xff; 12]);
+        let missing = nft.some_counters("r4", &[asked[0].clone(), nobody]);
+        assert!(matches!(missing, Err(NftError::NotTold { errno: Errno::ENOENT, .. })), "{missing:?}");
     });
 }
 

@@ -1,6 +1,6 @@
 //! What can be observed is what docs/observing.md says, to the letter.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use proxy_core::reason::Reason;
@@ -58,6 +58,10 @@ fn every_metric_is_in_the_manual_with_its_type_and_labels_and_none_besides() -> 
     let _relayed = servers_with_tls(&lab, &Behaviour::Echo)?;
     let shunt = Shunt::start(&lab, &everything(&lab)?)?;
     echo(&mut lab.client().connect(([10, 88, 1, 1], 80))?, b"forwarded")?;
+    // A reason has a line once it was given.
+    shunt.wait_route("web", "its end", Duration::from_secs(20), |route| {
+        (route["terminations"]["finished_client_first"] == 1).then_some(())
+    })?;
     let _open = Relay::WITH_TLS.iter().map(|relay| relay.begin(&lab, &shunt)).collect::<Result<Vec<_>>>()?;
     let page = lab.gateway().curl("http://127.0.0.1:9900/metrics")?;
     let shown = shown(&String::from_utf8(page)?)?;

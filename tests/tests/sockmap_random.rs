@@ -11,13 +11,17 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use shunt_lab::{CLIENT, Lab, Shunt, dialog::reset, link, pattern::Pattern, relay::Relay, wait_for};
+use shunt_lab::{CLIENT, Lab, Shunt, dialog::reset, link, patiently, pattern::Pattern, relay::Relay, wait_for};
 use socket2::SockRef;
 
 const SOON: Duration = Duration::from_secs(10);
 /// A stream on a lossy link waits for its retransmission timer now and then.
 const LATE: Duration = Duration::from_secs(90);
 const MOST: u64 = 2 << 20;
+/// More than all sockets between a writer and a reader that does not read have room for; where little is lost.
+const FAR_MORE: u64 = 16 << 20;
+/// Bits of a seed that tell the connections of a round apart.
+const IN_ROUND: u32 = 10;
 /// Enough for most to be joined before anything else happens.
 const GREETINGS: u64 = 20;
 const AT_ONCE: u64 = 24;
@@ -73,21 +77,25 @@ struct Part {
     resets_at: Option<u64>,
     /// `SO_RCVBUF`.
     window: Option<usize>,
+    /// Reads nothing at first.
+    stalls: Option<Duration>,
 }
 
 /// Both parts of the connection `seed`; at most one of them waits for the other, and one in four ends in a reset.
 fn parts(seed: u64) -> [Part; 2] {
     let mut dice = Dice::new(seed);
+    let most = if Network::of(seed).lost <= 1 && dice.one_in(6) { FAR_MORE } else { MOST };
     let waits = dice.roll(4);
     let resets = dice.roll(8);
     [0, 1].map(|side| {
-        let bytes = if dice.one_in(4) { dice.roll(MOST) } else { dice.size(MOST) };
+        let bytes = if dice.one_in(4) { dice.roll(most) } else { dice.size(most) };
         Part {
             seed: seed << 1 | side,
             bytes,
             last: waits == side,
             resets_at: (resets == side).then(|| dice.roll(bytes + 1)),
             window: dice.one_in(3).then(|| 2048 << dice.roll(6)),
+            stalls: dice.one_in(6).then(|| Duration::from_millis(dice.roll(1500))),
         }
     })
 }
@@ -131,8 +139,9 @@ fn is_reset(error: &std::io::Error) -> bool {
 }
 
 /// Reads to the end, in pieces and with pauses. Every byte must be the one that the other side sends there.
-fn receive(mut stream: &TcpStream, from: Part) -> Result<Seen> {
+fn receive(mut stream: &TcpStream, own: Part, from: Part) -> Result<Seen> {
     let mut dice = Dice::new(from.seed + 2);
+    thread::sleep(own.stalls.unwrap_or_default());
     let mut expected = vec![0; from.bytes as usize];
     Pattern::new(from.seed).fill(&mut expected);
     let (mut buffer, mut received) = (vec![0; 1 << 18], 0);
@@ -153,10 +162,10 @@ fn receive(mut stream: &TcpStream, from: Part) -> Result<Seen> {
 }
 
 fn play(stream: TcpStream, own: Part, other: Part) -> Result<Seen> {
-    stream.set_read_timeout(Some(LATE))?;
-    stream.set_write_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
+    stream.set_write_timeout(Some(patiently(LATE)))?;
     if own.last {
-        let seen = receive(&stream, other)?;
+        let seen = receive(&stream, own, other)?;
         send(&stream, own)?;
         if own.resets_at.is_some() {
             reset(&stream)?;
@@ -173,7 +182,7 @@ fn play(stream: TcpStream, own: Part, other: Part) -> Result<Seen> {
             }
             Ok(told)
         });
-        let seen = receive(&stream, other);
+        let seen = receive(&stream, own, other);
         let told = sender.join().expect("sender");
         let (seen, told) = (seen?, told?);
         Ok(Seen { finished: seen.finished && !told, ..seen })
@@ -183,7 +192,7 @@ fn play(stream: TcpStream, own: Part, other: Part) -> Result<Seen> {
 /// The backend's side: the first bytes say which connection it is.
 fn serve(mut stream: TcpStream) -> Result<(u64, Seen)> {
     let mut seed = [0; 8];
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.read_exact(&mut seed).context("greeting")?;
         stream.write_all(&seed)?;
@@ -202,9 +211,9 @@ fn serve(mut stream: TcpStream) -> Result<(u64, Seen)> {
 fn dial(lab: &Lab, seed: u64) -> Result<(SocketAddr, Seen)> {
     let [own, backend] = parts(seed);
     // Lines of the access log are told apart by it.
-    let port = 10_000 + (seed % 1024) as u16;
+    let port = 10_000 + (seed % (1 << IN_ROUND)) as u16;
     let mut stream = lab.client().connect_from((CLIENT, port), Relay::Joined.listen())?;
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.write_all(&seed.to_be_bytes())?;
         stream.read_exact(&mut [0; 8]).with_context(|| format!("greeting {seed}"))?;
@@ -224,28 +233,38 @@ fn narrow(stream: &TcpStream, part: Part) -> Result<()> {
 }
 
 /// What a network does to the packets of a round.
-fn spoil(lab: &Lab, dice: &mut Dice) -> Result<String> {
-    let percent = [0, 1, 3, 5, 10][dice.roll(5) as usize];
-    let offloads = dice.one_in(3);
-    if !offloads {
-        for (host, device) in
-            [(lab.client(), "eth0"), (lab.backend(1), "eth0"), (lab.gateway(), "clients"), (lab.gateway(), "backend1")]
-        {
+#[derive(Debug, Clone, Copy)]
+struct Network {
+    /// Percent of the packets, at each host.
+    lost: u32,
+    offloads: bool,
+}
+
+impl Network {
+    /// Of the round that the connection `seed` is of.
+    fn of(seed: u64) -> Self {
+        let mut dice = Dice::new(seed >> IN_ROUND);
+        Self { lost: [0, 0, 1, 3, 5, 10][dice.roll(6) as usize], offloads: dice.one_in(3) }
+    }
+
+    fn spoil(self, lab: &Lab) -> Result<()> {
+        let links =
+            [(lab.client(), "eth0"), (lab.backend(1), "eth0"), (lab.gateway(), "clients"), (lab.gateway(), "backend1")];
+        for (host, device) in links.into_iter().filter(|_| !self.offloads) {
             link::offloads(host, device, false)?;
         }
-    }
-    if percent > 0 {
-        for host in [lab.client(), lab.backend(1), lab.gateway()] {
-            link::lose_all_but_resets(host, percent)?;
+        for host in [lab.client(), lab.backend(1), lab.gateway()].into_iter().filter(|_| self.lost > 0) {
+            link::lose_all_but_resets(host, self.lost)?;
         }
+        Ok(())
     }
-    Ok(format!("{percent} % lost, offloads {offloads}"))
 }
 
 /// One daemon, `count` connections, each checked.
 fn round(seed: u64, count: u64) -> Result<()> {
     let lab = Lab::new()?;
-    let network = spoil(&lab, &mut Dice::new(seed))?;
+    let network = Network::of(seed);
+    network.spoil(&lab)?;
     let listener = lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?;
     let shunt =
         Shunt::start(&lab, &format!("[log]\nformat = \"json\"\n{}", Relay::routes("keepalive = \"immortal\"")))?;
@@ -258,7 +277,7 @@ fn round(seed: u64, count: u64) -> Result<()> {
     }
     let outcome = connections(&lab, &listener, seed, count);
     let list = shunt.connections("joined");
-    let seen = outcome.with_context(|| format!("round {seed}, {network}; open: {list:?}; {}", shunt.log()))?;
+    let seen = outcome.with_context(|| format!("round {seed}, {network:?}; open: {list:?}; {}", shunt.log()))?;
     let lines = wait_for("a line of each in the access log", SOON, || {
         let lines: HashMap<String, Value> = shunt
             .access_log()
@@ -267,18 +286,18 @@ fn round(seed: u64, count: u64) -> Result<()> {
             .collect();
         seen.iter().all(|(address, ..)| lines.contains_key(&address.to_string())).then_some(lines)
     })
-    .with_context(|| format!("round {seed}, {network}: {:?}", shunt.connections("joined")))?;
+    .with_context(|| format!("round {seed}, {network:?}: {:?}", shunt.connections("joined")))?;
     let mut joined = 0;
     for (address, seed, client, backend) in &seen {
         let line = &lines[&address.to_string()];
-        judge(*seed, *client, *backend, line).with_context(|| format!("round {seed}, {network}: {line}"))?;
+        judge(*seed, *client, *backend, line).with_context(|| format!("round {seed}, {network:?}: {line}"))?;
         joined += u64::from(line["engine"] == "sockmap");
     }
     let metrics = shunt.metrics()?;
     let bad = metrics.value("shunt_terminations_total", &[("reason", "internal_error")])
         + metrics.value("shunt_sockmap_overflows_total", &[]);
     ensure!(bad == 0.0, "round {seed}: {bad} internal errors or overflows");
-    println!("round {seed}: {network}; {count} connections, {joined} joined, {:.1} s", began.elapsed().as_secs_f64());
+    println!("round {seed}: {network:?}; {count} connections, {joined} joined, {:.1} s", began.elapsed().as_secs_f64());
     ensure!(joined > count / 2, "round {seed}: {joined} of {count} were joined");
     Ok(())
 }
@@ -345,12 +364,13 @@ fn connections(lab: &Lab, listener: &TcpListener, first: u64, count: u64) -> Res
 }
 
 fn seed() -> u64 {
-    u64::from(std::process::id()) << 20
+    u64::from(std::process::id()) << (2 * IN_ROUND)
 }
 
 #[test]
 fn what_comes_out_is_what_went_in_up_to_the_end_or_the_reset() -> Result<()> {
-    (0..3).try_for_each(|nth| round(seed() + (nth << 10), 60))
+    let with = |lost| (0..).map(|nth| seed() + (nth << IN_ROUND)).find(|seed| Network::of(*seed).lost == lost);
+    [0, 3].into_iter().filter_map(with).try_for_each(|seed| round(seed, 60))
 }
 
 #[test]
@@ -360,7 +380,7 @@ fn what_comes_out_is_what_went_in_for_as_long_as_one_likes() -> Result<()> {
     let until = Instant::now() + Duration::from_secs(60 * minutes);
     let mut nth = 0;
     while Instant::now() < until {
-        round(seed() + (nth << 10), 240)?;
+        round(seed() + (nth << IN_ROUND), 240)?;
         nth += 1;
     }
     Ok(())

@@ -274,7 +274,7 @@ fn without_the_privilege_a_range_has_a_socket_per_port_up_to_the_limit() -> Resu
     std::fs::write(&wrapper, script)?;
     std::fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let shunt = Shunt::builder().binary(&wrapper).start(&lab, &few)?;
-    drop(served(&lab, (GATEWAY, 10_499))?);
+    drop((served(&lab, (GATEWAY, 10_499))?, served(&lab, (GATEWAY6, 10_499))?));
     ensure!(kernel::holdings(shunt.pid()?)?.sockets >= 1000, "a socket for each port");
     let explained = String::from_utf8(shunt.cli(&["explain", "many"])?.stdout)?;
     ensure!(explained.contains("lack sk_lookup"), "{explained}");

@@ -3,6 +3,7 @@
 mod flood;
 mod measure;
 mod metric;
+mod parts;
 mod paths;
 mod plot;
 mod report;
@@ -67,6 +68,9 @@ pub struct Options {
     /// Only a ping-pong beside a flood of TLS handshakes, at shunt, HAProxy and nginx
     #[arg(long)]
     flood_only: bool,
+    /// Only what each part of the nft engine costs a new connection
+    #[arg(long)]
+    parts_only: bool,
     /// Where results.json and results.svg go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -80,7 +84,7 @@ pub fn run(options: &Options) -> Result<()> {
     let paths = chosen(&options.paths, &PathKind::ALL);
     let (scale, tls) = (options.scale || options.scale_only, options.tls || options.tls_only);
     let flood = options.flood || options.flood_only;
-    let needs_shunt = paths.iter().any(|path| path.is_shunt()) || scale || tls || flood;
+    let needs_shunt = paths.iter().any(|path| path.is_shunt()) || scale || tls || flood || options.parts_only;
     if !options.no_build {
         setup::ensure_done()?;
         if needs_shunt {
@@ -97,7 +101,8 @@ pub fn run(options: &Options) -> Result<()> {
     let services = Services::start(&lab)?;
 
     let background = background_percent()?;
-    let samples = if options.scale_only || options.tls_only || options.flood_only {
+    note_listeners();
+    let samples = if options.scale_only || options.tls_only || options.flood_only || options.parts_only {
         results::Samples::default()
     } else {
         let groups = chosen(&options.only, &Group::ALL);
@@ -116,6 +121,10 @@ pub fn run(options: &Options) -> Result<()> {
         Some(binary) if flood => flood::measure(&lab, binary, duration, rounds)?,
         _ => Vec::new(),
     };
+    let parts = match &binary {
+        Some(binary) if options.parts_only => parts::measure(&lab, binary, duration, rounds)?,
+        _ => Vec::new(),
+    };
 
     let report = Report {
         machine: Machine::read(background)?,
@@ -125,6 +134,7 @@ pub fn run(options: &Options) -> Result<()> {
         scale,
         tls,
         flood,
+        parts,
     };
     println!("{}", report.tables());
     write(&report, &cargo::workspace().join(&options.out))
@@ -176,6 +186,24 @@ fn background_percent() -> Result<f64> {
     Ok(percent)
 }
 
+/// Says so when somebody on this machine hears conntrack events: the kernel then makes them for every path, which costs most
+/// where nobody wanted them (`netlink_has_listeners` asks a table of all network namespaces).
+fn note_listeners() {
+    const NETLINK_NETFILTER: &str = "12";
+    // NFNLGRP_CONNTRACK_NEW, _UPDATE, _DESTROY
+    const CONNTRACK: u32 = 0b111;
+    let hears = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let groups = fields.get(3).and_then(|groups| u32::from_str_radix(groups, 16).ok());
+        fields.get(1) == Some(&NETLINK_NETFILTER) && groups.is_some_and(|groups| groups & CONNTRACK != 0)
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let sockets = processes.filter_map(|process| fs::read_to_string(process.join("net/netlink")).ok());
+    if sockets.into_iter().any(|sockets| sockets.lines().any(hears)) {
+        ui::note("somebody hears conntrack events: the hand-written rules pay for them, too");
+    }
+}
+
 /// All, in their order, unless some were chosen.
 fn chosen<T: Copy + PartialEq>(choice: &[T], all: &[T]) -> Vec<T> {
     all.iter().copied().filter(|one| choice.is_empty() || choice.contains(one)).collect()
@@ -193,8 +221,9 @@ fn write(report: &Report, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     let (json, svg) = (dir.join("results.json"), dir.join("results.svg"));
     fs::write(&json, serde_json::to_vec_pretty(report)?).with_context(|| format!("write {}", json.display()))?;
-    let measured =
-        [report.rows.len(), report.scale.len(), report.tls.len(), report.flood.len()].iter().any(|count| *count > 0);
+    let measured = [report.rows.len(), report.scale.len(), report.tls.len(), report.flood.len(), report.parts.len()]
+        .iter()
+        .any(|count| *count > 0);
     ensure!(measured, "nothing was measured");
     if !report.rows.is_empty() {
         plot::write(report, &svg)?;

@@ -22,8 +22,12 @@ use packages::{Kernel, Kernels};
 use results::{Column, Outcome};
 
 /// Test programs that say what this kernel can do for shunt.
-const TESTS: [&str; 12] = [
+const TESTS: [&str; 16] = [
     "ebpf_objects",
+    "privileges",
+    "handoff_life",
+    "handoff_peers",
+    "sockmap",
     "lab",
     "nft_encoding",
     "templates",
@@ -157,6 +161,13 @@ fn examine(
         ui::error(&error);
     }
     progress.tell();
+    if progress.told < checks.len() {
+        ui::note(&format!(
+            "the machine ended before {}: {}/console.log",
+            checks[progress.told].name,
+            results.display()
+        ));
+    }
     Ok(checks.iter().map(|check| Outcome::read(&results, &check.name)).collect())
 }
 

@@ -75,6 +75,7 @@ pub(super) fn flow_state() -> FlowState {
         backends: HashMap::from([("web".to_owned(), HashMap::from([("10.0.0.1:80".parse().expect("address"), 3)]))]),
         ages: HashMap::from([("web".to_owned(), AgeHistogram { counts, sum_seconds: 9.5 })]),
         conntrack: view::ConntrackStatus { entries: 12, max: 100, events_lost: 5, ..Default::default() },
+        moving: Vec::new(),
         warnings: vec!["events were lost".into()],
     }
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::CommandFactory;
-use proxy_core::{config::Config, flow::MarkLayout, view};
+use proxy_core::{capability::Capabilities, config::Config, flow::MarkLayout, view};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -75,7 +75,11 @@ fn refused(refusal: Refusal) -> Failure {
 }
 
 fn check(file: &Path) -> Result<Exit, Failure> {
-    let config = load(file)?;
+    let corrected = "correct what it names; `shunt schema` and docs/configuration.md have every key";
+    let config = load(file).map_err(|failure| match file.exists() {
+        true => Failure { mend: Some(corrected.to_owned()), ..failure },
+        false => failure,
+    })?;
     let loaded = config.routes.iter().map(|route| (&route.name, RouteTls::load(route)));
     let bad: Vec<_> = loaded.filter_map(|(name, tls)| Some((name, tls.err()?))).collect();
     let mut mend: Vec<String> = bad.iter().map(|(_, error)| error.mend()).collect();
@@ -83,6 +87,11 @@ fn check(file: &Path) -> Result<Exit, Failure> {
     if let Some(error) = config.acme.as_ref().and_then(|acme| acme::check(acme).err()) {
         mend.push(error.mend());
         told.push(error.to_string());
+    }
+    // What no kernel and no privilege would mend.
+    for unserved in proxy_core::plan::plan(&config, &Capabilities::all()).unserved() {
+        mend.push("`shunt plan` shows every route and what rules its engines out".to_owned());
+        told.push(unserved.to_string());
     }
     if let Some(mend) = mend.into_iter().next() {
         return Err(Failure::new(told.join("\n"), mend));

@@ -139,7 +139,8 @@ pub(super) fn handoff(found: &Handoff) -> Check {
         Handoff::Works => return check.ok("the self-probe has passed"),
         Handoff::NotAsked => return check.ok("not asked"),
         Handoff::NotPermitted => {
-            "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW; splice serves these routes meanwhile"
+            "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW, before Linux 5.11 with LimitMEMLOCK=infinity too; splice serves these \
+             routes meanwhile"
         }
         Handoff::NoTc | Handoff::NoRedirect => "use a newer kernel; splice serves these routes meanwhile",
         Handoff::NoBpffs => {

@@ -1,5 +1,6 @@
 //! Conntrack over netlink (`nf_conntrack_netlink`): events, dumps, and changes to single entries.
 
+mod filter;
 pub mod forget;
 mod netlink;
 mod nudge;

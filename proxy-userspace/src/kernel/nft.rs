@@ -60,6 +60,9 @@ pub trait Nft {
 
     /// The counters of a set's elements, in the order of the keys; of ranges, by their first key.
     fn counters(&mut self, set: &str) -> Result<Vec<(Key, Counter)>, NftError>;
+
+    /// The counters of these elements only, in any order. The set's key is a mark. Fails when one is not there.
+    fn some_counters(&mut self, set: &str, keys: &[Key]) -> Result<Vec<(Key, Counter)>, NftError>;
 }
 
 /// The kernel's nf_tables, through one socket for as long as it lives: a locked table belongs to the socket
@@ -154,5 +157,9 @@ impl Nft for KernelNft {
 
     fn counters(&mut self, set: &str) -> Result<Vec<(Key, Counter)>, NftError> {
         read::counters(&mut self.socket, set)
+    }
+
+    fn some_counters(&mut self, set: &str, keys: &[Key]) -> Result<Vec<(Key, Counter)>, NftError> {
+        read::some_counters(&mut self.socket, set, keys)
     }
 }

@@ -1,6 +1,6 @@
 //! What the owner of the flow table hears from the owner of the routes.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use proxy_core::{
     config::{Keepalive, Log, Route},
@@ -80,6 +80,7 @@ impl Announcer {
                         name: name.as_str().into(),
                         protocol: proxy_core::config::Protocol::Tcp,
                         idle: None,
+                        idle_warning: None,
                         half_closed: None,
                         lifetime: None,
                         kernel_timeouts: self.kernel_timeouts,
@@ -100,7 +101,7 @@ impl Announcer {
         }
     }
 
-    pub async fn counters(&self, counters: &HashMap<u32, Counters>) {
+    pub async fn counters(&self, counters: &[(u32, &Counters)]) {
         let traffic = |c: Counter| Traffic { packets: c.packets, bytes: c.bytes };
         let route = |c: &Counters| RouteCounters {
             connections: c.connections,
@@ -108,7 +109,7 @@ impl Announcer {
             traffic_out: traffic(c.outbound),
             refused: c.refused.clone(),
         };
-        let routes = counters.iter().map(|(&id, c)| (id, route(c))).collect();
+        let routes = counters.iter().map(|(id, c)| (*id, route(c))).collect();
         self.send(Input::Counters(KernelCounters { routes })).await;
     }
 
@@ -133,6 +134,7 @@ impl Announcer {
             name: route.name.as_str().into(),
             protocol: route.protocol,
             idle,
+            idle_warning: (route.keepalive == Keepalive::Extended).then_some(route.timeouts.idle).flatten(),
             half_closed: route.timeouts.half_closed,
             lifetime: route.timeouts.lifetime,
             kernel_timeouts: self.kernel_timeouts,

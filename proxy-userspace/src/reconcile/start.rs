@@ -76,6 +76,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
             served: HashMap::new(),
             draining: Default::default(),
             last_counters: HashMap::new(),
+            last_whole: None,
             status: view::ReconcileStatus::default(),
             ejecting: HashSet::new(),
             unpublished: true,

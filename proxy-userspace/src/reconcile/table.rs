@@ -1,15 +1,12 @@
 //! The table: what it should hold, and the batches that make it so.
 
-use std::collections::HashMap;
-
 use proxy_core::{
     config::RouteName,
     diff::{Ownership, Updates, diff},
-    flow::MarkLayout,
-    ruleset::{Context, Fragment, Key, Ruleset, draining, fragment, names, passing},
+    ruleset::{Context, Fragment, Key, Ruleset, draining, fragment, passing},
 };
 
-use super::{Carriers, Counters, ReconcileError, Reconciler, Served, relay};
+use super::{Carriers, ReconcileError, Reconciler, Served, counters::seed_counters, relay};
 use crate::{
     kernel::nft::{Nft, NftError},
     stream::{self, Streams},
@@ -157,48 +154,6 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
             (true, false) => Ownership::Take,
             (true, true) => Ownership::Keep,
         }
-    }
-
-    /// What the kernel has counted, by route id; silent routes are left out.
-    pub fn counters(&mut self) -> Result<&HashMap<u32, Counters>, NftError> {
-        let layout = self.ids.layout();
-        let mut all: HashMap<u32, Counters> = HashMap::with_capacity(self.last_counters.len());
-        let mut read = |nft: &mut N, set: &str, put: &dyn Fn(&mut Counters, proxy_core::ruleset::Counter)| {
-            let counted = |counter: &proxy_core::ruleset::Counter| counter.packets > 0;
-            for (key, counter) in nft.counters(set)?.into_iter().filter(|(_, counter)| counted(counter)) {
-                if let Some(id) = mark_of(&key).and_then(|mark| layout.route_id(mark)) {
-                    put(all.entry(id).or_default(), counter);
-                }
-            }
-            Ok::<(), NftError>(())
-        };
-        let Some(nft) = self.nft.as_mut().filter(|_| self.table) else { return Ok(&self.last_counters) };
-        read(nft, names::CONNECTIONS, &|c, n| c.connections = n.packets)?;
-        read(nft, names::TRAFFIC_IN, &|c, n| c.inbound = n)?;
-        read(nft, names::TRAFFIC_OUT, &|c, n| c.outbound = n)?;
-        for (name, reason) in names::REFUSALS {
-            read(nft, name, &|c, n| c.refused.push((reason, n.packets)))?;
-        }
-        self.last_counters = all;
-        Ok(&self.last_counters)
-    }
-}
-
-/// Counters of a table that somebody deleted go on from what was read last.
-fn seed_counters(last: &HashMap<u32, Counters>, layout: MarkLayout, ruleset: &mut Ruleset) {
-    let mut seed = |set: &str, of: &dyn Fn(&Counters) -> proxy_core::ruleset::Counter| {
-        let Some(set) = ruleset.sets.get_mut(set) else { return };
-        for (key, element) in &mut set.elements {
-            let known = mark_of(key).and_then(|mark| last.get(&layout.route_id(mark)?));
-            element.counter = known.map(of).unwrap_or_default();
-        }
-    };
-    let packets = |packets| proxy_core::ruleset::Counter { packets, bytes: 0 };
-    seed(names::CONNECTIONS, &|c| packets(c.connections));
-    seed(names::TRAFFIC_IN, &|c| c.inbound);
-    seed(names::TRAFFIC_OUT, &|c| c.outbound);
-    for (name, reason) in names::REFUSALS {
-        seed(name, &|c| packets(c.refused.iter().find(|(r, _)| *r == reason).map_or(0, |&(_, n)| n)));
     }
 }
 

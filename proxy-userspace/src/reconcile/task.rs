@@ -21,7 +21,7 @@ use tokio::{
 use super::{Carrier, Effect, Outcome, Prepared, ReconcileError, Reconciler, announce::Announcer};
 use crate::{
     acme,
-    control::{Reply, RouteCommand, RouteState},
+    control::{FlowState, Reply, RouteCommand, RouteState},
     health::{Checks, Report},
     kernel::{
         capability, firewall,
@@ -62,6 +62,8 @@ pub struct Task<N, S> {
     pub checks: Checks,
     pub names: Names,
     pub track: Announcer,
+    /// Which routes move, from the owner of the flow table.
+    pub flows: watch::Receiver<Arc<FlowState>>,
     /// `log.access`, for the log of relayed connections.
     pub access: watch::Sender<config::AccessLog>,
     pub acme: acme::Handle,
@@ -401,8 +403,9 @@ impl<N: Nft, S: Streams> Task<N, S> {
         if !self.reconciler.has_table() {
             return;
         }
-        match self.reconciler.counters() {
-            Ok(counters) => self.track.counters(counters).await,
+        let flows = Arc::clone(&self.flows.borrow());
+        match self.reconciler.counters(&flows.moving, Instant::now()) {
+            Ok(counters) => self.track.counters(&counters).await,
             Err(error) => tracing::warn!(%error, "kernel counters could not be read"),
         }
     }

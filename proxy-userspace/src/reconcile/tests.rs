@@ -1,14 +1,15 @@
 //! Both kernels in memory: what comes before what, and what happens when one of them refuses.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use proxy_core::{
     config::parse,
-    ruleset::{Key, names},
+    reason::Reason,
+    ruleset::{Counter, Key, KeyPart, names},
     view::BackendAdmin,
 };
 
-use super::{start::Found, *};
+use super::{counters::WHOLE, start::Found, *};
 use crate::{
     kernel::nft::MemoryNft,
     stream::{StreamError, memory::MemoryStreams},
@@ -111,7 +112,7 @@ fn without_nftables_relayed_routes_are_served_all_the_same() {
     let (mut both, found) = opened.expect("plan");
     both.install(&found).expect("installed");
     assert_eq!(both.behind(8080), ["a"]);
-    assert!(both.counters().expect("none").is_empty());
+    assert!(both.counters(&[], Instant::now()).expect("none").is_empty());
     let udp = route("a", 8080, "") + &route("dns", 53, "protocol = \"udp\"");
     assert!(matches!(reload(&mut both, &udp), Err(ReconcileError::Unserved(_))));
 }
@@ -283,4 +284,45 @@ fn while_stopping_nothing_changes() {
     assert_eq!(both.longest_drain(), Duration::from_secs(30));
     assert!(both.take_streams().is_some());
     assert!(matches!(reload(&mut both, &route("b", 81, COPY)), Err(ReconcileError::Stopping)));
+}
+
+#[test]
+fn of_many_routes_only_those_that_move_are_read_and_all_of_them_now_and_then() {
+    let many = (0..1100).map(|n| route(&format!("r{n}"), 1000 + n, "")).collect::<String>();
+    let text =
+        many + &route("seen", 80, "") + &route("unseen", 81, "") + &route("strict", 82, "deny = [\"10.9.0.0/16\"]");
+    let mut both = begin(&text);
+    let ids = ["seen", "unseen", "strict"].map(|name| both.id(name));
+    let keys = ids.map(|id| Key::new(&[KeyPart::Mark(both.mark(id))]));
+    let read = |both: &mut Both, moving: &[u32], at: Instant| {
+        let counters = both.counters(moving, at).expect("read");
+        counters
+            .into_iter()
+            .map(|(id, c)| (id, (c.connections, c.outbound.bytes, c.refused.clone())))
+            .collect::<HashMap<_, _>>()
+    };
+    let begun = Instant::now();
+    assert!(read(&mut both, &[], begun).is_empty());
+
+    let more = Counter { packets: 2, bytes: 100 };
+    for key in &keys {
+        both.kernel().count(names::CONNECTIONS, key, more);
+        both.kernel().count(names::TRAFFIC_OUT, key, more);
+    }
+    both.kernel().count(names::DENIED, &keys[2], more);
+    let [seen, unseen, strict] = ids;
+    let second = read(&mut both, &[seen], begun + Duration::from_secs(1));
+    let denied = (2, 100, vec![(Reason::Denied, 2)]);
+    assert_eq!(second, HashMap::from([(seen, (2, 100, Vec::new())), (strict, denied.clone())]));
+    both.kernel().count(names::CONNECTIONS, &keys[2], more);
+    let third = read(&mut both, &[strict], begun + Duration::from_secs(2));
+    assert_eq!(
+        third,
+        HashMap::from([(strict, (4, 100, vec![(Reason::Denied, 2)]))]),
+        "what was refused is not forgotten"
+    );
+    // Somebody moves that the table does not have: the whole is read.
+    assert_eq!(read(&mut both, &[seen, 1_000_000], begun + Duration::from_secs(3)).len(), 3);
+    assert!(read(&mut both, &[], begun + Duration::from_secs(4)).is_empty());
+    assert!(read(&mut both, &[], begun + WHOLE + Duration::from_secs(4)).contains_key(&unseen));
 }

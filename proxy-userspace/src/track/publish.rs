@@ -31,9 +31,10 @@ pub struct Publisher {
     spare: Arc<FlowState>,
     counters: HashMap<u32, RouteCounters>,
     rates: HashMap<u32, Rates>,
-    /// When counters last came, and when the records were last looked at.
-    counted: Duration,
+    /// When the records were last looked at.
     sampled: Duration,
+    /// Routes with a connection then.
+    active: Vec<u32>,
     /// Routes to write, by round.
     changed: [HashSet<u32>; ROUNDS],
     /// Names no longer routed, and in how many snapshots they may still be.
@@ -44,13 +45,14 @@ pub struct Publisher {
 #[derive(Debug, Clone, Copy, Default)]
 struct Rates {
     totals: [u64; 3],
+    /// When that was.
+    at: Duration,
     per_second: [f64; 3],
 }
 
 impl Rates {
-    /// `since`: when the totals were last known to be what they were.
-    fn sample(&mut self, totals: [u64; 3], since: Duration, now: Duration) {
-        let seconds = now.saturating_sub(since).as_secs_f64();
+    fn sample(&mut self, totals: [u64; 3], now: Duration) {
+        let seconds = now.saturating_sub(self.at).as_secs_f64();
         // Two samples at once say nothing about speed.
         if seconds < 0.001 {
             return;
@@ -59,10 +61,11 @@ impl Rates {
             *rate = new.saturating_sub(old) as f64 / seconds;
         }
         self.totals = totals;
+        self.at = now;
     }
 
-    const fn from(totals: [u64; 3]) -> Self {
-        Self { totals, per_second: [0.0; 3] }
+    const fn from(totals: [u64; 3], at: Duration) -> Self {
+        Self { totals, at, per_second: [0.0; 3] }
     }
 
     fn moving(&self) -> bool {
@@ -77,8 +80,8 @@ impl Publisher {
             spare: Arc::default(),
             counters: HashMap::new(),
             rates: HashMap::new(),
-            counted: Duration::ZERO,
             sampled: Duration::ZERO,
+            active: Vec::new(),
             changed: Default::default(),
             gone: Vec::new(),
         }
@@ -94,20 +97,20 @@ impl Publisher {
     }
 
     pub fn counters(&mut self, told: KernelCounters, now: Now) {
-        let since = std::mem::replace(&mut self.counted, now.mono);
         for (id, counters) in told.routes {
             let totals = [counters.connections, counters.traffic_in.bytes, counters.traffic_out.bytes];
             let known = self.counters.get(&id);
-            if known == Some(&counters) && !self.rates.get(&id).is_some_and(Rates::moving) {
-                continue;
-            }
-            self.changed[0].insert(id);
             match self.rates.get_mut(&id).filter(|_| known.is_some()) {
-                Some(rates) => rates.sample(totals, since, now.mono),
+                Some(rates) if known == Some(&counters) && !rates.moving() => {
+                    rates.at = now.mono;
+                    continue;
+                }
+                Some(rates) => rates.sample(totals, now.mono),
                 None => {
-                    self.rates.insert(id, Rates::from(totals));
+                    self.rates.insert(id, Rates::from(totals, now.mono));
                 }
             }
+            self.changed[0].insert(id);
             self.counters.insert(id, counters);
         }
     }
@@ -116,6 +119,7 @@ impl Publisher {
     pub fn sample(&mut self, table: &FlowTable, changed: impl IntoIterator<Item = u32>, now: Now) {
         let since = std::mem::replace(&mut self.sampled, now.mono);
         self.changed[0].extend(changed);
+        self.active = table.tallies().filter(|(_, tally)| tally.active > 0).map(|(id, _)| id).collect();
         let moving = self.rates.iter().filter(|(_, rates)| rates.moving()).map(|(id, _)| *id);
         let ids: HashSet<u32> = moving.chain(self.changed[0].iter().copied()).collect();
         for id in ids {
@@ -123,7 +127,10 @@ impl Publisher {
             let totals = [tally.seen, tally.traffic_in.bytes, tally.traffic_out.bytes];
             // What the first dump adopts has not come just now.
             let start = if since.is_zero() { totals } else { [0; 3] };
-            self.rates.entry(id).or_insert(Rates::from(start)).sample(totals, since, now.mono);
+            let rates = self.rates.entry(id).or_insert(Rates::from(start, since));
+            // Unchanged until then, or it would have been looked at.
+            rates.at = rates.at.max(since);
+            rates.sample(totals, now.mono);
             self.changed[0].insert(id);
         }
     }
@@ -144,11 +151,14 @@ impl Publisher {
         }
         self.gone.retain(|(_, rounds)| *rounds > 0);
         let changed: HashSet<u32> = self.changed.iter().flatten().copied().collect();
-        for id in changed {
-            if let Some(tally) = table.tally(id) {
-                self.write(&mut next, id, tally, now);
+        for id in &changed {
+            if let Some(tally) = table.tally(*id) {
+                self.write(&mut next, *id, tally, now);
             }
         }
+        let rising = self.rates.iter().filter(|(_, rates)| rates.moving()).map(|(id, _)| *id);
+        let moving: HashSet<u32> = changed.into_iter().chain(rising).chain(self.active.iter().copied()).collect();
+        next.moving = moving.into_iter().filter(|id| table.tally(*id).is_some()).collect();
         self.changed.rotate_right(1);
         self.changed[0].clear();
         about(&mut next);

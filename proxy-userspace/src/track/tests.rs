@@ -55,6 +55,7 @@ fn info(name: &str) -> RouteInfo {
         name: name.into(),
         protocol: Protocol::Tcp,
         idle: None,
+        idle_warning: None,
         half_closed: None,
         lifetime: None,
         kernel_timeouts: true,
@@ -132,6 +133,10 @@ impl Bench {
 
 /// Runs `body` beside the task; returns what was logged.
 fn run(body: impl AsyncFnOnce(&mut Bench)) -> String {
+    run_with(4, body)
+}
+
+fn run_with(max_flows: usize, body: impl AsyncFnOnce(&mut Bench)) -> String {
     let page = Page::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(async {
@@ -143,7 +148,7 @@ fn run(body: impl AsyncFnOnce(&mut Bench)) -> String {
         let options = Options {
             layout: layout(),
             interval: INTERVAL,
-            max_flows: 4,
+            max_flows,
             clock,
             access_log: AccessLog::new(LogFormat::Text, Filter::All, page.clone()).expect("thread"),
             drained: drained_out,
@@ -275,6 +280,49 @@ fn kernel_counters_and_refusals_are_merged_with_the_records() {
         tokio::time::sleep(Duration::from_millis(50)).await;
         bench.send(counters(6, 11_000)).await;
         bench.route("web", |route| route.bytes_in_rate == 0.0).await;
+    });
+}
+
+#[test]
+fn a_flood_that_is_let_go_early_leaves_room_for_what_others_tell() {
+    // Few enough for every dump to be a full one.
+    const FLOWS: u64 = 9_000;
+    run_with(FLOWS as usize, async |bench| {
+        bench.kernel.limit(FLOWS / 2);
+        bench.send(routes([(1, info("web"))])).await;
+        for id in 1..=FLOWS as u32 {
+            bench.kernel.begin(flow(id, 1));
+            bench.kernel.change(id, true, |entry| entry.mark = mark(1, End::ResetByClient));
+        }
+        let most = FLOWS / 4;
+        let stats = bench.route("web", |route| route.terminations.values().sum::<u64>() == FLOWS).await;
+        bench.kernel_until(|kernel| kernel.entries() <= most).await;
+        assert!(bench.kernel.most_deleted() <= 4096, "{}", bench.kernel.most_deleted());
+        bench.until(|state| state.conntrack.entries <= most).await;
+        assert_eq!((stats.connections_total, stats.connections_active), (FLOWS, 0));
+    });
+}
+
+#[test]
+fn a_route_moves_as_long_as_it_has_connections_and_until_its_last_numbers_are_out() {
+    run(async |bench| {
+        bench.send(routes([(1, info("web")), (2, info("mail"))])).await;
+        bench.kernel.begin(flow(1, 1));
+        bench.until(|state| state.moving == [1]).await;
+        bench.kernel.destroy(1);
+        bench.route("web", |route| route.connections_active == 0).await;
+        let traffic = Traffic { packets: 3, bytes: 1000 };
+        let told = |connections| {
+            let counters =
+                RouteCounters { connections, traffic_in: traffic, traffic_out: traffic, refused: Vec::new() };
+            Input::Counters(KernelCounters { routes: HashMap::from([(1, counters)]) })
+        };
+        for connections in [1, 2, 2] {
+            bench.send(told(connections)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        bench.route("web", |route| route.connections_total == 2 && route.connections_rate == 0.0).await;
+        bench.until(|state| state.moving.is_empty()).await;
     });
 }
 

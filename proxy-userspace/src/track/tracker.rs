@@ -33,6 +33,8 @@ const DUMP_SHARE: u32 = 40;
 const MOST_INTERVALS: u32 = 5;
 /// The same for full dumps while many ended entries linger.
 const FULL_DUMP_SHARE: u32 = 100;
+/// Entries deleted from one look at the events to the next: each is told as an event, and the socket holds some 50,000.
+const DELETED_AT_ONCE: usize = 4096;
 /// With fewer lingering entries than this, leaving them out of a dump saves nothing.
 const FEW_LINGERING: u64 = 10_000;
 /// After a failed call.
@@ -263,13 +265,11 @@ impl<C: Conntrack> Task<C> {
         let (tcp, udp): (Vec<EntryKey>, Vec<EntryKey>) =
             cuts.into_iter().partition(|key| key.protocol == Protocol::Tcp);
         let layout = self.table.layout();
-        let result = self
-            .conntrack
-            .set_mark(&tcp, layout.end_bits(End::Cut), layout.end_mask())
-            .and_then(|_| self.conntrack.delete(&udp));
+        let result = self.conntrack.set_mark(&tcp, layout.end_bits(End::Cut), layout.end_mask());
         if let Err(error) = result {
             self.failed(&error);
         }
+        self.delete(&udp);
         self.conntrack.nudge(&tcp[..tcp.len().min(NUDGED)]);
         self.condemned.extend(tcp.into_iter().map(|key| (now.mono + GRACE, key)));
     }
@@ -281,8 +281,17 @@ impl<C: Conntrack> Task<C> {
             return;
         }
         let keys: Vec<EntryKey> = self.condemned.drain(..due).map(|(_, key)| key).collect();
-        if let Err(error) = self.conntrack.delete(&keys) {
-            self.failed(&error);
+        self.delete(&keys);
+    }
+
+    /// Deletes entries and hears of it. What is deleted at once must fit into the socket beside what others have to tell: the
+    /// ends that are lost may be those of connections whose entries are gone when a dump comes to heal it.
+    fn delete(&mut self, keys: &[EntryKey]) {
+        for keys in keys.chunks(DELETED_AT_ONCE) {
+            if let Err(error) = self.conntrack.delete(keys) {
+                return self.failed(&error);
+            }
+            self.drain();
         }
     }
 
@@ -312,7 +321,16 @@ impl<C: Conntrack> Task<C> {
         if self.lost_at.is_some_and(|at| !self.table.is_stale() && now.mono.saturating_sub(at) > WARN_LOST) {
             self.lost_at = None;
         }
+        self.warn_of_silence();
         self.publish_flows(now);
+    }
+
+    fn warn_of_silence(&mut self) {
+        for id in self.table.take_silent() {
+            let Some(record) = self.table.get(id) else { continue };
+            let route = self.table.tally(record.route).map(|tally| &tally.info.name);
+            tracing::warn!(%id, client = %record.client, route = route.map(tracing::field::display), "idle for long");
+        }
     }
 
     /// Also between dumps that are far apart: what events tell is known.
@@ -332,10 +350,10 @@ impl<C: Conntrack> Task<C> {
         if excess == 0 {
             return;
         }
+        // An id that was given again while nobody listened names a living connection.
+        self.drain();
         let over = self.table.lingering(usize::try_from(excess).unwrap_or(usize::MAX));
-        if let Err(error) = self.conntrack.delete(&over) {
-            self.failed(&error);
-        }
+        self.delete(&over);
     }
 
     /// Everything that lives now is known then.

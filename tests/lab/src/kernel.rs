@@ -99,6 +99,17 @@ pub fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok((utime + stime) as f64 / TICKS_PER_SECOND)
 }
 
+/// Times that the threads of a process have gone to sleep.
+pub fn sleeps(pid: u32) -> Result<u64> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        sum += line.context("voluntary_ctxt_switches")?.trim().parse::<u64>()?;
+    }
+    Ok(sum)
+}
+
 /// CPU seconds, user and system, this process has used, all its threads together.
 pub fn own_cpu_seconds() -> Result<f64> {
     let used = getrusage(UsageWho::RUSAGE_SELF).context("getrusage(RUSAGE_SELF)")?;

@@ -26,7 +26,10 @@
 //! ```
 
 mod acme;
+pub mod cable;
+pub mod capture;
 pub mod dialog;
+pub mod frame;
 pub mod hello;
 mod host;
 pub mod kernel;

@@ -30,6 +30,7 @@ fn route(name: &str, protocol: Protocol) -> Arc<RouteInfo> {
         name: name.into(),
         protocol,
         idle: None,
+        idle_warning: None,
         half_closed: None,
         lifetime: None,
         kernel_timeouts: true,

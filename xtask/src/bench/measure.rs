@@ -15,7 +15,7 @@ use super::{
 pub const IDLE: usize = 5000;
 
 /// Threads of the connection load: enough to keep two cores busy while some wait for an answer.
-const CONNECTION_THREADS: usize = 8;
+pub const CONNECTION_THREADS: usize = 8;
 
 pub type Sample = (Metric, f64);
 

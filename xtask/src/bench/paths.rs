@@ -14,8 +14,8 @@ use shunt_lab::{GATEWAY, Lab, Running, Shunt, kernel, run};
 
 use super::services;
 
-const RULE: &str = include_str!("../../bench/peers/rule.nft");
-const RULE_COUNTED: &str = include_str!("../../bench/peers/rule-counted.nft");
+pub const RULE: &str = include_str!("../../bench/peers/rule.nft");
+pub const RULE_COUNTED: &str = include_str!("../../bench/peers/rule-counted.nft");
 const HAPROXY: &str = include_str!("../../bench/peers/haproxy.cfg");
 const NGINX: &str = include_str!("../../bench/peers/nginx.conf");
 pub const SHUNT: &str = include_str!("../../bench/peers/shunt.toml");

@@ -9,6 +9,7 @@ use shunt_lab::run;
 
 use super::{
     metric::Metric,
+    parts::PartRow,
     paths::PathKind,
     results::{Cell, Spread},
     scale::ScaleRow,
@@ -26,6 +27,7 @@ pub struct Report {
     pub scale: Vec<ScaleRow>,
     pub tls: Vec<tls::Row>,
     pub flood: Vec<tls::Row>,
+    pub parts: Vec<PartRow>,
 }
 
 #[derive(Debug, Serialize)]
@@ -104,6 +106,11 @@ impl Report {
         }
         if !self.scale.is_empty() {
             tables.push(("shunt with many routes".to_owned(), ScaleRow::table(&self.scale)));
+        }
+        if !self.parts.is_empty() {
+            let title =
+                format!("What parts of the nft engine cost: median of {} rounds of {} s", self.rounds, self.seconds);
+            tables.push((title, PartRow::table(&self.parts)));
         }
         if !self.tls.is_empty() {
             tables.push(("TLS ended in the proxy".to_owned(), tls::table(&self.tls)));

@@ -55,15 +55,28 @@ impl Outcome {
 
 /// How many tests of a test program passed, and which did not or had not ended.
 fn summary(log: &str) -> String {
-    let tests = log.lines().filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "));
-    let (passed, others): (Vec<_>, Vec<_>) = tests.partition(|(_, outcome)| outcome.ends_with("ok"));
-    let ignored = |outcome: &str| outcome.starts_with("ignored");
-    let named: Vec<&str> = others.iter().filter(|(_, outcome)| !ignored(outcome)).map(|(name, _)| *name).collect();
-    match (passed.len(), named.as_slice()) {
+    let (passed, others) = at_the_end(log).unwrap_or_else(|| on_the_way(log));
+    match (passed, others.as_slice()) {
         (0, []) => String::new(),
         (passed, []) => passed.to_string(),
         (passed, others) => format!("{passed}, not {}", others.join(", ")),
     }
+}
+
+/// As the program sums up itself.
+fn at_the_end(log: &str) -> Option<(usize, Vec<&str>)> {
+    let result = log.lines().find_map(|line| line.strip_prefix("test result: "))?;
+    let passed = result.split_once(" passed")?.0.rsplit(' ').next()?.parse().ok()?;
+    let failed = log.rsplit_once("\nfailures:\n").map_or("", |(_, names)| names);
+    Some((passed, failed.lines().map_while(|line| line.strip_prefix("    ")).collect()))
+}
+
+/// Of one that did not come to its end. What the peers of a test write may stand where its outcome should.
+fn on_the_way(log: &str) -> (usize, Vec<&str>) {
+    let tests = log.lines().filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "));
+    let tests = tests.filter(|(_, outcome)| !outcome.starts_with("ignored"));
+    let (passed, others): (Vec<_>, Vec<_>) = tests.partition(|(_, outcome)| outcome.ends_with("ok"));
+    (passed.len(), others.into_iter().map(|(name, _)| name).collect())
 }
 
 /// Checks of `shunt doctor` that say which engine a kernel gets.
@@ -141,6 +154,9 @@ mod tests {
         let log = "running 3 tests\ntest a ... ok\ntest b ... FAILED\ntest c ... ok\n";
         assert_eq!(summary(log), "2, not b");
         assert_eq!(Outcome::Failed(101, summary(log)).cell(), "**failed** (101) 2, not b");
+        let noisy = "test a ... depth=1 CN = lab\nok\ntest b ... FAILED\n\nfailures:\n\n---- b stdout ----\nError: 1\n\n\n\
+                     failures:\n    b\n\ntest result: FAILED. 1 passed; 1 failed; 0 ignored\n\n";
+        assert_eq!(summary(noisy), "1, not b");
         assert_eq!(summary("test a ... ok\ntest b ... ignored, slow\ntest c ... "), "1, not c");
         assert_eq!(Outcome::Passed(String::new()).cell(), "ok");
     }

@@ -1,6 +1,9 @@
 //! Dumps: live counters, and what events have missed.
 
-use std::time::Duration;
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    time::Duration,
+};
 
 use super::{
     record::{FlowId, Now, Record, State},
@@ -73,10 +76,12 @@ impl FlowTable {
         if !record.start_told {
             record.begin_as(entry, now);
         }
+        record.seen_ns = record.seen_ns.or(entry.started_ns.and_then(NonZeroU64::new));
         record.expires = entry.timeout.map(|left| now.mono + Duration::from_secs(left.into()));
         if meter(record, entry, tally) && !adopted {
             record.last_activity = now.mono;
             record.silent_since = self.last_dump.max(record.start);
+            record.warned = false;
         }
         match record.state {
             State::Closing { ended, .. } => {
@@ -88,6 +93,13 @@ impl FlowTable {
             State::Dialing | State::Established | State::HalfClosed { .. } => {
                 let oldest = tally.oldest_building.get_or_insert(record.start);
                 *oldest = record.start.min(*oldest);
+                let silent_for = |after| now.mono.saturating_sub(record.last_activity) >= after;
+                // What an adopted flow's silence was is a guess until the next dump.
+                let known = record.adopted_by != NonZeroU32::new(self.dumping);
+                if known && !record.warned && tally.info.idle_warning.is_some_and(silent_for) {
+                    record.warned = true;
+                    self.silent.push(id);
+                }
                 self.timers.watch(record, &tally.info);
                 // Its bytes, and its age, are news.
                 touch(tally, record.route, &mut self.changed);
@@ -95,10 +107,11 @@ impl FlowTable {
         }
     }
 
-    /// Whether the entry is a later connection under the record's id: it counts less, or lives where the record has ended.
+    /// Whether the entry is a later connection under the record's id: it began later, counts less, or lives where the record
+    /// has ended.
     fn is_another(&self, record: &Record, entry: &Entry) -> bool {
         let lives = || matches!(standing(entry, self.layout.end(entry.mark), record.state), Standing::Alive(_));
-        record.is_ahead_of(entry) || !record.state.is_active() && lives()
+        record.began_before(entry) || record.is_ahead_of(entry) || !record.state.is_active() && lives()
     }
 
     /// The record is in this dump.
@@ -115,7 +128,7 @@ impl FlowTable {
     /// timeout than the route's while data is unacknowledged (`nf_conntrack_tcp_timeout_unacknowledged`).
     fn adopt(&mut self, id: FlowId, entry: &Entry, now: Now) {
         let Some(record) = self.flows.get_mut(&id) else { return };
-        record.adopted_by = Some(self.dumping);
+        record.adopted_by = NonZeroU32::new(self.dumping);
         let Some(tally) = self.tallies.get(&record.route).filter(|tally| tally.info.kernel_timeouts) else { return };
         let (Some(limit), Some(left)) = (tally.info.idle, entry.timeout) else { return };
         let idle = limit.saturating_sub(Duration::from_secs(u64::from(left)));

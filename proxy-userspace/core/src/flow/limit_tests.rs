@@ -67,6 +67,17 @@ fn a_byte_just_before_the_limit_starts_the_idle_timer_over() {
 }
 
 #[test]
+fn a_silence_is_warned_of_once_and_again_when_a_packet_came_in_between() {
+    let mut table = table_with(RouteInfo { idle_warning: Some(Duration::from_secs(10)), ..info() });
+    table.apply(&Event::New(syn(1)), at(1));
+    for (second, packets, warned) in [(2, 5, 0), (11, 5, 0), (12, 5, 1), (14, 5, 0), (16, 6, 0), (25, 6, 0), (26, 6, 1)]
+    {
+        dump(&mut table, DumpKind::Live, &[established(1, packets)], second);
+        assert_eq!(table.take_silent().len(), warned, "second {second}");
+    }
+}
+
+#[test]
 fn a_draining_route_ends_with_its_last_flow_or_at_its_deadline() {
     let mut table = table();
     (1..=2).for_each(|id| table.apply(&Event::New(syn(id)), at(1)));

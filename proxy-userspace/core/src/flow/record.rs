@@ -4,6 +4,7 @@ use std::{
     fmt,
     hash::{BuildHasherDefault, Hasher},
     net::{IpAddr, SocketAddr},
+    num::{NonZeroU32, NonZeroU64},
     str::FromStr,
     sync::Arc,
     time::Duration,
@@ -221,7 +222,12 @@ pub struct Record {
     /// The last full dump that had the entry.
     pub(super) generation: u32,
     /// The dump that added it, before its `New` was heard: that event may still be on its way.
-    pub(super) adopted_by: Option<u32>,
+    pub(super) adopted_by: Option<NonZeroU32>,
+    /// The kernel's clock at a moment when it was there, nanoseconds since the epoch: at its beginning, which dumps tell, or
+    /// at its end. What begins later under its id is another connection.
+    pub(super) seen_ns: Option<NonZeroU64>,
+    /// It has been warned of this silence.
+    pub(super) warned: bool,
     /// It had ended when the first dump came upon it. If that was after the event socket was opened, its end is still told.
     pub(super) over_before: bool,
 }
@@ -249,6 +255,8 @@ impl Record {
             expires: None,
             generation: 0,
             adopted_by: None,
+            seen_ns: entry.started_ns.and_then(NonZeroU64::new),
+            warned: false,
             over_before: false,
         }
     }
@@ -276,6 +284,12 @@ impl Record {
     pub fn expires_in(&self, route: &RouteInfo, now: Now) -> Option<Duration> {
         let cut = deadline(self, route).map(|(at, _)| at);
         [self.expires, cut].into_iter().flatten().min().map(|at| at.saturating_sub(now.mono))
+    }
+
+    /// Whether the kernel's times say that `entry` is another connection under the same id: the one of this record is gone,
+    /// and nobody has told.
+    pub(super) fn began_before(&self, entry: &Entry) -> bool {
+        self.seen_ns.zip(entry.started_ns).is_some_and(|(seen, began)| seen.get() < began)
     }
 
     /// Whether `entry` counts less than this record: it is another connection under the same id.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    num::NonZeroU64,
     sync::Arc,
     time::Duration,
 };
@@ -39,6 +40,8 @@ pub struct FlowTable {
     pub(super) tallies: Tallies,
     pub(super) changed: Vec<u32>,
     pub(super) ended: Vec<Ended>,
+    /// Silent for so long that a warning is due.
+    pub(super) silent: Vec<FlowId>,
     pub(super) timers: Timers,
     pub(super) counts: Counts,
     /// Events are missing, or none have been asked for yet: a full dump heals it.
@@ -73,6 +76,7 @@ impl FlowTable {
             tallies: Tallies::default(),
             changed: Vec::new(),
             ended: Vec::new(),
+            silent: Vec::new(),
             timers: Timers::default(),
             counts: Counts::default(),
             stale: true,
@@ -157,6 +161,11 @@ impl FlowTable {
         into.append(&mut self.ended);
     }
 
+    /// Those that have been silent for [`RouteInfo::idle_warning`] since the last call; each silence is told once.
+    pub fn take_silent(&mut self) -> Vec<FlowId> {
+        std::mem::take(&mut self.silent)
+    }
+
     /// Takes the new set of routes. What is left of routes that are gone is ended as drained; the entries to cut are
     /// returned.
     pub fn set_routes(&mut self, routes: &RouteTable, now: Now) -> Vec<EntryKey> {
@@ -220,7 +229,7 @@ impl FlowTable {
         let id = FlowId::of(entry);
         let now = now.back_to(entry.event_ns);
         if let Some(record) = self.flows.get_mut(&id)
-            && record.adopted_by.take() == Some(self.dumping)
+            && record.adopted_by.take().is_some_and(|dump| dump.get() == self.dumping)
         {
             return;
         }
@@ -258,10 +267,14 @@ impl FlowTable {
 
     fn on_destroy(&mut self, entry: &Entry, now: Now) {
         let id = FlowId::of(entry);
-        if self.flows.contains_key(&id) {
-            self.remove(id, Some(entry), now);
-        } else {
-            self.end_unknown(entry, now);
+        match self.flows.get(&id) {
+            Some(record) if !record.began_before(entry) => self.remove(id, Some(entry), now),
+            // The id was given again, and nobody told that the former owner is gone.
+            Some(_) => {
+                self.remove(id, None, now);
+                self.end_unknown(entry, now);
+            }
+            None => self.end_unknown(entry, now),
         }
     }
 
@@ -352,6 +365,7 @@ impl FlowTable {
             Standing::Over(reason) => {
                 if let Some(tally) = self.tallies.get_mut(&record.route) {
                     close(record, tally, reason, now);
+                    record.seen_ns = entry.event_ns.and_then(NonZeroU64::new).max(record.seen_ns);
                     touch(tally, record.route, &mut self.changed);
                 }
             }

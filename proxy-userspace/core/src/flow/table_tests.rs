@@ -75,6 +75,7 @@ pub(super) fn info() -> RouteInfo {
         name: "web".into(),
         protocol: Protocol::Tcp,
         idle: Some(Duration::from_secs(60)),
+        idle_warning: None,
         half_closed: Some(Duration::from_secs(30)),
         lifetime: None,
         kernel_timeouts: true,
@@ -181,6 +182,15 @@ fn a_lone_reset_from_the_backend_is_a_refusal() {
 }
 
 #[test]
+fn a_lone_reset_is_a_refusal_too_where_destroy_tells_no_state() {
+    let refused = Entry { tcp_state: None, traffic_in: traffic(1), traffic_out: traffic(1), ..syn(1) };
+    assert_eq!(destroyed_as(refused.clone(), 2), Reason::ConnectRefused);
+    // Past its handshake, or never answered.
+    assert_eq!(destroyed_as(Entry { status: SEEN_REPLY, ..refused.clone() }, 2), Reason::KernelExpired);
+    assert_eq!(destroyed_as(Entry { traffic_out: traffic(0), ..refused }, 31), Reason::ConnectTimeout);
+}
+
+#[test]
 fn a_client_that_resets_before_any_answer_was_not_refused() {
     let gone = Entry { tcp_state: Some(TcpState::Close), traffic_in: traffic(2), traffic_out: traffic(0), ..syn(1) };
     assert_eq!(destroyed_as(gone, 2), Reason::ResetByClient);
@@ -273,6 +283,41 @@ fn the_same_tuple_used_again_makes_two_records() {
     );
     assert_eq!(table.tally(ROUTE).expect("route").seen, 2);
     assert_eq!(table.tally(ROUTE).expect("route").traffic_in.packets, 13);
+}
+
+/// A connection under id 1 that began and was reset at these seconds, as the kernel tells it at its end and afterwards.
+fn reset_between(began: u64, ended: u64) -> [Entry; 2] {
+    let ns = |second| Some(at(second).wall.as_nanos() as u64);
+    let over = ended_with(established(1, 4), End::ResetByClient);
+    [Entry { event_ns: ns(ended), ..over.clone() }, Entry { started_ns: ns(began), ..over }]
+}
+
+#[test]
+fn the_next_connection_under_an_id_counts_although_the_last_word_of_the_one_before_was_lost() {
+    let ([first_end, first], [second_end, second]) = (reset_between(1, 2), reset_between(3, 4));
+    let mut unheard = table();
+    unheard.apply(&Event::Update(first_end.clone()), at(2));
+    unheard.apply(&Event::Update(second_end.clone()), at(4));
+    unheard.apply(&Event::Destroy(second.clone()), at(14));
+    assert_eq!(reason_counts(&unheard), (0, 2, 2));
+
+    let mut dumped = table();
+    dumped.apply(&Event::Update(first_end.clone()), at(2));
+    dumped.apply(&Event::Lost, at(4));
+    dump(&mut dumped, DumpKind::Full, std::slice::from_ref(&second), 5);
+    dumped.apply(&Event::Destroy(second.clone()), at(14));
+    assert_eq!(reason_counts(&dumped), (0, 2, 2));
+
+    let mut heard_late = table();
+    heard_late.apply(&Event::Update(first_end), at(2));
+    heard_late.begin_dump(DumpKind::Full, at(7).mono, at(5));
+    heard_late.observe(&second, at(5));
+    heard_late.apply(&Event::Destroy(first), at(5));
+    heard_late.apply(&Event::Update(second_end), at(5));
+    heard_late.end_dump(DumpKind::Full, at(5));
+    heard_late.apply(&Event::Destroy(second), at(14));
+    assert_eq!(reason_counts(&heard_late), (0, 2, 2));
+    assert!(unheard.is_empty() && dumped.is_empty() && heard_late.is_empty());
 }
 
 #[test]

@@ -162,7 +162,9 @@ impl fmt::Display for Handoff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Works => f.write_str("connections can be handed over"),
-            Self::NotPermitted => f.write_str("CAP_BPF, CAP_NET_ADMIN or CAP_NET_RAW is missing"),
+            Self::NotPermitted => f.write_str(
+                "CAP_BPF, CAP_NET_ADMIN or CAP_NET_RAW is missing, or before Linux 5.11 RLIMIT_MEMLOCK is too low",
+            ),
             Self::NoTc => f.write_str("this kernel has neither tcx (Linux 6.6) nor clsact (CONFIG_NET_CLS_ACT)"),
             Self::NoRedirect => f.write_str("this kernel has no bpf_redirect_neigh (Linux 5.10)"),
             Self::NoBpffs => {

@@ -46,7 +46,7 @@ impl NetlinkConntrack {
     /// `id_mask`: entries whose mark has none of these bits are ignored. `receive_buffer`: bytes for queued events.
     /// Must be called inside a tokio runtime with I/O enabled.
     pub fn open(id_mask: u32, receive_buffer: usize, hear: Hear) -> Result<Self, ConntrackError> {
-        let socket = EventSocket::open(receive_buffer, hear)?;
+        let socket = EventSocket::open(receive_buffer, hear, id_mask)?;
         // SAFETY: the socket owns its descriptor and yields the same one as long as it lives, which is as long as the
         // registration does.
         let events = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }

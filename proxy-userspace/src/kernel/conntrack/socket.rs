@@ -6,7 +6,7 @@ use std::{
     ptr,
 };
 
-use super::{ConntrackError, Hear};
+use super::{ConntrackError, Hear, filter};
 
 /// Datagrams read by one `recvmmsg`.
 const BATCH: usize = 128;
@@ -71,8 +71,13 @@ impl AsRawFd for EventSocket {
 impl EventSocket {
     /// `receive_buffer`: bytes the kernel may queue; 32 MiB hold some 52,000 events. Without `CAP_NET_ADMIN` in the
     /// initial user namespace it is capped at `net.core.rmem_max`.
-    pub fn open(receive_buffer: usize, hear: Hear) -> Result<Self, ConntrackError> {
+    /// `id_mask`: what has none of these bits in its mark is not queued.
+    pub fn open(receive_buffer: usize, hear: Hear, id_mask: u32) -> Result<Self, ConntrackError> {
         let fd = open(libc::SOCK_NONBLOCK)?;
+        let mut steps = filter::program(id_mask);
+        let program = libc::sock_fprog { len: steps.len() as libc::c_ushort, filter: steps.as_mut_ptr() };
+        set_option(&fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+            .map_err(|source| ConntrackError::Call { call: "setsockopt(SO_ATTACH_FILTER)", source })?;
         let size = libc::c_int::try_from(receive_buffer).unwrap_or(libc::c_int::MAX);
         if set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &size).is_err() {
             set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUF, &size)

@@ -31,6 +31,10 @@ struct Table {
     entries: BTreeMap<u32, Entry>,
     queue: VecDeque<Event>,
     dumps: usize,
+    /// `None`: the kernel's default.
+    max: Option<u64>,
+    deleted: usize,
+    most_deleted: usize,
 }
 
 impl TwinConntrack {
@@ -76,6 +80,21 @@ impl TwinConntrack {
         self.shared.table.borrow().dumps
     }
 
+    /// Entries now.
+    pub fn entries(&self) -> u64 {
+        self.shared.table.borrow().entries.len() as u64
+    }
+
+    /// How many entries there is room for.
+    pub fn limit(&self, max: u64) {
+        self.shared.table.borrow_mut().max = Some(max);
+    }
+
+    /// The most entries deleted from one drain to the next.
+    pub fn most_deleted(&self) -> usize {
+        self.shared.table.borrow().most_deleted
+    }
+
     fn find(&self, key: &EntryKey) -> Option<u32> {
         let table = self.shared.table.borrow();
         table.entries.get(&key.id).filter(|entry| EntryKey::from(*entry) == *key).map(|entry| entry.id)
@@ -91,7 +110,11 @@ impl Conntrack for TwinConntrack {
     }
 
     fn drain(&mut self, each: &mut dyn FnMut(&Event)) -> Result<Drained, ConntrackError> {
-        let queue = std::mem::take(&mut self.shared.table.borrow_mut().queue);
+        let queue = {
+            let mut table = self.shared.table.borrow_mut();
+            table.deleted = 0;
+            std::mem::take(&mut table.queue)
+        };
         queue.iter().for_each(each);
         Ok(Drained { more: false })
     }
@@ -114,12 +137,16 @@ impl Conntrack for TwinConntrack {
     fn delete(&mut self, keys: &[EntryKey]) -> Result<usize, ConntrackError> {
         let ids: Vec<u32> = keys.iter().filter_map(|key| self.find(key)).collect();
         ids.iter().for_each(|id| self.destroy(*id));
+        let mut table = self.shared.table.borrow_mut();
+        table.deleted += ids.len();
+        table.most_deleted = table.most_deleted.max(table.deleted);
         Ok(ids.len())
     }
 
     fn nudge(&mut self, _keys: &[EntryKey]) {}
 
     fn usage(&self) -> Option<Usage> {
-        Some(Usage { entries: self.shared.table.borrow().entries.len() as u64, max: 262_144 })
+        let table = self.shared.table.borrow();
+        Some(Usage { entries: table.entries.len() as u64, max: table.max.unwrap_or(262_144) })
     }
 }

@@ -56,6 +56,13 @@ pub fn put_old(writer: &mut Writer, set: &str, spec: &SetSpec, key: &Key, last: 
     Ok(())
 }
 
+/// Writes the item that asks for one element of a set keyed by whole words.
+pub fn put_asked(writer: &mut Writer, key: &Key) {
+    let item = writer.nest(LIST_ITEM);
+    put_key(writer, key.bytes());
+    writer.end(item);
+}
+
 /// The key without the padding that a lone field does not have in the kernel.
 fn kernel_key<'a>(set: &str, spec: &SetSpec, key: &'a Key) -> Result<&'a [u8], NftError> {
     let length = key_bytes(&spec.key);

@@ -118,6 +118,13 @@ impl Nft for MemoryNft {
         let set = self.ruleset().and_then(|ruleset| ruleset.sets.get(set)).ok_or(missing)?;
         Ok(set.elements.iter().map(|(key, element)| (key.clone(), element.counter)).collect())
     }
+
+    fn some_counters(&mut self, set: &str, keys: &[Key]) -> Result<Vec<(Key, Counter)>, NftError> {
+        let missing = || NftError::NotTold { what: "elements of a set", errno: Errno::ENOENT };
+        let set = self.ruleset().and_then(|ruleset| ruleset.sets.get(set)).ok_or_else(missing)?;
+        let one = |key: &Key| Ok((key.clone(), set.elements.get(key).ok_or_else(missing)?.counter));
+        keys.iter().map(one).collect()
+    }
 }
 
 fn fingerprint(rule: &Rule) -> Fingerprint {

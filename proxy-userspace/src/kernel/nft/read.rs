@@ -14,7 +14,7 @@ use proxy_core::{
 use super::{
     HEADER_AND_FIXED, NftError,
     batch::{INET, REQUEST, chain_type, hook_number, kind},
-    element::{Elements, read_counters},
+    element::{Elements, put_asked, read_counters},
     set as sets,
     statement::fingerprint_of,
     timeout,
@@ -36,11 +36,13 @@ struct Query<'a> {
     message: u16,
     flags: u16,
     attributes: &'a [(u16, &'a str)],
+    /// Elements of a set, one by one.
+    keys: &'a [Key],
 }
 
 impl<'a> Query<'a> {
     const fn dump(what: &'static str, message: u16, attributes: &'a [(u16, &'a str)]) -> Self {
-        Self { what, message, flags: DUMP, attributes }
+        Self { what, message, flags: DUMP, attributes, keys: &[] }
     }
 
     /// Reading needs the same privilege as changing (`nfnetlink_rcv`).
@@ -91,7 +93,7 @@ fn read_all(socket: &mut NetlinkSocket) -> Result<Snapshot, NftError> {
 pub fn read_table(socket: &mut NetlinkSocket, name: &str) -> Result<Option<TableState>, NftError> {
     let own = socket.port_id();
     let names = [(table::NAME, name)];
-    let query = Query { what: "the table", message: msg::GET_TABLE, flags: REQUEST, attributes: &names };
+    let query = Query { what: "the table", message: msg::GET_TABLE, flags: REQUEST, attributes: &names, keys: &[] };
     let mut state = None;
     let end = request(socket, &query, |message| {
         let attributes = Attributes::of_message(message.whole, INET.len());
@@ -276,7 +278,7 @@ fn is_ours(attributes: Attributes<'_>, table: u16) -> bool {
 /// In the order of the keys.
 pub fn counters(socket: &mut NetlinkSocket, name: &str) -> Result<Vec<(Key, Counter)>, NftError> {
     let names = [(set::TABLE, TABLE), (set::NAME, name)];
-    let query = Query { what: "a set", message: msg::GET_SET, flags: REQUEST, attributes: &names };
+    let query = Query { what: "a set", message: msg::GET_SET, flags: REQUEST, attributes: &names, keys: &[] };
     for _ in 0..SNAPSHOT_TRIES {
         let mut described = None;
         let end = request(socket, &query, |message| described = describe(message))?;
@@ -300,8 +302,33 @@ pub fn counters(socket: &mut NetlinkSocket, name: &str) -> Result<Vec<(Key, Coun
     Err(NftError::Interrupted)
 }
 
+/// Elements asked for at once: as many messages come back, and each waits in a page of its own until it is read.
+const ASKED_AT_ONCE: usize = 256;
+
+/// Of these elements only, in any order. The kernel answers with a message for each, which costs it as much as some ten
+/// elements of a dump.
+pub fn some_counters(socket: &mut NetlinkSocket, name: &str, keys: &[Key]) -> Result<Vec<(Key, Counter)>, NftError> {
+    let names = [(element::LIST_TABLE, TABLE), (element::LIST_SET, name)];
+    let mut counters = Vec::with_capacity(keys.len());
+    for keys in keys.chunks(ASKED_AT_ONCE) {
+        let what = "elements of a set";
+        let query = Query { what, message: msg::GET_ELEMENT, flags: REQUEST, attributes: &names, keys };
+        let before = counters.len();
+        let end = request(socket, &query, |message| {
+            read_counters(Attributes::of_message(message.whole, INET.len()), &mut counters);
+        })?;
+        match end {
+            End::Complete if counters.len() - before == keys.len() => {}
+            End::Complete | End::Interrupted => return Err(NftError::Interrupted),
+            End::Refused(errno) => return Err(query.refused(errno)),
+        }
+    }
+    Ok(counters)
+}
+
 pub fn generation(socket: &mut NetlinkSocket) -> Result<u32, NftError> {
-    let query = Query { what: "its generation", message: msg::GET_GENERATION, flags: REQUEST, attributes: &[] };
+    let query =
+        Query { what: "its generation", message: msg::GET_GENERATION, flags: REQUEST, attributes: &[], keys: &[] };
     let mut generation = None;
     let end = request(socket, &query, |message| {
         let attributes = Attributes::of_message(message.whole, INET.len());
@@ -338,6 +365,11 @@ fn request(socket: &mut NetlinkSocket, query: &Query<'_>, mut each: impl FnMut(&
     let message = writer.message(kind(query.message), query.flags, sequence, &INET);
     for (attribute, text) in query.attributes {
         writer.put_text(*attribute, text);
+    }
+    if !query.keys.is_empty() {
+        let list = writer.nest(element::LIST_ELEMENTS);
+        query.keys.iter().for_each(|key| put_asked(&mut writer, key));
+        writer.end(list);
     }
     writer.end_message(message);
     let bytes = writer.finish()?;

@@ -159,7 +159,7 @@ impl Worker {
         }
     }
 
-    fn serve(&mut self, route: Arc<Route>) {
+    pub(super) fn serve(&mut self, route: Arc<Route>) {
         let Some(meter) = route.meters.workers.get(usize::from(self.index)).map(Arc::clone) else { return };
         let slot = Slot {
             name: Arc::clone(&route.meters.name),

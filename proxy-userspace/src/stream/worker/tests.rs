@@ -19,8 +19,10 @@ use crate::{
     control::ConnectionFilter,
     kernel::{
         bpf::handoff::{HandoffStore, MemoryHandoffs},
+        capability::privileges,
         grace::Grace,
         repair,
+        sockmap::Sockmap,
     },
     stream::{
         RouteSpec,
@@ -29,13 +31,16 @@ use crate::{
     },
 };
 
-/// A worker in the test's own thread, and where it listens: at a port that wants to know the name first.
-fn worker() -> (Worker, TcpListener) {
-    worker_of("match.sni = [\"web.example\"]", 1, Engine::Copy, None)
+/// A worker that is not running yet, and where it listens.
+struct Bench {
+    worker: Worker,
+    route: Arc<Route>,
+    listener: TcpListener,
+    commands: mpsc::Sender<Command>,
 }
 
 /// … with one route to `port` of this machine.
-fn worker_of(rest: &str, port: u16, engine: Engine, handoff: Option<HandoffEngine>) -> (Worker, TcpListener) {
+fn bench(rest: &str, port: u16, engine: Engine, handoff: Option<HandoffEngine>) -> Bench {
     let text =
         format!("[[route]]\nname = \"web\"\nlisten = [\"127.0.0.1:443\"]\nbackends = [\"127.0.0.1:{port}\"]\n{rest}\n");
     let config = config::parse(&text, Path::new("/t.toml")).unwrap_or_else(|problems| panic!("{problems}"));
@@ -57,7 +62,8 @@ fn worker_of(rest: &str, port: u16, engine: Engine, handoff: Option<HandoffEngin
         challenges: Challenges::default(),
     };
     let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).expect("an eventfd"));
-    let mut worker = Worker::new(0, shared, wake, mpsc::channel().1, Arc::default(), 0).expect("a worker");
+    let (commands, obeyed) = mpsc::channel();
+    let mut worker = Worker::new(0, shared, wake, obeyed, Arc::default(), 4).expect("a worker");
     if engine == Engine::Handoff {
         worker.apply(Applied { routes: vec![Arc::clone(&route)], ..Applied::default() });
     }
@@ -70,12 +76,13 @@ fn worker_of(rest: &str, port: u16, engine: Engine, handoff: Option<HandoffEngin
         is_group: false,
         segment: None,
     });
-    (worker, listener)
+    Bench { worker, route, listener, commands }
 }
 
 #[test]
 fn a_panic_in_a_connections_turn_is_the_end_of_that_connection_and_of_no_other() {
-    let (mut worker, listener) = worker();
+    // At a port that wants to know the name first.
+    let Bench { mut worker, listener, .. } = bench("match.sni = [\"web.example\"]", 1, Engine::Copy, None);
     let mut events = Events::default();
     let mut clients = [0, 1].map(|_| {
         let client = TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
@@ -128,7 +135,8 @@ fn a_connection_whose_owner_is_behind_is_relayed_until_there_is_room() {
         on: None,
         when,
     };
-    let (mut worker, listener) = worker_of("balance = \"least-connections\"", port, Engine::Handoff, Some(engine));
+    let bench = bench("balance = \"least-connections\"", port, Engine::Handoff, Some(engine));
+    let Bench { mut worker, listener, .. } = bench;
     repair::limit_segments(&listener, 1400).expect("a limit");
     let mut events = Events::default();
     let mut client = TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
@@ -163,4 +171,51 @@ fn a_connection_whose_owner_is_behind_is_relayed_until_there_is_room() {
     let owned = owned.expect("handed over");
     assert_eq!((owned.bytes_in, owned.passed_on, worker.flows.open()), (7, [0, 0], 0));
     assert_eq!(owned.ends.client, client.local_addr().expect("an address"));
+}
+
+/// Sends pieces to a server that gives them back.
+fn echo(client: &mut TcpStream, piece: &[u8], times: usize) {
+    let mut back = vec![0; piece.len()];
+    for _ in 0..times {
+        client.write_all(piece).expect("written");
+        client.read_exact(&mut back).expect("given back");
+        assert!(back == piece);
+    }
+}
+
+#[test]
+fn connections_for_which_the_maps_have_no_room_are_copied_then_spliced_and_counted_as_such() {
+    if !privileges::effective().bpf {
+        eprintln!("skipped: needs CAP_BPF");
+        return;
+    }
+    let server = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let to = server.local_addr().expect("an address");
+    let bench = bench("engine = \"sockmap\"", to.port(), Engine::Sockmap, None);
+    let Bench { mut worker, route, listener, commands } = bench;
+    worker.serve(Arc::clone(&route));
+    worker.take_maps(Sockmap::load(2).expect("maps with room for one connection"));
+    let wake = Arc::clone(&worker.wake);
+    let running = std::thread::spawn(move || worker.run());
+    let mut clients = [0; 3].map(|_| {
+        let mut client = TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
+        let (mut there, _) = server.accept().expect("a connection");
+        std::thread::spawn(move || io::copy(&mut there.try_clone()?, &mut there));
+        echo(&mut client, b"hello", 20);
+        client
+    });
+    let open = || {
+        let meter = &route.meters.workers[0];
+        [Engine::Sockmap, Engine::Copy, Engine::Splice]
+            .map(|one| meter.engines[ENGINES.iter().position(|engine| *engine == one).expect("an engine")].active.get())
+    };
+    assert_eq!(open(), [1, 2, 0]);
+    echo(&mut clients[2], &[0x5a; 1 << 16], 80);
+    assert_eq!(open(), [1, 1, 1], "what carries much is spliced");
+    clients.iter_mut().for_each(|client| echo(client, b"still there", 3));
+    drop(clients);
+    commands.send(Command::Stop).expect("it is there");
+    rustix::io::write(&wake, &1u64.to_ne_bytes()).expect("woken");
+    running.join().expect("it ends");
+    assert_eq!(open(), [0; 3]);
 }
