@@ -52,7 +52,7 @@ pub struct HandoffEngine {
 }
 
 /// When a connection is handed over: docs/handoff.md has the reasons.
-pub const WHEN: When = When { bytes: 256 << 10, age: Duration::from_millis(20) };
+pub const WHEN: When = When { bytes: 256 << 10, age: Duration::from_millis(100) };
 
 /// [`WHEN`], or what a measurement asks for: `SHUNT_MEASURE_HANDOVER="MILLISECONDS BYTES"`.
 pub fn when() -> When {

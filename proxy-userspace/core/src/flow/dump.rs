@@ -95,7 +95,7 @@ impl FlowTable {
                 *oldest = record.start.min(*oldest);
                 let silent_for = |after| now.mono.saturating_sub(record.last_activity) >= after;
                 // What an adopted flow's silence was is a guess until the next dump.
-                let known = record.adopted_by != Some(self.dumping);
+                let known = record.adopted_by != NonZeroU32::new(self.dumping);
                 if known && !record.warned && tally.info.idle_warning.is_some_and(silent_for) {
                     record.warned = true;
                     self.silent.push(id);
