@@ -294,7 +294,7 @@ fn the_next_connection_under_an_id_counts_although_the_last_word_of_the_one_befo
     let mut dumped = table();
     dumped.apply(&Event::Update(first_end.clone()), at(2));
     dumped.apply(&Event::Lost, at(4));
-    dump(&mut dumped, DumpKind::Full, &[second.clone()], 5);
+    dump(&mut dumped, DumpKind::Full, std::slice::from_ref(&second), 5);
     dumped.apply(&Event::Destroy(second.clone()), at(14));
     assert_eq!(reason_counts(&dumped), (0, 2, 2));
 
