@@ -14,11 +14,12 @@ use std::{
 };
 
 use proxy_core::{
-    capability::Capabilities,
+    capability::{Capabilities, Handoff},
     config::{self, Config, Engine},
     diff::Change,
     flow::MarkLayout,
     plan::{Capability, Plan, Refusal as Refused, RoutePlan, Unserved, plan},
+    view,
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -49,7 +50,10 @@ use crate::{
         task::{Inputs, Task, failure, load, needed},
     },
     resolve::Names,
-    stream::{self, StreamError, StreamPath},
+    stream::{
+        self, StreamError, StreamPath,
+        handed::{Begun, Store},
+    },
     track::{self, FailedDial, Tracker},
 };
 
@@ -107,17 +111,36 @@ async fn start(config_file: &Path) -> Result<(), Refusal> {
     let log = logging::init(&config.log).map_err(|e| Refusal::refused(e, None))?;
     let listeners =
         Listeners::bind(config.admin.listen, &config.admin.socket).await.map_err(|e| Refusal::refused(&e, e.mend()))?;
-    let capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe(&config) };
+    let mut capabilities = capability::probe(&config, stream::trust_in_sockmap());
     let plan = plan(&config, &capabilities);
     let unserved = plan.unserved();
     if !unserved.is_empty() {
         return Err(refuse_unserved(&unserved));
     }
+    let (plan, handoff) = bring_up(&config, plan, &mut capabilities)?;
     let warnings = degraded(&plan, &capabilities).into_iter().collect();
-    let daemon = Daemon::install(config_file, config, &plan, capabilities, log, warnings).await?;
+    let store = handoff.as_ref().map(|begun| begun.store.clone());
+    let daemon = Daemon::install(config_file, config, &plan, capabilities, log, warnings, store).await?;
+    handoff.into_iter().for_each(Begun::keep);
     drop(plan);
     daemon.serve(listeners).await;
     Ok(())
+}
+
+/// What connections are handed over with, where a route does so or a daemon before this one did. Where it cannot be had, routes
+/// that do not insist on it are served without.
+fn bring_up(config: &Config, first: Plan, capabilities: &mut Capabilities) -> Result<(Plan, Option<Begun>), Refusal> {
+    let error = match handoff::begin_where_needed(&first, &config.admin.socket) {
+        Ok(begun) => return Ok((first, begun)),
+        Err(error) => error,
+    };
+    capabilities.handoff = Handoff::NotBroughtUp(error.to_string());
+    let without = plan(config, capabilities);
+    if !without.unserved().is_empty() {
+        return Err(refuse_streams(error));
+    }
+    tracing::warn!(mend = error.mend(), "{error}");
+    Ok((without, None))
 }
 
 /// What the whole engine nft stands on, not a feature of it.
@@ -153,7 +176,11 @@ fn degraded(plan: &Plan, capabilities: &Capabilities) -> Option<String> {
     };
     let routes: Vec<&Arc<RoutePlan>> = plan.routes().iter().filter(only_basics).collect();
     let (_, lacking) = routes.first()?.refused.first()?;
-    Some(format!("{lacking}: {} routes are relayed by the daemon that the kernel could forward", routes.len()))
+    let counted = match routes.len() {
+        1 => "1 route is".to_owned(),
+        more => format!("{more} routes are"),
+    };
+    Some(format!("{lacking}: {counted} relayed by the daemon that the kernel could forward"))
 }
 
 /// Whether nftables and conntrack can be used here at all.
@@ -188,6 +215,7 @@ impl Daemon {
         capabilities: Capabilities,
         log: logging::LogHandle,
         mut warnings: Vec<String>,
+        handoff: Option<Store>,
     ) -> Result<Self, Refusal> {
         let record = sysctl::record_beside(&config.admin.socket);
         let recorded_before = record.exists();
@@ -198,7 +226,7 @@ impl Daemon {
         for warning in &warnings {
             tracing::warn!("{warning}");
         }
-        let installed = Self::routes(config_file, config, capabilities, log, &record, warnings).await;
+        let installed = Self::routes(config_file, config, capabilities, log, &record, warnings, handoff).await;
         if installed.is_err() && !recorded_before {
             // Nothing was here before this start: leave nothing behind.
             drop(sysctl::restore(&settings, &record));
@@ -226,7 +254,7 @@ impl Daemon {
         config: &Config,
         capabilities: &Capabilities,
         channels: &Channels,
-        handoff: Option<stream::handed::Store>,
+        handoff: Option<Store>,
     ) -> Result<(StreamPath, JoinHandle<()>), Refusal> {
         let (ended, told) = mpsc::channel(REPORTS);
         let options = stream::Options {
@@ -254,6 +282,7 @@ impl Daemon {
         log: logging::LogHandle,
         record: &Path,
         warnings: Vec<String>,
+        handoff: Option<Store>,
     ) -> Result<Self, Refusal> {
         let channels = Channels {
             drained: mpsc::channel(REPORTS),
@@ -267,8 +296,6 @@ impl Daemon {
             false => (None, None),
         };
         let port_id = nft.as_ref().map(KernelNft::port_id);
-        let handoff = handoff::open(&plan(&config, &capabilities), &config.admin.socket).map_err(refuse_handoff)?;
-        let handoff = handoff.map(handoff::follow_interfaces).transpose().map_err(|e| Refusal::refused(e, None))?;
         let (streams, relayed_log) = Self::streams(&config, &capabilities, &channels, handoff)?;
         let adopter = streams.adopter();
         let (stream_commands, relayed) = (streams.commands.clone(), streams.reader.clone());
@@ -291,7 +318,7 @@ impl Daemon {
                 Some(monitor.map_err(|e| Refusal::refused(format!("cannot watch nftables: {e}"), None))?)
             }
         };
-        let apply_ms = outcome.apply.as_secs_f64() * 1e3;
+        let apply_ms = view::milliseconds(outcome.apply);
         let (routes, changes) = (outcome.added.len(), outcome.changes);
         match reconciler.has_table() {
             true => tracing::info!(

@@ -93,16 +93,21 @@ enum Command {
     Reload(Output),
     /// Set a backend's state until the daemon ends or the state is set again
     Backend {
+        /// The route's name
         route: String,
         /// As written in the configuration
         backend: String,
         #[arg(value_enum)]
         state: BackendState,
+        #[command(flatten)]
+        output: Output,
     },
     /// End a connection
     Kill {
-        /// The connection's id
+        /// The connection's id, as `shunt connections` has it
         id: String,
+        #[command(flatten)]
+        output: Output,
     },
     /// Remove everything the daemon ever put into the kernel
     Cleanup,
@@ -183,8 +188,8 @@ mod tests {
             "explain 10.0.0.1:80 --json",
             "top",
             "reload --json",
-            "backend web 10.0.0.1:80 drain",
-            "kill c1",
+            "backend web 10.0.0.1:80 drain --json",
+            "kill c1 --json",
             "cleanup",
             "completions bash",
             "schema",

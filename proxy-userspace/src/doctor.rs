@@ -104,7 +104,9 @@ impl Unfound {
 
 /// Runs every check; with `config` also those its routes need. `socket`: where a running daemon would answer.
 pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
-    let handoff = capability::handoff::ask();
+    // Where pins would be depends on it only where a BPF file system is mounted beside it.
+    let beside = config.map(|config| config.admin.socket.as_path()).or(socket).unwrap_or(Path::new("admin.sock"));
+    let handoff = capability::handoff::ask(beside);
     let probe = capability::Probe { handoff: handoff.clone(), ..capability::probe_details() };
     let settings = Settings::default();
     // What the routes want of the kernel, not what is left of it here.
@@ -123,8 +125,7 @@ pub fn examine(config: Option<&Config>, socket: Option<&Path>) -> Report {
         checks.iter_mut().for_each(Check::not_needed);
     }
     checks.extend(forward::checks());
-    let hands_over = plan.as_ref().is_some_and(|plan| plan.routes().iter().any(|route| route.hands_over()));
-    checks.extend(forward::passed_by(probe.forward_filter.as_deref(), hands_over));
+    checks.extend(forward::passed_by(&probe.filters, plan.as_ref()));
     checks.push(settings::reverse_path(&settings, config));
     checks.push(features::ebpf(&capability::ebpf::features()));
     checks.push(features::own_object(bpf::self_probe()));

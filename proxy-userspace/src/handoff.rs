@@ -4,12 +4,17 @@
 use std::{
     collections::BTreeSet,
     fs,
+    ops::RangeInclusive,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+    unistd::{AccessFlags, SysconfVar, faccessat, sysconf},
+};
 use proxy_core::{handed::route_hash, plan::Plan};
 use tokio::{io::unix::AsyncFd, task::AbortHandle};
 
@@ -17,6 +22,7 @@ use crate::{
     kernel::{
         bpf::handoff::{HandoffError, HandoffStore, HandoffTable, Sizes},
         interfaces::{InterfaceError, Interfaces},
+        memory,
         segment::Sender,
     },
     stream::{
@@ -26,8 +32,21 @@ use crate::{
     },
 };
 
-/// 131,072 connections: 32 MiB of kernel memory at once, and some 500 bytes more for each that is there.
-const SIZES: Sizes = Sizes { flows: 1 << 17, events: 1 << 20 };
+/// Bytes that are taken at once for a connection that may come.
+const AT_ONCE: u64 = 256;
+/// One in so many bytes of the machine's memory may be taken so: 131,072 connections from 8 GiB on.
+const SHARE: u64 = 256;
+const FLOWS: RangeInclusive<u64> = 1 << 12..=1 << 17;
+
+/// For maps that are new.
+fn sizes() -> Sizes {
+    let asked = |what| sysconf(what).ok().flatten().and_then(|answer| u64::try_from(answer).ok()).unwrap_or_default();
+    let memory = asked(SysconfVar::_PHYS_PAGES) * asked(SysconfVar::PAGE_SIZE);
+    let flows = (memory / SHARE / AT_ONCE).clamp(*FLOWS.start(), *FLOWS.end());
+    // A power of two, rounded down.
+    Sizes { flows: 1 << flows.ilog2(), events: 1 << 20 }
+}
+
 /// Where systemd mounts it.
 const BPF_FS: &str = "/sys/fs/bpf";
 
@@ -44,27 +63,32 @@ fn is_bpf_fs(path: &Path) -> bool {
     statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC)
 }
 
-/// The table, where a route hands over or a daemon before this one has left connections in it.
-pub fn open(plan: &Plan, socket: &Path) -> Result<Option<Arc<HandoffTable>>, HandoffError> {
+/// Whether there is a BPF file system for it in which this process may make, or change, its folder.
+pub fn can_pin(socket: &Path) -> bool {
     let folder = folder(socket);
-    if !folder.exists() && !plan.routes().iter().any(|route| route.hands_over()) {
-        return Ok(None);
-    }
-    HandoffTable::open(&folder, SIZES).map(Arc::new).map(Some)
+    let existing = if folder.exists() { folder.as_path() } else { folder.parent().unwrap_or(&folder) };
+    is_bpf_fs(existing) && faccessat(AT_FDCWD, existing, AccessFlags::W_OK, AtFlags::AT_EACCESS).is_ok()
 }
 
-/// Puts the program on every interface, and goes on doing so with new ones, inside a tokio runtime.
-pub fn follow_interfaces(table: Arc<HandoffTable>) -> Result<Store, InterfaceError> {
-    follow(table).map(|(store, _)| store)
+/// [`begin`], where a route hands over or a daemon before this one has left connections.
+pub fn begin_where_needed(plan: &Plan, socket: &Path) -> Result<Option<Begun>, StreamError> {
+    let needed = folder(socket).exists() || plan.routes().iter().any(|route| route.hands_over());
+    needed.then(|| begin(socket)).transpose()
 }
 
-/// Makes the table and puts the program on every interface for a daemon that was started without: for good, or for as long as a
-/// change is tried. Inside a tokio runtime.
+/// Makes the table, or takes over what a daemon before this one has left, and puts the program on every interface: for good, or for as
+/// long as a start or a change is tried. What was there before stays in any case. Inside a tokio runtime.
 pub fn begin(socket: &Path) -> Result<Begun, StreamError> {
     let folder = folder(socket);
-    let table = HandoffTable::open(&folder, SIZES).map(Arc::new);
+    let was_there = folder.exists();
+    let table = HandoffTable::open(&folder, sizes()).map(Arc::new);
+    // The loader has read what the kernel says of its types, megabytes.
+    memory::give_back();
     let followed = table.map_err(StreamError::from).and_then(|table| Ok(follow(table)?));
     let take_away = move || {
+        if was_there {
+            return;
+        }
         if let Err(error) = HandoffTable::remove_pins(&folder) {
             tracing::warn!(%error, "left behind; `shunt cleanup` removes it");
         }
@@ -127,15 +151,20 @@ impl Attached {
     }
 
     fn look(&mut self) -> Result<(), InterfaceError> {
-        let in_use = self.interfaces.get_mut().in_use()?;
-        for &interface in in_use.difference(&self.known) {
+        let found = self.interfaces.get_mut().find()?;
+        // An interface that goes takes the program with it, and its number may come again: what is left of it says nothing.
+        for gone in self.table.attached().into_iter().filter(|interface| !found.all.contains(interface)) {
+            if let Err(error) = self.table.detach(gone) {
+                tracing::warn!(%error, "the pin of an interface that is gone stays");
+            }
+        }
+        for &interface in found.entrances.difference(&self.known) {
             match self.table.attach(interface) {
                 Ok(()) => tracing::debug!(interface, "connections can be handed over on this interface"),
                 Err(error) => tracing::warn!(%error, "connections over this interface stay in the daemon"),
             }
         }
-        // An interface that goes takes the program with it; its number may come again.
-        self.known = in_use;
+        self.known = found.entrances;
         self.on.set(self.table.attached().into_iter().collect());
         Ok(())
     }
@@ -147,7 +176,7 @@ pub fn remove(socket: &Path) -> Result<Option<String>, HandoffError> {
     if !folder.exists() {
         return Ok(None);
     }
-    let ended = match HandoffTable::open(&folder, SIZES) {
+    let ended = match HandoffTable::open(&folder, sizes()) {
         Ok(table) => end_all(&table),
         // Another version's: its flows end with their next packets.
         Err(HandoffError::Layout { .. }) => 0,

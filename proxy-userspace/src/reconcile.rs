@@ -22,11 +22,11 @@ use std::{
 };
 
 use proxy_core::{
-    capability::{Capabilities, Handoff},
+    capability::{Capabilities, FilterChain, Handoff},
     config::{Config, Engine, Route, RouteName},
     diff::{Assembly, Ownership, Update, Updates},
     flow::MarkLayout,
-    plan::{Plan, Replan, RoutePlan, Unserved, may_hand_over, replan},
+    plan::{Plan, Replan, RoutePlan, Unserved, replan},
     pool::Pool,
     ruleset::Fragment,
     view,
@@ -174,13 +174,29 @@ pub struct Prepared {
 }
 
 impl<N: Nft, S: Streams> Reconciler<N, S> {
-    /// Whether the kernel is to be asked, before the configuration is prepared, if connections can be handed over here.
-    pub fn must_ask_for_handoff(&self, config: &Config) -> bool {
-        self.capabilities.handoff != Handoff::Works && config.routes.iter().any(|route| may_hand_over(route))
+    /// Whether the firewall is to be looked at before the configuration is prepared: what connections that are handed over do not
+    /// pass decides how a route is served.
+    pub fn could_hand_over(&self, config: &Config) -> bool {
+        self.would(config, RoutePlan::could_hand_over)
+    }
+
+    pub fn learn_filter(&mut self, found: Option<FilterChain>) {
+        self.capabilities.filter = found;
+    }
+
+    /// Whether the kernel is to be asked then, if connections can be handed over here.
+    pub fn awaits_handoff(&self, config: &Config) -> bool {
+        self.would(config, RoutePlan::awaits_handoff)
     }
 
     pub fn learn_handoff(&mut self, found: Handoff) {
         self.capabilities.handoff = found;
+    }
+
+    /// One of its routes, with what is known of this machine so far.
+    fn would(&self, config: &Config, does: fn(&RoutePlan) -> bool) -> bool {
+        let replan = replan(config, &self.capabilities, &self.plan);
+        self.with(&replan).any(|route| does(route))
     }
 
     /// Everything about a new configuration that can fail without the kernel.
@@ -225,9 +241,13 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
 
     /// Every route as it will be with a prepared change.
     pub fn after<'a>(&'a self, prepared: &'a Prepared) -> impl Iterator<Item = &'a Arc<RoutePlan>> {
-        let (plan, range) = (self.plan.routes(), &prepared.replan.range);
+        self.with(&prepared.replan)
+    }
+
+    fn with<'a>(&'a self, replan: &'a Replan) -> impl Iterator<Item = &'a Arc<RoutePlan>> {
+        let (plan, range) = (self.plan.routes(), &replan.range);
         let (before, behind) = (plan.get(..range.start), plan.get(range.end..));
-        before.into_iter().flatten().chain(&prepared.replan.routes).chain(behind.into_iter().flatten())
+        before.into_iter().flatten().chain(&replan.routes).chain(behind.into_iter().flatten())
     }
 
     /// A prepared change is not carried out.
@@ -252,7 +272,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         outcome.apply = began.elapsed();
         self.plan.put(replan);
         self.config = without_routes(config);
-        self.status.last_apply_ms = outcome.apply.as_secs_f64() * 1e3;
+        self.status.last_apply_ms = view::milliseconds(outcome.apply);
         self.status.last_changes = outcome.changes;
         Ok(outcome)
     }
@@ -434,8 +454,8 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
 /// name on a port of 50,000 does not change the others.
 fn is_same(old: &RoutePlan, new: &RoutePlan) -> bool {
     let itself = old.route.own_fingerprint == new.route.own_fingerprint && old.refused == new.refused;
-    let relayed = old.is_relayed() && old.engine == new.engine;
-    old.route.fingerprint == new.route.fingerprint || (relayed && itself && same_listens(old, new))
+    let same = old.route.fingerprint == new.route.fingerprint || (old.is_relayed() && itself && same_listens(old, new));
+    same && old.engine == new.engine
 }
 
 /// What the table has of it ([`passing`](proxy_core::ruleset::passing)) is the same.

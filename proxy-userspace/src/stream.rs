@@ -159,6 +159,11 @@ pub enum StreamError {
 }
 
 impl StreamError {
+    /// What connections are handed over with could not be had.
+    pub fn is_of_handoff(&self) -> bool {
+        matches!(self, Self::Handoff(_) | Self::Interfaces(_))
+    }
+
     /// One line of how to mend it.
     pub fn mend(&self) -> Option<String> {
         match self {

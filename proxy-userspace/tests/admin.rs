@@ -125,6 +125,7 @@ fn connection(number: usize) -> view::Connection {
         packets_in: 1,
         packets_out: 1,
         metered: true,
+        not_handed_over: None,
     }
 }
 

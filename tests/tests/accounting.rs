@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Metrics, Shunt,
     dialog::echo,
-    pattern,
+    patiently, pattern,
     scripted::{Behaviour, Start, TcpServer, UdpServer},
     wait_for, wait_until, web,
 };
@@ -36,7 +36,7 @@ backends = ["10.88.2.2:53", "[fd88:2::2]:53"]
         let count = |v: &serde_json::Value, key: &str| v[key].as_u64().unwrap_or(0);
         let (mut sent, mut received) = (0, 0);
         let socket = lab.client().udp(bind.parse::<SocketAddr>()?)?;
-        socket.set_read_timeout(Some(SOON))?;
+        socket.set_read_timeout(Some(patiently(SOON)))?;
         for size in [1usize, 17, 512, 1000, 1300] {
             sent += socket.send_to(&vec![b'x'; size], to.parse::<SocketAddr>()?)? as u64;
             received += socket.recv(&mut [0; 2048])? as u64;

@@ -48,6 +48,9 @@ fn a_file_that_cannot_be_served_leaves_the_kernel_untouched() -> Result<()> {
     ];
     for (name, config, words) in cases {
         refused(&run(&lab, name, config)?, 1, words)?;
+        // And before anybody runs it.
+        let file = lab.dir().join(format!("{name}.toml"));
+        refused(&lab.gateway().command(shunt_binary()?).arg("check").arg(file).output()?, 1, words)?;
     }
     ensure!(lab.gateway().sh("nft list ruleset")?.trim().is_empty(), "a table was made");
     assert_eq!(lab.gateway().sysctl("net.ipv4.ip_forward")?.trim(), "0");

@@ -71,7 +71,7 @@ fn a_connection_is_told_from_its_first_packet_to_its_last_byte() {
 
 /// The counters of an entry once they have stopped.
 fn settled(conntrack: &mut NetlinkConntrack, id: u32) -> (Option<Traffic>, Option<Traffic>) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + shunt_lab::patiently(PATIENCE);
     let mut last = (None, None);
     loop {
         let entries = dump(conntrack, ALL);

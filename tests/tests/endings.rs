@@ -11,7 +11,7 @@ use serde_json::Value;
 use shunt_lab::{
     Lab, Shunt,
     dialog::echo,
-    kernel, pattern,
+    kernel, patiently, pattern,
     scripted::{Behaviour, Start, TcpServer},
     wait_for, wait_until, web,
 };
@@ -44,7 +44,7 @@ fn both_orders_of_finishing_and_both_resets_have_their_reason() -> Result<()> {
         let _server = TcpServer::start(lab.backend(1), 80, behaviour)?;
         let mut shunt = Shunt::start(&lab, &web(""))?;
         let mut stream = lab.client().connect(to())?;
-        stream.set_read_timeout(Some(SOON))?;
+        stream.set_read_timeout(Some(patiently(SOON)))?;
         stream.write_all(b"x")?;
         if expected == "finished_client_first" {
             stream.read_exact(&mut [0])?;
@@ -116,7 +116,7 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
         let server = TcpServer::start(lab.backend(1), 80, Behaviour::Exchange { seed: 7, bytes: BYTES, start })?;
         let _shunt = Shunt::start(&lab, &web(""))?;
         let mut stream = lab.client().connect(to())?;
-        stream.set_read_timeout(Some(SOON))?;
+        stream.set_read_timeout(Some(patiently(SOON)))?;
         let (received, sent) = if start == Start::AfterClientFinished {
             let sent = pattern::send(&mut stream, 3, 1000)?;
             stream.shutdown(Shutdown::Write)?;
@@ -173,6 +173,24 @@ timeouts = { idle = "1s" }
     idle.write_all(b"too late").ok();
     ensure!(idle.read(&mut [0; 8]).is_err(), "an ended connection answers nothing");
     echo(&mut day, b"evening")?;
+    Ok(())
+}
+
+#[test]
+fn extended_keepalive_multiplies_the_idle_limit_and_warns_before() -> Result<()> {
+    let lab = Lab::new()?;
+    let _server = TcpServer::start(lab.backend(1), 80, Behaviour::Echo)?;
+    let shunt = Shunt::start(&lab, &web("keepalive = \"extended\"\ntimeouts = { idle = \"3s\" }"))?;
+    let mut stream = lab.client().connect(to())?;
+    echo(&mut stream, b"then silence")?;
+    let since = Instant::now();
+    let warning = format!("client={}", stream.local_addr()?);
+    let warned = || shunt.log().lines().any(|line| line.contains("idle for long") && line.contains(&warning));
+    // Silence is noticed by a dump, and known by the next.
+    wait_until("a warning", Duration::from_secs(16), warned)?;
+    ensure!(since.elapsed() > Duration::from_secs(2), "warned after {:?}", since.elapsed());
+    wait_for("its end", Duration::from_secs(30), || reason(&shunt, "idle_timeout", 1).ok())?;
+    ensure!(since.elapsed() > Duration::from_secs(17), "ended after {:?}", since.elapsed());
     Ok(())
 }
 

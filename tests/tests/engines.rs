@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 use shunt_lab::{
     Lab, Shunt,
     dialog::echo,
+    patiently,
     scripted::{Behaviour, TcpServer},
     wait_until, web,
 };
@@ -124,7 +125,7 @@ fn an_address_of_its_own_is_relayed_beside_a_forwarded_route_for_every_address()
     let shunt = Shunt::start(&lab, &(every.clone() + &own))?;
     let tag = || -> Result<String> {
         let mut stream = lab.client().connect(to())?;
-        stream.set_read_timeout(Some(SOON))?;
+        stream.set_read_timeout(Some(patiently(SOON)))?;
         let mut tag = [0; 16];
         let count = stream.read(&mut tag)?;
         Ok(String::from_utf8_lossy(&tag[..count]).trim().to_owned())

@@ -11,6 +11,7 @@ use anyhow::{Result, ensure};
 use shunt_lab::{
     Host, Lab, Shunt,
     dialog::who,
+    patiently,
     scripted::{Behaviour, TcpServer, UdpServer},
     wait_until,
 };
@@ -25,7 +26,7 @@ fn tagged(lab: &Lab, port: u16) -> Result<Vec<TcpServer>> {
 
 fn ask_udp(client: &Host, from: &str, to: &str) -> Result<String> {
     let socket = client.udp(from.parse::<SocketAddr>()?)?;
-    socket.set_read_timeout(Some(SOON))?;
+    socket.set_read_timeout(Some(patiently(SOON)))?;
     socket.send_to(b"who", to.parse::<SocketAddr>()?)?;
     let mut answer = [0; 64];
     let (length, _) = socket.recv_from(&mut answer)?;
@@ -254,7 +255,7 @@ balance = "{balance}"
                 .map(|from| {
                     let to: SocketAddr = "10.88.1.1:80".parse()?;
                     let mut stream = lab.client().connect_from(SocketAddr::from((from, 0)), to)?;
-                    stream.set_read_timeout(Some(SOON))?;
+                    stream.set_read_timeout(Some(patiently(SOON)))?;
                     let mut name = [0; 2];
                     stream.write_all(b"\n")?;
                     stream.read_exact(&mut name)?;
@@ -335,7 +336,7 @@ backends = ["10.88.2.2:80"]
         let mut stream = lab
             .client()
             .connect_from(SocketAddr::from(([10, 88, 1, host], 0)), SocketAddr::from(([10, 88, 1, 1], port)))?;
-        stream.set_read_timeout(Some(SOON))?;
+        stream.set_read_timeout(Some(patiently(SOON)))?;
         stream.write_all(b"\n")?;
         let mut name = [0; 2];
         stream.read_exact(&mut name)?;
@@ -372,7 +373,7 @@ backends = ["10.88.2.2:53"]
     let refused = lab.client().connect_within("10.88.1.1:80".parse::<SocketAddr>()?, SOON).expect_err("no backend");
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     let socket = lab.client().udp("0.0.0.0:0".parse::<SocketAddr>()?)?;
-    socket.set_read_timeout(Some(SOON))?;
+    socket.set_read_timeout(Some(patiently(SOON)))?;
     socket.connect("10.88.1.1:53")?;
     socket.send(b"who")?;
     assert_eq!(socket.recv(&mut [0; 8]).expect_err("ICMP").kind(), std::io::ErrorKind::ConnectionRefused);

@@ -14,7 +14,7 @@ use serde_json::Value;
 use shunt_lab::{
     Lab, Shunt,
     dialog::{End, echo, end_of, turned_away},
-    kernel,
+    kernel, patiently,
     relay::{Relay, handed_over},
     scripted::{Behaviour, Ended, TcpServer},
     wait_for, wait_until,
@@ -97,18 +97,19 @@ fn every_byte_is_counted_while_it_lives_and_told_at_its_end() -> Result<()> {
 
 #[test]
 fn silence_ends_it_at_both_ends_and_a_keepalive_probe_is_silence() -> Result<()> {
-    let stage = Stage::new("timeouts = { idle = \"2s\" }")?;
+    // On a slow machine a second passes between a question and its answer.
+    let moment = patiently(Duration::from_secs(1));
+    let stage = Stage::new(&format!("timeouts = {{ idle = \"{}s\" }}", 2 * moment.as_secs()))?;
     let mut stream = stage.connect()?;
-    socket2::SockRef::from(&stream)
-        .set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(Duration::from_secs(1)))?;
+    socket2::SockRef::from(&stream).set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(moment))?;
     let began = Instant::now();
     for _ in 0..3 {
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(moment);
         echo(&mut stream, b"still here").context("bytes keep it")?;
     }
     let quiet = Instant::now();
     ends_with_resets(&stage, &mut stream, "idle_timeout")?;
-    ensure!(began.elapsed() >= Duration::from_secs(4) && quiet.elapsed() < Duration::from_secs(5), "{quiet:?}");
+    ensure!(began.elapsed() >= 4 * moment && quiet.elapsed() < 5 * moment, "{quiet:?}");
     Ok(())
 }
 

@@ -172,8 +172,9 @@ fn ipv6_is_handed_over_and_two_families_are_not() -> Result<()> {
     let counted = shunt.route("much")?;
     ensure!(counted["bytes_in"] == BYTES && counted["bytes_out"] == BYTES, "{counted}");
     for host in [lab.client(), backend] {
-        // Of its one end.
-        ensure!(wire::ends_seen(host)? == (1, 0), "FIN and RST at {}: {:?}", host.name(), wire::ends_seen(host)?);
+        // Of its one end, which says it again where its acknowledgement is late.
+        let (fins, resets) = wire::ends_seen(host)?;
+        ensure!(fins > 0 && resets == 0, "FIN and RST at {}: {fins}, {resets}", host.name());
     }
     let id = shunt.connection_of(&doomed)?.context("listed")?["id"].as_str().context("id")?.to_owned();
     ensure!(shunt.cli(&["kill", &id])?.status.success());

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use shunt_lab::{
     BACKEND_SIDE, CLIENT, GATEWAY, Lab, Talk, dialog,
     hello::Hello,
-    kernel, link, pattern,
+    kernel, link, patiently, pattern,
     scripted::{Behaviour, Ended, Start, TcpServer, UdpServer},
     wait_until,
 };
@@ -245,7 +245,7 @@ fn a_udp_server_names_itself_on_both_families() -> Result<()> {
     let addresses: [IpAddr; 2] = [lab.backend(2).ip.into(), lab.backend(2).ip6.into()];
     for ip in addresses {
         let socket = lab.client().udp((lab.client().address_like(ip), 0))?;
-        socket.set_read_timeout(Some(SOON))?;
+        socket.set_read_timeout(Some(patiently(SOON)))?;
         socket.send_to(b"ping", SocketAddr::new(ip, 5300))?;
         let mut buffer = [0; 64];
         let n = socket.recv(&mut buffer)?;

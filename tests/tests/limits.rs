@@ -4,7 +4,7 @@ use std::{io::ErrorKind, net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
 use shunt_lab::{
-    Lab, Shunt,
+    Lab, Shunt, patiently,
     scripted::{Behaviour, TcpServer},
     wait_until, web,
 };
@@ -60,7 +60,7 @@ fn at_the_connection_limit_the_next_is_refused_and_the_old_ones_live() -> Result
     ensure!(refused(&lab, 4, "10.88.1.1:80")?, "a fifth on the route");
     for stream in &mut held {
         use std::io::{Read, Write};
-        stream.set_read_timeout(Some(SOON))?;
+        stream.set_read_timeout(Some(patiently(SOON)))?;
         stream.write_all(b"still here")?;
         stream.read_exact(&mut [0; 10])?;
     }

@@ -341,7 +341,7 @@ fn fifty_thousand_elements_go_in_and_come_back_in_one_batch_each() {
         assert!(some.len() == 501 && some.iter().all(|one| counters.contains(one)));
         let nobody = Key::from_kernel(&[0xff; 12]);
         let missing = nft.some_counters("r4", &[asked[0].clone(), nobody]);
-        assert!(matches!(missing, Err(NftError::NotTold { errno: nix::errno::Errno::ENOENT, .. })), "{missing:?}");
+        assert!(matches!(missing, Err(NftError::NotTold { errno: Errno::ENOENT, .. })), "{missing:?}");
     });
 }
 

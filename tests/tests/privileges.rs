@@ -12,7 +12,8 @@ use serde_json::Value;
 use shunt_lab::{
     GATEWAY, Lab, Shunt,
     dialog::echo,
-    relay::Relay,
+    kernel,
+    relay::{Relay, on_each},
     scripted::{Behaviour, TcpServer},
     shunt_binary, wait_until,
 };
@@ -23,10 +24,9 @@ const BOTH: u64 = 1 << 12 | 1 << 39;
 
 /// One route for each engine that these privileges are for.
 fn routes() -> String {
-    let (joined, backend) = (Relay::Joined.listen(), Relay::Joined.backend_port());
+    let joined = Relay::Joined.route_to(&[[10, 88, 2, 2].into()], "");
     format!(
-        "[[route]]\nname = \"joined\"\nlisten = [\"{joined}\"]\nengine = \"sockmap\"\nbackends = [\"10.88.2.2:{backend}\"]\n\
-         [[route]]\nname = \"many\"\nlisten = [\"{GATEWAY}:20000-29999\"]\nengine = \"splice\"\nbackends = [\"10.88.2.2:7\"]\n\
+        "{joined}[[route]]\nname = \"many\"\nlisten = [\"{GATEWAY}:20000-29999\"]\nengine = \"splice\"\nbackends = [\"10.88.2.2:7\"]\n\
          [[route]]\nname = \"fast\"\nlisten = [\"{GATEWAY}:80\"]\nengine = \"nft\"\nbackends = [\"10.88.2.2:7\"]\n"
     )
 }
@@ -65,8 +65,7 @@ fn sockets_are_joined_ranges_led_and_packets_forwarded_without_root() -> Result<
     ensure!(field("Uid:").is_some_and(|uid| uid.starts_with("65534")), "{status}");
     ensure!(field("CapEff:") == Some(&format!("{BOTH:016x}")), "{status}");
     // The sockets of a connection are joined by the kernel.
-    let mut stream = Relay::Joined.connect(&lab, &shunt)?;
-    echo(&mut stream, b"joined")?;
+    on_each(&[Relay::Joined], |relay| echo(&mut relay.connect(&lab, &shunt)?, b"joined"))?;
     // 10,000 ports are led to one socket.
     for port in [20_000, 24_680, 29_999] {
         echo(&mut lab.client().connect((GATEWAY, port))?, b"led")?;
@@ -89,8 +88,17 @@ fn what_two_privileges_do_not_allow_is_named_by_doctor_and_plan() -> Result<()> 
         let check = checks.iter().find(|check| check["name"] == name).with_context(|| format!("{name}: {report}"))?;
         Ok((check["state"].as_str().unwrap_or_default(), check["found"].as_str().unwrap_or_default()))
     };
-    for works in ["CAP_NET_ADMIN", "CAP_BPF", "eBPF", "eBPF self-probe", "sockmap self-probe", "port ranges"] {
+    for works in ["CAP_NET_ADMIN", "CAP_BPF", "eBPF"] {
         ensure!(check(works)?.0 == "ok", "{works}: {:?}", check(works));
+    }
+    // Older verifiers ask for a third: 6.1 takes a number on the stack for a pointer, 6.12 does not.
+    for works in ["eBPF self-probe", "sockmap self-probe", "port ranges"] {
+        let (state, found) = check(works)?;
+        let excused = match works {
+            "sockmap self-probe" => kernel::older_than(6, 1),
+            _ => kernel::older_than(6, 12) && found.contains("CAP_PERFMON"),
+        };
+        ensure!(state == "ok" || excused, "{works}: {state} {found}");
     }
     let (state, why) = check("handoff")?;
     ensure!(state == "warn" && why.contains("CAP_NET_RAW"), "{state} {why}");

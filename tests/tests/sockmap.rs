@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    GATEWAY6, Lab, Shunt, kernel, link,
+    GATEWAY, GATEWAY6, Lab, Shunt, dialog, kernel, link, patiently,
     pattern::{self, Digested},
     relay::{Relay, servers},
     scripted::{Behaviour, TcpServer},
@@ -32,8 +32,8 @@ fn sizes(seed: u64) -> [u64; 2] {
 
 /// Says its bytes and hears the others at the same time, each to its end.
 fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Digested)> {
-    stream.set_read_timeout(Some(LATE))?;
-    stream.set_write_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
+    stream.set_write_timeout(Some(patiently(LATE)))?;
     thread::scope(|scope| {
         let sender = scope.spawn(move || -> Result<Digested> {
             let mut to = stream;
@@ -49,7 +49,7 @@ fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Dige
 
 fn serve(mut stream: TcpStream) -> Result<(u64, Digested, Digested)> {
     let mut seed = [0; 8];
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.read_exact(&mut seed)?;
         stream.write_all(&seed)?;
@@ -61,7 +61,7 @@ fn serve(mut stream: TcpStream) -> Result<(u64, Digested, Digested)> {
 
 fn dial(lab: &Lab, seed: u64) -> Result<(u64, Digested, Digested)> {
     let mut stream = lab.client().connect(Relay::Joined.listen())?;
-    stream.set_read_timeout(Some(LATE))?;
+    stream.set_read_timeout(Some(patiently(LATE)))?;
     for _ in 0..GREETINGS {
         stream.write_all(&seed.to_be_bytes())?;
         stream.read_exact(&mut [0; 8])?;
@@ -207,7 +207,7 @@ fn readers_that_do_not_read_hold_the_writer_back_and_lose_nothing() -> Result<()
 }
 
 fn count_to_end(stream: &mut TcpStream) -> Result<u64> {
-    stream.set_read_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(patiently(SOON)))?;
     let (mut buffer, mut count) = (vec![0; 1 << 20], 0);
     loop {
         match stream.read(&mut buffer)? {
@@ -240,9 +240,98 @@ fn question(client: &mut TcpStream, backend: &mut TcpStream) -> Result<()> {
 fn say(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
     let mut byte = [0];
     from.write_all(b"?")?;
-    to.set_read_timeout(Some(SOON))?;
+    to.set_read_timeout(Some(patiently(SOON)))?;
     to.read_exact(&mut byte)?;
     ensure!(&byte == b"?", "{byte:?}");
+    Ok(())
+}
+
+#[test]
+fn of_what_comes_right_before_a_reset_the_beginning_arrives_or_nothing_and_no_clean_end() -> Result<()> {
+    const ANSWER: usize = 800;
+    let lab = Lab::new()?;
+    let listener = lab.backend(1).listen(([0, 0, 0, 0], Relay::Joined.backend_port()))?;
+    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+    let mut answer = [0; ANSWER];
+    pattern::Pattern::new(1).fill(&mut answer);
+    let rounds = 8;
+    for _ in 0..rounds {
+        let mut client = lab.client().connect(Relay::Joined.listen())?;
+        let (mut backend, _) = listener.accept()?;
+        // The backend is silent: what it says before it resets are the first bytes of its direction since the join.
+        (0..16).try_for_each(|_| say(&mut client, &mut backend))?;
+        wait_until("joined", SOON, || {
+            say(&mut client, &mut backend).is_ok()
+                && shunt.engine_of(&client).is_ok_and(|engine| engine.as_deref() == Some("sockmap"))
+        })?;
+        backend.write_all(&answer)?;
+        dialog::reset(&backend)?;
+        drop(backend);
+        let (heard, end) = dialog::read_to_end(&mut client, SOON)?;
+        ensure!(answer.starts_with(&heard), "{} bytes that are not how the answer begins: {heard:?}", heard.len());
+        ensure!(end == dialog::End::Reset, "{end:?} after {} bytes", heard.len());
+    }
+    shunt.wait_ended("joined", &[("reset_by_backend", rounds)], SOON)
+}
+
+/// When the connection ended for its reader: behind nothing.
+fn ended_after(stream: &mut TcpStream, since: Instant) -> Result<Duration> {
+    dialog::end_of(stream, SOON)?;
+    Ok(since.elapsed())
+}
+
+/// B1, B4, B5, C1: nobody tells the daemon of bytes that the kernel moves, and its clocks must know all the same.
+#[test]
+fn a_joined_connection_has_the_limits_of_its_state_and_every_byte_starts_them_over() -> Result<()> {
+    const IDLE: Duration = Duration::from_secs(2);
+    const HALF_CLOSED: Duration = Duration::from_secs(1);
+    const LATE_AT_MOST: Duration = Duration::from_secs(6);
+    let lab = Lab::new()?;
+    let routes: String = ["standard", "extended", "immortal"]
+        .iter()
+        .zip(8200..)
+        .map(|(keepalive, port)| {
+            format!(
+                "[[route]]\nname = \"{keepalive}\"\nlisten = [\"{GATEWAY}:{port}\"]\nengine = \"sockmap\"\nkeepalive = \"{keepalive}\"\n\
+                 backends = [\"10.88.2.2:{port}\"]\ntimeouts = {{ idle = \"2s\", half_closed = \"1s\" }}\n"
+            )
+        })
+        .collect();
+    let listeners =
+        (8200..8203).map(|port| lab.backend(1).listen(([0, 0, 0, 0], port))).collect::<Result<Vec<_>, _>>()?;
+    let shunt = Shunt::start(&lab, &routes)?;
+    let joined = |nth: u16| -> Result<(TcpStream, TcpStream)> {
+        let mut client = lab.client().connect((GATEWAY, 8200 + nth))?;
+        let (mut backend, _) = listeners[usize::from(nth)].accept()?;
+        join(&shunt, &mut client, &mut backend)?;
+        Ok((client, backend))
+    };
+    let in_time = |took: Duration, limit: Duration| {
+        ensure!(
+            took > limit - Duration::from_millis(50) && took < limit + patiently(LATE_AT_MOST),
+            "after {took:?}, not {limit:?}"
+        );
+        Ok(())
+    };
+    let ((mut immortal, mut other), (mut extended, _far)) = (joined(2)?, joined(1)?);
+    let last_byte = Instant::now();
+    let (mut client, mut backend) = joined(0)?;
+    // In one direction alone, for longer than the limit.
+    for _ in 0..6 {
+        thread::sleep(IDLE / 4);
+        say(&mut client, &mut backend)?;
+    }
+    in_time(ended_after(&mut client, Instant::now())?, IDLE)?;
+    let (mut client, mut backend) = joined(0)?;
+    let since = Instant::now();
+    client.shutdown(Shutdown::Write)?;
+    dialog::end_of(&mut backend, SOON)?;
+    in_time(ended_after(&mut client, since)?, HALF_CLOSED)?;
+    in_time(ended_after(&mut extended, last_byte)?, 6 * IDLE)?;
+    question(&mut immortal, &mut other)?;
+    shunt.wait_ended("standard", &[("idle_timeout", 1), ("half_closed_timeout", 1)], SOON)?;
+    shunt.wait_ended("extended", &[("idle_timeout", 1)], SOON)?;
+    ensure!(shunt.engine_of(&immortal)?.as_deref() == Some("sockmap"));
     Ok(())
 }
 
@@ -287,7 +376,7 @@ fn a_connection_of_which_too_much_waits_is_ended_and_counted_and_its_neighbour_i
     let shunt = on_a_kernel_that_takes_too_much(&lab)?;
     let (mut client, mut backend) = joined(&lab, &shunt, &listener)?;
     let (mut neighbour, mut other) = joined(&lab, &shunt, &listener)?;
-    client.set_write_timeout(Some(SOON))?;
+    client.set_write_timeout(Some(patiently(SOON)))?;
     let written = client.write_all(&vec![0x77; 2 * (GRANT + WINDOW + BEYOND)]);
     ensure!(written.is_err() || count_to_end(&mut client).is_err(), "the writer was not told");
     ensure!(count_to_end(&mut backend).is_err(), "the reader was told of an end");
@@ -309,8 +398,8 @@ fn connections_of_which_too_much_waits_together_are_ended_with_the_worst_first_u
         (0..FLOWS).map(|_| joined(&lab, &shunt, &listener)).collect::<Result<Vec<(TcpStream, TcpStream)>>>()?;
     let bytes = vec![0x77; EACH];
     for (nth, (client, backend)) in flows.iter_mut().enumerate() {
-        client.set_write_timeout(Some(SOON))?;
-        backend.set_write_timeout(Some(SOON))?;
+        client.set_write_timeout(Some(patiently(SOON)))?;
+        backend.set_write_timeout(Some(patiently(SOON)))?;
         match nth {
             // As much in both directions.
             0 => client.write_all(&bytes).and_then(|()| backend.write_all(&bytes)).context("the first")?,
@@ -336,17 +425,6 @@ fn connections_of_which_too_much_waits_together_are_ended_with_the_worst_first_u
     Ok(())
 }
 
-/// Times that the daemon's threads have gone to sleep.
-fn sleeps(pid: u32) -> Result<u64> {
-    let mut sum = 0;
-    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let status = std::fs::read_to_string(task?.path().join("status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        sum += line.context("voluntary_ctxt_switches")?.trim().parse::<u64>()?;
-    }
-    Ok(sum)
-}
-
 #[test]
 fn the_daemon_sleeps_while_the_kernel_passes_messages_on_over_both_families() -> Result<()> {
     const MESSAGES: u64 = 3000;
@@ -365,11 +443,11 @@ fn the_daemon_sleeps_while_the_kernel_passes_messages_on_over_both_families() ->
         let mut client = lab.client().connect(to)?;
         let (mut backend, _) = listener.accept()?;
         join(&shunt, &mut client, &mut backend)?;
-        let before = sleeps(shunt.pid()?)?;
+        let before = kernel::sleeps(shunt.pid()?)?;
         for _ in 0..MESSAGES {
             question(&mut client, &mut backend)?;
         }
-        let woken = sleeps(shunt.pid()?)? - before;
+        let woken = kernel::sleeps(shunt.pid()?)? - before;
         println!("{to}: {MESSAGES} messages each way, the daemon was woken {woken} times");
         ensure!(woken < MESSAGES / 10, "{to}: woken {woken} times by {MESSAGES} messages each way");
         let listed = shunt.connection_of(&client)?.context("listed")?;
@@ -384,62 +462,32 @@ fn the_daemon_sleeps_while_the_kernel_passes_messages_on_over_both_families() ->
 #[ignore = "a measurement: 16,000 sockets"]
 fn eight_thousand_idle_connections_cost_memory_and_no_time() -> Result<()> {
     const FLOWS: usize = 8000;
-    let lab = Lab::builder().client_addresses(4).build()?;
-    let _servers: Vec<TcpServer> = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::start(&lab, &Relay::routes(""))?;
-    let before = kernel::resident_bytes(shunt.pid()?)?;
-    let mut flows = Vec::with_capacity(FLOWS);
-    for _ in 0..FLOWS {
-        let mut stream = lab.client().connect(Relay::Joined.listen())?;
-        for _ in 0..20 {
-            shunt_lab::dialog::echo(&mut stream, b"hello")?;
+    const QUIET: Duration = Duration::from_secs(20);
+    for relay in [Relay::Copy, Relay::Splice, Relay::Joined] {
+        let lab = Lab::builder().client_addresses(4).build()?;
+        let _servers: Vec<TcpServer> = servers(&lab, &Behaviour::Echo)?;
+        let shunt = Shunt::start(&lab, &Relay::routes(""))?;
+        let before = kernel::resident_bytes(shunt.pid()?)?;
+        let mut flows = Vec::with_capacity(FLOWS);
+        for _ in 0..FLOWS {
+            let mut stream = lab.client().connect(relay.listen())?;
+            let times = if relay == Relay::Joined { 20 } else { 1 };
+            (0..times).try_for_each(|_| dialog::echo(&mut stream, b"hello"))?;
+            flows.push(stream);
         }
-        flows.push(stream);
-    }
-    let joined =
-        || shunt.metrics().map(|m| m.value("shunt_connections_active", &[("route", "joined"), ("engine", "sockmap")]));
-    wait_until("all are joined", SOON, || joined().is_ok_and(|n| n == FLOWS as f64))?;
-    let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)?, sleeps(shunt.pid()?)?);
-    thread::sleep(Duration::from_secs(20));
-    let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)? - cpu, sleeps(shunt.pid()?)? - slept);
-    let each = kernel::resident_bytes(shunt.pid()?)?.saturating_sub(before) / FLOWS as u64;
-    println!(
-        "{FLOWS} idle: {each} bytes of the daemon each; in 20 s {cpu:.2} s of processor time, woken {slept} times"
-    );
-    for stream in flows.iter_mut().step_by(100) {
-        shunt_lab::dialog::echo(stream, b"still there")?;
+        // Without so much a spliced connection is one that is copied.
+        let engine = if relay == Relay::Splice { "copy" } else { relay.engine() };
+        let labels = [("route", relay.route()), ("engine", engine)];
+        let there = || shunt.metrics().is_ok_and(|m| m.value("shunt_connections_active", &labels) == FLOWS as f64);
+        wait_until("all are moved as the route says", SOON, there)?;
+        let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)?, kernel::sleeps(shunt.pid()?)?);
+        thread::sleep(QUIET);
+        let (cpu, slept) = (kernel::cpu_seconds(shunt.pid()?)? - cpu, kernel::sleeps(shunt.pid()?)? - slept);
+        let each = kernel::resident_bytes(shunt.pid()?)?.saturating_sub(before) / FLOWS as u64;
+        println!(
+            "{relay:?}: {FLOWS} idle: {each} bytes of the daemon each; in {QUIET:?} {cpu:.2} s of processor time, woken {slept} times"
+        );
+        flows.iter_mut().step_by(100).try_for_each(|stream| dialog::echo(stream, b"still there"))?;
     }
     Ok(())
-}
-
-#[test]
-#[ignore = "a measurement: 16,000 sockets"]
-fn connections_beyond_the_room_of_the_maps_are_relayed() -> Result<()> {
-    // Of one worker (`JOINED`), each with two sockets.
-    const ROOM: usize = 8192;
-    const MORE: usize = 100;
-    let lab = Lab::builder().client_addresses(4).build()?;
-    let _servers: Vec<TcpServer> = servers(&lab, &Behaviour::Echo)?;
-    let shunt = Shunt::builder().processors("0").start(&lab, &Relay::routes(""))?;
-    let mut flows = Vec::with_capacity(ROOM + MORE);
-    for _ in 0..ROOM + MORE {
-        let mut stream = lab.client().connect(Relay::Joined.listen())?;
-        for _ in 0..20 {
-            shunt_lab::dialog::echo(&mut stream, b"hello")?;
-        }
-        flows.push(stream);
-    }
-    let active = |engine: &str| -> Result<f64> {
-        Ok(shunt.metrics()?.value("shunt_connections_active", &[("route", "joined"), ("engine", engine)]))
-    };
-    let (joined, copied) = (active("sockmap")?, active("copy")?);
-    println!("{} connections: {joined} joined, {copied} copied", flows.len());
-    ensure!(joined == ROOM as f64 && copied == MORE as f64, "{joined} joined, {copied} copied");
-    let carried = vec![0x5a; 8 << 20];
-    let last = flows.last_mut().context("the last")?;
-    for piece in carried.chunks(1 << 16) {
-        shunt_lab::dialog::echo(last, piece)?;
-    }
-    ensure!(active("splice")? == 1.0, "what carries much is spliced");
-    flows.iter_mut().step_by(100).try_for_each(|stream| shunt_lab::dialog::echo(stream, b"still there"))
 }

@@ -108,8 +108,15 @@ fn a_quarter_gibibyte_each_way_at_once_arrives_whole_though_one_side_reads_slowl
         ensure!(grown < BOUND, "{relay:?}: memory grew by {grown} bytes: {before:?} {most:?}");
         let route = shunt.route(relay.route())?;
         ensure!(route["bytes_in"] == BIG && route["bytes_out"] == BIG, "counted: {route}");
+        ensure!(ended_in_its_engine(&shunt, relay)? == 1.0, "{relay:?} has not got to its engine");
     }
     Ok(())
+}
+
+/// Connections of a way that ended in the engine that it is about.
+fn ended_in_its_engine(shunt: &Shunt, relay: Relay) -> Result<f64> {
+    let labels = [("route", relay.route()), ("engine", relay.engine())];
+    Ok(shunt.metrics()?.value("shunt_terminations_total", &labels))
 }
 
 /// Readers that take some megabytes, so that their connections are moved to splice where that is the engine, and no more.
@@ -331,6 +338,12 @@ fn come_and_go(relays: &[Relay], idle: usize, short: usize) -> Result<()> {
     });
     println!("after {after:?}");
     settled.with_context(|| format!("before {before:?}, after {after:?}"))?;
+    if relays.contains(&Relay::Joined) {
+        // Three of six ways.
+        let (joined, most) = (ended_in_its_engine(&shunt, Relay::Joined)?, (short / relays.len() / 2) as f64);
+        println!("{joined} were joined, of {most} that could be");
+        ensure!(joined > 0.9 * most, "{joined} of {most} were joined");
+    }
     // Also those that ended before their route was known.
     let metrics = shunt.metrics()?;
     let (all, made) = (metrics.value("shunt_terminations_total", &[]), short + idle + 200);
@@ -358,6 +371,10 @@ fn short_ones(lab: &Lab, relays: &[Relay], count: usize) -> Result<()> {
                             continue;
                         }
                         let mut stream = relay.secure(lab, tcp)?;
+                        if relay == Relay::Joined && way > 1 {
+                            // What is joined shall end in all these ways.
+                            (0..20).try_for_each(|_| echo(&mut stream, b"?"))?;
+                        }
                         match way {
                             0 => {}
                             1 => reset(stream)?,

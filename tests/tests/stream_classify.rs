@@ -11,7 +11,7 @@ use shunt_lab::{
     Lab, Shunt, Talk,
     dialog::{End, end_of, read_some, read_to_end},
     hello::Hello,
-    kernel,
+    kernel, patiently,
     relay::{Relay, on_each},
     scripted::{Behaviour, TcpServer},
     wait_until,
@@ -407,7 +407,7 @@ fn the_backend_gets_all_of_what_came_while_it_was_dialled() -> Result<()> {
         let all = sent.clone();
         let sender = std::thread::spawn(move || writer.write_all(&all));
         let mut got = vec![0; 3 + sent.len()];
-        stream.set_read_timeout(Some(SOON))?;
+        stream.set_read_timeout(Some(patiently(SOON)))?;
         match stream.read_exact(&mut got) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::WouldBlock => anyhow::bail!("bytes are missing"),

@@ -1,4 +1,4 @@
-//! One direction of a relayed connection is closed and the other goes on (B2, B3).
+//! One direction of a connection is closed and the other goes on (B2, B3).
 
 use std::{
     io::{Read, Write},
@@ -12,10 +12,10 @@ use serde_json::Value;
 use shunt_lab::{
     Lab, Shunt, Stream,
     dialog::{End, end_of, read_some, read_to_end},
-    pattern,
+    patiently, pattern,
     relay::{Relay, handed_over, on_each, on_every_relay, servers, servers_with_tls},
     scripted::{Behaviour, Start},
-    wait_until,
+    wait_until, web,
 };
 
 const SOON: Duration = Duration::from_secs(5);
@@ -32,7 +32,7 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
         on_each(&Relay::WITH_TLS, |relay| {
             let bytes = if relay == Relay::Splice { 1000 } else { BYTES };
             let mut stream = relay.open(&lab)?;
-            stream.set_read_timeout(Some(SOON))?;
+            stream.set_read_timeout(Some(patiently(SOON)))?;
             if start == Start::AfterClientFinished {
                 relay.settle(&shunt, &stream)?;
             }
@@ -196,15 +196,25 @@ fn an_http_response_streams_on_after_the_request_side_has_closed() -> Result<()>
         lab.python(lab.backend(1), "http", &HTTP_SERVER.replace("PORT", &port.to_string()).replace("PAIR", pair), port)
     };
     let _servers = Relay::WITH_TLS.iter().map(server).collect::<Result<Vec<_>>>()?;
-    let shunt = Shunt::start(&lab, &Relay::routes_with_tls(&lab, "")?)?;
-    on_each(&Relay::WITH_TLS, |relay| {
-        let mut stream = relay.open(&lab)?;
-        relay.settle(&shunt, &stream)?;
+    let forwarded = web("")
+        .replace(":80\"]\nb", ":80\"]\nengine = \"nft\"\nb")
+        .replace("2.2:80", &format!("2.2:{}", Relay::Copy.backend_port()));
+    let shunt = Shunt::start(&lab, &(Relay::routes_with_tls(&lab, "")? + &forwarded))?;
+    let download = |mut stream: Stream| -> Result<()> {
         stream.write_all(b"GET /page HTTP/1.0\r\nHost: x\r\n\r\n")?;
         stream.shutdown(Shutdown::Write)?;
         let (answer, end) = read_to_end(&mut stream, Duration::from_secs(30))?;
         let body = answer.windows(4).position(|w| w == b"\r\n\r\n").context("no end of headers")? + 4;
         ensure!(end == End::Finished && answer[body..] == page, "{} bytes, {end:?}", answer.len());
+        Ok(())
+    };
+    on_each(&Relay::WITH_TLS, |relay| {
+        let stream = relay.open(&lab)?;
+        relay.settle(&shunt, &stream)?;
+        download(stream)?;
         shunt.wait_ended(relay.route(), &[("finished_client_first", 1)], SOON)
-    })
+    })?;
+    download(lab.client().connect(([10, 88, 1, 1], 80))?.into()).context("forwarded")?;
+    shunt
+        .wait_route("web", "its end", SOON, |route| (route["terminations"]["finished_client_first"] == 1).then_some(()))
 }

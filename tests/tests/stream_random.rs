@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt, link,
+    Lab, Shunt, link, patiently,
     pattern::{Digested, Pattern, Running},
     relay::{Relay, on_each},
 };
@@ -102,8 +102,8 @@ fn parts(seed: u64) -> (Part, Part) {
 
 /// Plays a part; what was sent and what was received.
 fn play(stream: &TcpStream, part: Part, seed: u64) -> Result<(Digested, Digested)> {
-    stream.set_read_timeout(Some(SOON))?;
-    stream.set_write_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(patiently(SOON)))?;
+    stream.set_write_timeout(Some(patiently(SOON)))?;
     let (to_send, to_receive) = (Dice::new(seed + 1), Dice::new(seed + 2));
     if part.last {
         let received = receive(stream, to_receive)?;
@@ -122,7 +122,7 @@ const DOWN: u64 = 1 << 41;
 /// The backend's side: the first eight bytes say which connection it is.
 fn serve(mut stream: TcpStream) -> Result<(u64, Digested, Digested)> {
     let mut seed = [0; 8];
-    stream.set_read_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(patiently(SOON)))?;
     stream.read_exact(&mut seed)?;
     let seed = u64::from_be_bytes(seed);
     let (sent, received) = play(&stream, parts(seed).1, seed | DOWN)?;

@@ -25,7 +25,7 @@ const LAST: u16 = 59_999;
 fn range(rest: &str) -> String {
     format!(
         "[[route]]\nname = \"many\"\nlisten = [\"10.88.1.1:{FIRST}-{LAST}\", \"[fd88:1::1]:{FIRST}-{LAST}\"]\n\
-         balance = \"least-connections\"\nbackends = [\"10.88.2.2:7\"]\ntimeouts = {{ drain = \"1s\" }}\n{rest}\n"
+         balance = \"least-connections\"\nengine = \"splice\"\nbackends = [\"10.88.2.2:7\"]\ntimeouts = {{ drain = \"1s\" }}\n{rest}\n"
     )
 }
 
@@ -274,7 +274,7 @@ fn without_the_privilege_a_range_has_a_socket_per_port_up_to_the_limit() -> Resu
     std::fs::write(&wrapper, script)?;
     std::fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let shunt = Shunt::builder().binary(&wrapper).start(&lab, &few)?;
-    drop(served(&lab, (GATEWAY, 10_499))?);
+    drop((served(&lab, (GATEWAY, 10_499))?, served(&lab, (GATEWAY6, 10_499))?));
     ensure!(kernel::holdings(shunt.pid()?)?.sockets >= 1000, "a socket for each port");
     let explained = String::from_utf8(shunt.cli(&["explain", "many"])?.stdout)?;
     ensure!(explained.contains("lack sk_lookup"), "{explained}");

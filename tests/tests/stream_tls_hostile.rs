@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use shunt_lab::{
     Lab, Shunt, Talk,
     dialog::{End, echo, end_of, read_to_end},
-    kernel,
+    kernel, patiently,
     pattern::Pattern,
     relay::{Relay, on_each, servers_with_tls},
     scripted::{Behaviour, Ended},
@@ -55,7 +55,7 @@ fn a_damaged_record_is_an_alert_for_its_sender_and_a_reset_for_the_other_side() 
 
 /// Who writes for long before it reads anything.
 fn writes_on(mut tcp: &TcpStream) -> Result<()> {
-    tcp.set_read_timeout(Some(SOON))?;
+    tcp.set_read_timeout(Some(patiently(SOON)))?;
     ensure!(tcp.peek(&mut [0])? == 1, "not a word");
     (0..10).try_for_each(|_| tcp.write_all(&noise(16_000))).context("it may not write on")
 }

@@ -13,7 +13,7 @@ use proxy_core::sniff::proxy::{self, kind};
 use shunt_lab::{
     Lab, Shunt, Stream,
     dialog::{End, echo, end_of},
-    pattern, proxy_header,
+    patiently, pattern, proxy_header,
     relay::{Relay, on_each, servers_with_tls},
     scripted::{Behaviour, Start},
     stream::Accept,
@@ -60,7 +60,7 @@ fn routes(lab: &Lab, send: &str) -> Result<String> {
 /// Accepts at the backend: the header that comes first, and the rest by TLS where the way has it.
 fn told(lab: &Lab, relay: Relay, listener: &TcpListener) -> Result<(proxy::Header, Stream)> {
     let (mut tcp, _) = listener.accept()?;
-    tcp.set_read_timeout(Some(SOON))?;
+    tcp.set_read_timeout(Some(patiently(SOON)))?;
     let mut bytes = vec![0; 16];
     tcp.read_exact(&mut bytes)?;
     bytes.resize(16 + usize::from(u16::from_be_bytes([bytes[14], bytes[15]])), 0);

@@ -5,7 +5,7 @@ use std::{env, process::Command, time::Instant};
 use anyhow::{Result, anyhow};
 use clap::Args;
 
-use crate::{cargo, ebpf, fuzz, setup, ui};
+use crate::{cargo, ebpf, fuzz, root, setup, ui};
 
 /// Tests on the real kernel share its two or more cores with the servers they start and have deadlines.
 const TEST_THREADS: &str = "2";
@@ -37,6 +37,7 @@ pub struct CiOptions {
 
 /// setup, build, test. The test programs run as root.
 pub fn test(options: &TestOptions) -> Result<()> {
+    root::within_reach()?;
     if !options.no_setup {
         setup::ensure_done()?;
     }
@@ -59,6 +60,7 @@ pub fn test(options: &TestOptions) -> Result<()> {
 
 /// Cheapest first, so that a slip is seen early.
 pub fn ci(options: &CiOptions) -> Result<()> {
+    root::within_reach()?;
     if !options.no_setup {
         setup::ensure_done()?;
     }

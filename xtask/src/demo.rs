@@ -5,11 +5,7 @@ mod show;
 mod stage;
 mod traffic;
 
-use std::{
-    path::{Path, PathBuf},
-    thread,
-    time::Duration,
-};
+use std::{path::PathBuf, thread, time::Duration};
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -34,6 +30,7 @@ pub struct Options {
 /// Builds, plays the acts, and stays unless told to end.
 pub fn run(options: &Options) -> Result<()> {
     if !options.no_build {
+        root::within_reach()?;
         setup::ensure_done()?;
         let args = ["build", "--locked", "--package", "proxy-userspace", "--bin", "shunt"];
         cargo::run("build: the daemon", &mut cargo::command(&args))?;
@@ -78,10 +75,4 @@ fn summarise(findings: &[Finding]) -> Result<()> {
         bail!("{broken} of {} promises broken", findings.len());
     }
     Ok(())
-}
-
-/// A path as one types it: relative to where one stands, when below it.
-fn short(path: &Path) -> String {
-    let here = std::env::current_dir().unwrap_or_default();
-    path.strip_prefix(&here).unwrap_or(path).display().to_string()
 }

@@ -17,6 +17,18 @@ pub fn is_root() -> bool {
     geteuid().is_root()
 }
 
+/// Whether programs can be started as root at all: nobody shall learn that after a build of minutes.
+///
+/// # Errors
+/// When we are not root and there is no sudo.
+pub fn within_reach() -> Result<()> {
+    if is_root() {
+        return Ok(());
+    }
+    let sudo = Command::new("sudo").arg("--version").output();
+    sudo.map(drop).context("network namespaces need root, and there is no sudo: run this as root")
+}
+
 /// Goes on as root: when we are not, replaces this process by itself under sudo, with its own arguments and `--no-build`,
 /// for what was to be built has been, by the user.
 ///

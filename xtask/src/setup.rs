@@ -26,7 +26,7 @@ const PACKAGES: [(&str, &str); 28] = [
     ("iputils-ping", "reachability"),
     ("ethtool", "offloads of links"),
     ("conntrack", "conntrack listings"),
-    ("tcpdump", "packets, when a test must be understood"),
+    ("tcpdump", "what passes on a link at a handover"),
     ("procps", "sysctl, ps"),
     ("curl", "HTTP client"),
     ("wrk", "HTTP load"),
@@ -87,7 +87,7 @@ fn missing() -> Result<Vec<&'static str>> {
         .output();
     let names = || PACKAGES.map(|(name, _)| name).join(" ");
     let output = output.with_context(|| {
-        format!("no dpkg-query: setup knows Debian and Ubuntu only. Elsewhere install what corresponds to: {}; then pass --no-setup", names())
+        format!("no dpkg-query: setup knows Debian and Ubuntu only. Elsewhere install what corresponds to: {}; then pass --no-setup, or to demo and bench, after `cargo build`, --no-build", names())
     })?;
     let listing = String::from_utf8_lossy(&output.stdout);
     let installed: BTreeSet<&str> = listing.lines().filter_map(|line| line.strip_suffix(" installed")).collect();

@@ -9,7 +9,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -22,8 +22,12 @@ use packages::{Kernel, Kernels};
 use results::{Column, Outcome};
 
 /// Test programs that say what this kernel can do for shunt.
-const TESTS: [&str; 12] = [
+const TESTS: [&str; 16] = [
     "ebpf_objects",
+    "privileges",
+    "handoff_life",
+    "handoff_peers",
+    "sockmap",
     "lab",
     "nft_encoding",
     "templates",
@@ -52,12 +56,21 @@ pub struct Options {
     /// A test program of tests/tests; may be repeated. Default: those that depend on the kernel most
     #[arg(long)]
     test: Vec<String>,
-    /// Of each program only the tests whose name contains this
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Of each program only the tests whose name contains this; may be repeated
+    #[arg(long)]
+    only: Vec<String>,
+    /// None of the tests whose name contains this; may be repeated
+    #[arg(long)]
+    skip: Vec<String>,
     /// Seconds that a check may take; software emulation is ten times slower than the processor
     #[arg(long, default_value_t = 1200)]
     limit: u64,
+    /// A shell command to run there as well, after the tests; may be repeated. What it says is in `command-N.log`
+    #[arg(long)]
+    run: Vec<String>,
+    /// Print what came out as JSON instead of a table
+    #[arg(long)]
+    json: bool,
 }
 
 /// Something to run in the machine.
@@ -87,12 +100,17 @@ pub fn run(options: &Options) -> Result<()> {
         let tree = folder.join(format!("linux-{}", kernel.version));
         debian.unpack(kernel, &tree)?;
         let outcomes = examine(kernel, &tree, &busybox, &folder, &checks, options.limit, &mut accelerator)?;
-        let programs = results::programs(&results_of(&folder, kernel));
-        columns.push(Column { kernel: kernel.series(), outcomes, programs });
+        let results = results_of(&folder, kernel);
+        let (doctor, programs) = (results::doctor(&results), results::programs(&results));
+        columns.push(Column { kernel: kernel.version.clone(), outcomes, doctor, programs });
     }
     let names: Vec<String> = checks.into_iter().map(|check| check.name).collect();
     let table = results::table(&names, &columns);
-    print!("{table}");
+    if options.json {
+        println!("{:#}", results::json(&names, &columns));
+    } else {
+        print!("{table}");
+    }
     let file = folder.join("results.md");
     fs::write(&file, table)?;
     ui::note(&format!("written to {}; logs and consoles in {}/*/", file.display(), folder.display()));
@@ -117,13 +135,14 @@ fn examine(
     accelerator: &mut Option<Accelerator>,
 ) -> Result<Vec<Outcome>> {
     let results = results_of(folder, kernel);
+    let lock = fs::File::create(results.with_added_extension("lock"))?;
+    lock.try_lock().with_context(|| format!("another run uses {}", results.display()))?;
     if results.exists() {
         fs::remove_dir_all(&results)?;
     }
     fs::create_dir_all(&results)?;
     let image = Image::make(tree, busybox, &results)?;
     fs::write(results.join("guest.sh"), GUEST)?;
-    fs::write(results.join("settings"), format!("MODULES='{}'\n", image.modules.display()))?;
     let line = |check: &Check| format!("{}\t{}\t{limit}\t{}\n", check.name, check.folder.display(), check.command);
     fs::write(results.join("checks"), checks.iter().map(line).collect::<String>())?;
     let within = BOOT + Duration::from_secs((limit + 10) * checks.len() as u64);
@@ -131,15 +150,57 @@ fn examine(
         Some(known) => *known,
         None => *accelerator.insert(machine::accelerator(&image, &results)?),
     };
-    if let Err(error) = machine::run(&image, &results, accelerator, within) {
+    let patience = accelerator.patience();
+    fs::write(
+        results.join("settings"),
+        format!("MODULES='{}'\nexport SHUNT_LAB_PATIENCE={patience}\n", image.modules.display()),
+    )?;
+    let mut progress = Progress::new(checks, &results);
+    if let Err(error) = machine::run(&image, &results, accelerator, within, || progress.tell()) {
         crate::stop::check()?;
         ui::error(&error);
     }
-    let outcomes: Vec<Outcome> = checks.iter().map(|check| Outcome::read(&results, &check.name)).collect();
-    for (check, outcome) in checks.iter().zip(&outcomes) {
-        ui::note(&format!("{:<18}{}", check.name, outcome.cell()));
+    progress.tell();
+    if progress.told < checks.len() {
+        ui::note(&format!(
+            "the machine ended before {}: {}/console.log",
+            checks[progress.told].name,
+            results.display()
+        ));
     }
-    Ok(outcomes)
+    Ok(checks.iter().map(|check| Outcome::read(&results, &check.name)).collect())
+}
+
+/// Says what has ended, as it ends.
+struct Progress<'a> {
+    checks: &'a [Check],
+    results: &'a Path,
+    since: Instant,
+    booted: bool,
+    told: usize,
+}
+
+impl<'a> Progress<'a> {
+    fn new(checks: &'a [Check], results: &'a Path) -> Self {
+        Self { checks, results, since: Instant::now(), booted: false, told: 0 }
+    }
+
+    fn tell(&mut self) {
+        if !self.booted && self.results.join("uname").exists() {
+            self.booted = true;
+            ui::note(&format!("booted after {} s", self.since.elapsed().as_secs()));
+            self.since = Instant::now();
+        }
+        while let Some(check) = self.checks.get(self.told) {
+            let outcome = Outcome::read(self.results, &check.name);
+            if outcome == Outcome::NotRun {
+                return;
+            }
+            ui::note(&format!("{:<18}{:>5} s  {}", check.name, self.since.elapsed().as_secs(), outcome.cell()));
+            self.since = Instant::now();
+            self.told += 1;
+        }
+    }
 }
 
 /// Builds the daemon and the test programs, copies them to `programs`, and says how to run them.
@@ -163,7 +224,7 @@ fn checks(options: &Options, programs: &Path) -> Result<Vec<Check>> {
     // Beside the test programs, which look for it there.
     let shunt = copy(&cargo::daemon_debug(), "shunt")?;
     let mut checks =
-        vec![Check { name: DOCTOR.to_owned(), folder: cargo::workspace(), command: format!("{shunt} doctor") }];
+        vec![Check { name: DOCTOR.to_owned(), folder: cargo::workspace(), command: format!("{shunt} doctor --json") }];
     for wanted in wanted {
         let named = built.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
         let mut named =
@@ -171,8 +232,16 @@ fn checks(options: &Options, programs: &Path) -> Result<Vec<Check>> {
         let message = named.next().with_context(|| format!("cargo built no test {wanted}"))?;
         let program = copy(Path::new(message["executable"].as_str().unwrap_or_default()), wanted)?;
         // One at a time: emulated processors are slow, and the tests have deadlines.
-        let command = format!("{program} --test-threads 1 --show-output {}", options.only);
+        let skipped: String = options.skip.iter().map(|name| format!(" --skip {name}")).collect();
+        let command = format!("{program} --test-threads 1 --show-output{skipped} {}", options.only.join(" "));
         checks.push(Check { name: wanted.to_owned(), folder: cargo::workspace().join("tests"), command });
+    }
+    for (n, command) in options.run.iter().enumerate() {
+        checks.push(Check {
+            name: format!("command-{}", n + 1),
+            folder: cargo::workspace(),
+            command: format!("export PATH={}:$PATH; {command}", programs.display()),
+        });
     }
     Ok(checks)
 }

@@ -1,5 +1,7 @@
 //! What the kernel and this process's privileges allow, as data: "this kernel has no flowtable" is a unit test.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// What the daemon can use here. Filled by the daemon's probes; [`Capabilities::all`] stands for a full kernel.
@@ -27,9 +29,9 @@ pub struct Capabilities {
     pub ipv6: bool,
     /// Whether established connections can be handed over to the packet level.
     pub handoff: Handoff,
-    /// A chain of somebody else that filters forwarded packets, as the firewall's tool names it. Connections that are handed
-    /// over do not pass it.
-    pub forward_filter: Option<String>,
+    /// A chain of somebody else's firewall that would have a say in what connections that are handed over send: they do not pass
+    /// it.
+    pub filter: Option<FilterChain>,
     pub sockmap: Sockmap,
 }
 
@@ -43,10 +45,56 @@ pub enum Handoff {
     NoTc,
     /// No `bpf_redirect_neigh` (v5.10+).
     NoRedirect,
+    /// No BPF file system that may be written to.
+    NoBpffs,
     /// The check that failed, in its own words.
     ProbeFailed(String),
+    /// The probe has passed, and yet what the engine needs could not be made: what failed.
+    NotBroughtUp(String),
     /// No route hands over: nobody has asked.
     NotAsked,
+}
+
+/// A base chain of somebody else's firewall, iptables' among them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilterChain {
+    /// With its family: `inet filter`; `iptables-legacy filter`.
+    pub table: String,
+    pub chain: String,
+    pub hook: Hook,
+    pub priority: i32,
+}
+
+/// Where netfilter sees packets that are received, sent or forwarded. What is handed over passes none of these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Hook {
+    Ingress,
+    Prerouting,
+    Input,
+    Forward,
+    Output,
+    Postrouting,
+}
+
+impl Hook {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Prerouting => "prerouting",
+            Self::Input => "input",
+            Self::Forward => "forward",
+            Self::Output => "output",
+            Self::Postrouting => "postrouting",
+        }
+    }
+}
+
+impl fmt::Display for FilterChain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { table, chain, hook, priority } = self;
+        write!(f, "chain {chain} of table {table} (hook {}, priority {priority})", hook.as_str())
+    }
 }
 
 /// Whether the kernel may be let to join sockets.
@@ -75,7 +123,7 @@ impl Capabilities {
             ipv6: true,
             sockmap: Sockmap::Trusted,
             handoff: Handoff::Works,
-            forward_filter: None,
+            filter: None,
         }
     }
 }

@@ -10,7 +10,7 @@
 
 mod offsets;
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 pub use self::offsets::{Facts, Offsets, Rest, Seen, Unfit, fit};
 use crate::session::Tick;
@@ -131,6 +131,30 @@ impl Failure {
     }
 }
 
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Busy => "too much was on its way through the daemon",
+            Self::OutOfOrder => "segments have come out of order, and some are missing",
+            Self::TableFull => "the table of handed-over connections is full",
+            Self::Taken => "an older connection of the same addresses and ports lingers in the table",
+            Self::OwnerBusy => "too many connections are being handed over at once",
+            Self::Kernel => "a system call failed (log level debug says which)",
+            Self::NoPort => "no source port of those for handed-over connections was free when its backend was dialled",
+            Self::Finished => "one side has finished sending",
+            Self::Urgent => "urgent data has come on it",
+            Self::SegmentSize => "one end would send larger segments than the other takes",
+            Self::AddressFamilies => "one end speaks IPv4, the other IPv6",
+            Self::OnThisMachine => "one end is on this machine: its packets come by no interface",
+            Self::Interface => {
+                "the way to one end leads through an interface that the program is not on (WireGuard, tun, no address)"
+            }
+            Self::Translated => "somebody's NAT changes its addresses between the wire and the daemon's socket",
+            Self::OffsetsMoved => "a defect in shunt: its sequence numbers do not fit; please report it",
+        })
+    }
+}
+
 /// Client and backend, in this order.
 pub type Both<T> = [T; 2];
 
@@ -212,13 +236,31 @@ pub struct Handover {
     state: State,
     attempts: u32,
     wait: Duration,
+    /// What the last attempt came to.
+    why: Option<Failure>,
 }
 
 impl Handover {
     /// A connection whose backend has answered. Without a port of our own it stays.
     pub fn new(has_port: bool, now: Tick) -> Self {
-        let state = if has_port { State::Relaying { not_before: now } } else { State::Never(Failure::NoPort) };
-        Self { state, attempts: 0, wait: LATER }
+        if has_port {
+            return Self { state: State::Relaying { not_before: now }, attempts: 0, wait: LATER, why: None };
+        }
+        Self { state: State::Never(Failure::NoPort), attempts: 0, wait: LATER, why: Some(Failure::NoPort) }
+    }
+
+    /// Why its bytes still go through the daemon, one sentence.
+    pub fn why(&self) -> String {
+        match (self.state, self.why) {
+            (State::Draining { .. } | State::Leaving { .. } | State::Vanished, _) => "it is being handed over".into(),
+            (State::Never(why), _) => why.to_string(),
+            (State::Relaying { .. } | State::Paused { .. } | State::Armed { .. }, Some(why)) => {
+                format!("{why}; it is tried again")
+            }
+            (State::Relaying { .. } | State::Paused { .. } | State::Armed { .. }, None) => {
+                "its time has not come: short connections are relayed to their end".into()
+            }
+        }
     }
 
     pub fn state(&self) -> State {
@@ -343,6 +385,7 @@ impl Handover {
     /// Bytes go on through the daemon.
     fn back(&mut self, why: Failure, now: Tick) -> Action {
         let armed = matches!(self.state, State::Armed { .. });
+        self.why = Some(why);
         if !why.passes() {
             self.state = State::Never(why);
             return Action::Relay { armed, why };

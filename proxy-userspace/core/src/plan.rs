@@ -7,7 +7,7 @@ use std::{collections::HashMap, net::SocketAddr, ops::Range, sync::Arc};
 
 use ipnet::IpNet;
 
-pub use refusal::{AUTO_HANDS_OVER, Capability, MAX_STREAM_PORTS, Need, Refusal, may_hand_over};
+pub use refusal::{Capability, MAX_STREAM_PORTS, Need, Refusal};
 
 use crate::{
     capability::Capabilities,
@@ -24,6 +24,8 @@ pub struct Plan {
     routes: Vec<Arc<RoutePlan>>,
     /// Of each route, close together: what a reload looks at.
     fingerprints: Vec<u64>,
+    /// What it was planned with; `None`: nothing is planned yet.
+    capabilities: Option<Capabilities>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -94,6 +96,7 @@ impl Plan {
     pub fn put(&mut self, replan: Replan) {
         self.fingerprints.splice(replan.range.clone(), replan.routes.iter().map(|r| r.route.fingerprint));
         self.routes.splice(replan.range, replan.routes);
+        self.capabilities = Some(replan.capabilities);
     }
 }
 
@@ -109,6 +112,28 @@ impl RoutePlan {
     /// Established connections leave the daemon for the packet level.
     pub fn hands_over(&self) -> bool {
         self.engine == Some(Engine::Handoff)
+    }
+
+    /// Nothing of the route itself keeps its connections from being handed over: what this machine allows decides.
+    pub fn could_hand_over(&self) -> bool {
+        let of_machine = |r: &Refusal| matches!(r, Refusal::CannotHandOver(_) | Refusal::BypassesFirewall(_));
+        self.hands_over() || self.only_against_handoff(of_machine)
+    }
+
+    /// They would be, were it not for what the kernel says, or because nobody has asked it.
+    pub fn awaits_handoff(&self) -> bool {
+        self.only_against_handoff(|refusal| matches!(refusal, Refusal::CannotHandOver(_)))
+    }
+
+    /// What of this machine keeps connections that could be handed over in the daemon.
+    pub fn kept_by(&self) -> Option<&Refusal> {
+        let kept = self.could_hand_over() && !self.hands_over();
+        self.refused.iter().find(|(engine, _)| kept && *engine == Engine::Handoff).map(|(_, refusal)| refusal)
+    }
+
+    fn only_against_handoff(&self, of_kind: fn(&Refusal) -> bool) -> bool {
+        let against = || self.refused.iter().filter(|(engine, _)| *engine == Engine::Handoff);
+        self.engine != Some(Engine::Nft) && against().next().is_some() && against().all(|(_, refusal)| of_kind(refusal))
     }
 
     /// The daemon dials its backends from the client's address.
@@ -176,17 +201,21 @@ pub struct Replan {
     /// Places of the plan before.
     pub range: Range<usize>,
     pub routes: Vec<Arc<RoutePlan>>,
+    capabilities: Capabilities,
 }
 
-/// The part of `previous` (same capabilities) that `config` changes: from the first to the last route that is not the
-/// same at the same place. Most reloads change one route of many, and cost as much as that one.
+/// The part of `previous` that `config` changes: from the first to the last route that is not the same at the same place. Most
+/// reloads change one route of many, and cost as much as that one. With other capabilities than before it is all of them.
 pub fn replan(config: &Config, capabilities: &Capabilities, previous: &Plan) -> Replan {
     let (old, new) = (&previous.fingerprints[..], &config.routes[..]);
-    let head = old.iter().zip(new).take_while(|(a, b)| **a == b.fingerprint).count();
-    let tail = old[head..].iter().rev().zip(new[head..].iter().rev()).take_while(|(a, b)| **a == b.fingerprint).count();
+    let same = previous.capabilities.as_ref() == Some(capabilities);
+    let most = if same { old.len() } else { 0 };
+    let head = old.iter().zip(new).take(most).take_while(|(a, b)| **a == b.fingerprint).count();
+    let rest = old[head..].iter().rev().zip(new[head..].iter().rev()).take(most);
+    let tail = rest.take_while(|(a, b)| **a == b.fingerprint).count();
     let mut ports = Ports::default();
     let routes = (head..new.len() - tail).map(|index| Arc::new(plan_route(config, index, capabilities, &mut ports)));
-    Replan { range: head..old.len() - tail, routes: routes.collect() }
+    Replan { range: head..old.len() - tail, routes: routes.collect(), capabilities: capabilities.clone() }
 }
 
 impl Replan {

@@ -3,11 +3,17 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 
 use crate::{config::Engine, reason::Reason};
+
+/// Milliseconds as the views have them: three decimals, none of them noise.
+pub fn milliseconds(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
 
 /// `GET /v1/status`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -177,6 +183,9 @@ pub struct Connection {
     pub packets_out: u64,
     /// False when the flow began before `nf_conntrack_acct` was on: its bytes are not known.
     pub metered: bool,
+    /// On a route that hands connections over, while the daemon still has this one: why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_handed_over: Option<String>,
 }
 
 /// `POST /v1/reload`

@@ -278,7 +278,9 @@ pub(super) async fn backend(
 ) -> Result<Json<view::Backend>, Refusal> {
     let query = asked(query, "/v1/backend?route=NAME&backend=NAME&state=ready, drain or down")?;
     known_route(&api, &query.route)?;
-    let set =
-        |reply| RouteCommand::SetBackend { route: query.route, backend: query.backend, admin: query.state, reply };
-    ask(&api.control.routes, ANSWER, set).await.map(Json)
+    let BackendQuery { route, backend, state } = query;
+    let of = route.clone();
+    let set = |reply| RouteCommand::SetBackend { route, backend, admin: state, reply };
+    let backend = ask(&api.control.routes, ANSWER, set).await?;
+    Ok(Json(merge::backend(&Known::now(&api), &of, backend)))
 }

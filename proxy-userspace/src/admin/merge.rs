@@ -103,6 +103,13 @@ pub(super) fn routes(known: &Known) -> Vec<view::Route> {
     known.routes.routes.iter().map(with_numbers).collect()
 }
 
+/// `backend` of a route, with its open connections.
+pub(super) fn backend(known: &Known, route: &str, backend: view::Backend) -> view::Backend {
+    let relayed = known.totals();
+    let active = open(known.flows.backends.get(route), relayed.get(route).map(|(totals, _)| totals));
+    view::Backend { connections_active: backend_active(&backend, &active), ..backend }
+}
+
 fn add(stats: &mut view::RouteStats, totals: &RouteTotals, rate: &Rate) {
     for (_, engine) in &totals.engines {
         stats.connections_active += engine.active;

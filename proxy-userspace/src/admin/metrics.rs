@@ -85,11 +85,11 @@ impl Collector for Snapshots {
 
 type Labels<'a, const N: usize> = [(&'a str, &'a str); N];
 
-/// The numbers of a route, copied together once: going back to the snapshots for every family would be a cache miss for
-/// every line, and most of the time of a scrape.
 /// The route of connections that came to none: refused before one was found.
 const NO_ROUTE: &str = "-";
 
+/// The numbers of a route, copied together once: going back to the snapshots for every family would be a cache miss for
+/// every line, and most of the time of a scrape.
 #[derive(Debug)]
 struct Measured {
     name: String,

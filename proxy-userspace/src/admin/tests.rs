@@ -98,6 +98,7 @@ fn connection() -> view::Connection {
         packets_in: 1,
         packets_out: 1,
         metered: true,
+        not_handed_over: None,
     }
 }
 

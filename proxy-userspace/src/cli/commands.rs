@@ -46,11 +46,11 @@ pub(super) fn run(cli: Cli) -> Result<Exit, Failure> {
         }
         Command::Top => top::run(&Client::new(&place)?),
         Command::Reload(output) => change(&place, output.json, "/v1/reload", &[], render::reload),
-        Command::Backend { route, backend, state } => {
+        Command::Backend { route, backend, state, output } => {
             let query = [("route", route.as_str()), ("backend", &backend), ("state", state.as_str())];
-            change(&place, false, "/v1/backend", &query, render::backend)
+            change(&place, output.json, "/v1/backend", &query, render::backend)
         }
-        Command::Kill { id } => change(&place, false, "/v1/kill", &[("id", &id)], render::killed),
+        Command::Kill { id, output } => change(&place, output.json, "/v1/kill", &[("id", &id)], render::killed),
         Command::Cleanup => cleanup(&place),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -75,7 +75,11 @@ fn refused(refusal: Refusal) -> Failure {
 }
 
 fn check(file: &Path) -> Result<Exit, Failure> {
-    let config = load(file)?;
+    let corrected = "correct what it names; `shunt schema` and docs/configuration.md have every key";
+    let config = load(file).map_err(|failure| match file.exists() {
+        true => Failure { mend: Some(corrected.to_owned()), ..failure },
+        false => failure,
+    })?;
     let loaded = config.routes.iter().map(|route| (&route.name, RouteTls::load(route)));
     let bad: Vec<_> = loaded.filter_map(|(name, tls)| Some((name, tls.err()?))).collect();
     let mut mend: Vec<String> = bad.iter().map(|(_, error)| error.mend()).collect();
@@ -83,6 +87,11 @@ fn check(file: &Path) -> Result<Exit, Failure> {
     if let Some(error) = config.acme.as_ref().and_then(|acme| acme::check(acme).err()) {
         mend.push(error.mend());
         told.push(error.to_string());
+    }
+    // What no kernel and no privilege would mend.
+    for unserved in proxy_core::plan::plan(&config, &Capabilities::all()).unserved() {
+        mend.push("`shunt plan` shows every route and what rules its engines out".to_owned());
+        told.push(unserved.to_string());
     }
     if let Some(mend) = mend.into_iter().next() {
         return Err(Failure::new(told.join("\n"), mend));
@@ -92,7 +101,7 @@ fn check(file: &Path) -> Result<Exit, Failure> {
 
 fn plan(file: &Path, format: PlanFormat) -> Result<Exit, Failure> {
     let config = load(file)?;
-    let mut capabilities = Capabilities { sockmap: stream::trust_in_sockmap(), ..capability::probe(&config) };
+    let mut capabilities = capability::probe(&config, stream::trust_in_sockmap());
     if !capabilities.net_admin {
         // A plan touches nothing: it is of use also to somebody who may not carry it out.
         eprintln!(
@@ -121,7 +130,8 @@ fn plan(file: &Path, format: PlanFormat) -> Result<Exit, Failure> {
 fn doctor(place: &Place, json: bool) -> Result<Exit, Failure> {
     let config = match &place.config {
         Some(file) => Some(load(file)?),
-        None => None,
+        // Its problems are for `shunt check`: what the kernel allows is of use before there is a file, or with a broken one.
+        None => load(Path::new(DEFAULT_CONFIG)).ok(),
     };
     let socket = Client::new(place).map(|client| client.socket().to_owned()).ok();
     let report = doctor::examine(config.as_ref(), socket.as_deref());

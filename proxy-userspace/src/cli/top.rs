@@ -19,7 +19,7 @@ use super::{
     Exit, Failure,
     client::Client,
     render::{
-        listens,
+        listens, routes_counted,
         units::{bytes, count, rate, seconds},
     },
 };
@@ -167,17 +167,20 @@ fn heading(screen: &Screen) -> Vec<Line<'static>> {
     let sum = |key: fn(&view::RouteStats) -> f64| screen.routes.iter().map(|route| key(&route.stats)).sum::<f64>();
     let ready = if status.ready { Span::from("ready").green() } else { Span::from("not ready").red() };
     let up = seconds(status.uptime_seconds);
+    // Without a limit nobody has read it: the daemon relays every route.
+    let conntrack = match status.conntrack.max {
+        0 => String::new(),
+        max => format!(" · conntrack {} of {}", count(status.conntrack.entries), count(max)),
+    };
     vec![
         Line::from(vec![format!("shunt {} · pid {} · up {up} · ", status.version, status.pid).into(), ready]),
         Line::from(format!(
-            "{} routes · {} open · {} new/s · in {}/s · out {}/s · conntrack {} of {}",
-            status.routes,
+            "{} · {} open · {} new/s · in {}/s · out {}/s{conntrack}",
+            routes_counted(status.routes),
             count(status.connections_active),
             rate(sum(|stats| stats.connections_rate)),
             bytes(sum(|stats| stats.bytes_in_rate)),
             bytes(sum(|stats| stats.bytes_out_rate)),
-            count(status.conntrack.entries),
-            count(status.conntrack.max),
         )),
     ]
 }

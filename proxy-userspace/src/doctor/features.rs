@@ -9,6 +9,7 @@ use super::Check;
 use crate::kernel::{
     bpf::{BpfError, ProbeReport},
     capability::{NftFacts, Probe, ebpf::Feature},
+    lookup,
 };
 
 const NOT_ASKED: &str = "not known: asking needs CAP_NET_ADMIN";
@@ -86,11 +87,13 @@ fn optional(nft: &NftFacts) -> Vec<Check> {
 fn port_ranges(probe: &Probe) -> Check {
     let check =
         Check::of("port ranges", "one socket per worker for all ports of a relayed route, instead of one per port");
-    let without = "give the process CAP_BPF and CAP_NET_ADMIN, on Linux 5.9 or newer; or listen on few ports";
+    let without = "give the process CAP_BPF and CAP_NET_ADMIN, on Linux 5.9 or newer; an old one may want CAP_PERFMON too, and before \
+                   5.11 LimitMEMLOCK=infinity; or listen on few ports";
     match probe.sk_lookup {
         Some(true) => check.ok("sk_lookup leads them to one socket"),
         Some(false) => {
-            check.warn(format!("no sk_lookup: a socket per port, at most {MAX_STREAM_PORTS} per route"), without)
+            let why = lookup::probe().err().map_or(String::new(), |error| format!(" ({error})"));
+            check.warn(format!("no sk_lookup{why}: a socket per port, at most {MAX_STREAM_PORTS} per route"), without)
         }
         None => check.warn("eBPF is not permitted to this process", without),
     }
@@ -114,7 +117,7 @@ pub(super) fn own_object(probe: Result<ProbeReport, BpfError>) -> Check {
             "sysctl -w net.core.bpf_jit_enable=1",
         ),
         Ok(report) => check.ok(format!("{} packets counted right, ABI {}", report.packets, report.abi_version)),
-        Err(error) => check.warn(error.to_string(), "run with CAP_BPF and CAP_NET_ADMIN; the nft engine does without"),
+        Err(error) => check.warn(error.to_string(), format!("{}; the nft engine does without", error.mend())),
     }
 }
 
@@ -136,9 +139,14 @@ pub(super) fn handoff(found: &Handoff) -> Check {
         Handoff::Works => return check.ok("the self-probe has passed"),
         Handoff::NotAsked => return check.ok("not asked"),
         Handoff::NotPermitted => {
-            "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW; splice serves these routes meanwhile"
+            "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW, before Linux 5.11 with LimitMEMLOCK=infinity too; splice serves these \
+             routes meanwhile"
         }
         Handoff::NoTc | Handoff::NoRedirect => "use a newer kernel; splice serves these routes meanwhile",
+        Handoff::NoBpffs => {
+            "mount -t bpf bpf /sys/fs/bpf, and let the process write there; splice serves these routes meanwhile"
+        }
+        Handoff::NotBroughtUp(_) => "see the daemon's log; splice serves these routes meanwhile",
         Handoff::ProbeFailed(_) => "report it with the output of uname -a; splice serves these routes meanwhile",
     };
     check.warn(found.to_string(), mend)
@@ -189,7 +197,7 @@ mod tests {
             sk_lookup: None,
             ipv6: false,
             handoff: Handoff::NotPermitted,
-            forward_filter: None,
+            filters: Vec::new(),
             scratch_namespace: false,
         };
         let states: Vec<_> = checks(&probe).into_iter().map(|check| (check.name, check.state)).collect();

@@ -39,7 +39,10 @@ pub(super) fn checks(probe: &Probe) -> Vec<Check> {
     let net_admin =
         Check::of("CAP_NET_ADMIN", "programs nftables, reads conntrack, sets the kernel's network settings");
     let bpf = Check::of("CAP_BPF", "loads eBPF programs, which the engines handoff and sockmap need; nft does not");
-    let raw = Check::of("CAP_NET_RAW", "no engine of this build needs it");
+    let raw = Check::of(
+        "CAP_NET_RAW",
+        "ends killed connections at once, and the engine handoff needs it; nft forwards without",
+    );
     let not_needed = "absent; not needed by the nft engine";
     vec![
         if probe.net_admin {

@@ -18,9 +18,9 @@ use super::firewall;
 pub use nft::NftFacts;
 use nix::sched::{CloneFlags, unshare};
 use proxy_core::{
-    capability::{Capabilities, Handoff, Sockmap},
+    capability::{Capabilities, FilterChain, Handoff, Sockmap},
     config::Config,
-    plan::may_hand_over,
+    plan::plan,
 };
 
 use super::{bpf::BpfError, lookup};
@@ -40,18 +40,18 @@ pub struct Probe {
     pub sk_lookup: Option<bool>,
     pub ipv6: bool,
     pub handoff: Handoff,
-    /// A foreign chain that filters forwarded packets.
-    pub forward_filter: Option<String>,
+    /// Foreign chains that would have a say in what is handed over.
+    pub filters: Vec<FilterChain>,
     /// The batch went to a network namespace of its own.
     pub scratch_namespace: bool,
 }
 
 /// What the daemon can use here. What could not be asked for want of privilege counts as there; `net_admin` is false then.
 /// Whether connections can be handed over is only asked for routes that would: it takes the kernel a while to say.
-pub fn probe(config: &Config) -> Capabilities {
-    let mut capabilities = probe_details().capabilities();
-    if config.routes.iter().any(|route| may_hand_over(route)) {
-        capabilities.handoff = handoff::ask();
+pub fn probe(config: &Config, sockmap: Sockmap) -> Capabilities {
+    let mut capabilities = Capabilities { sockmap, ..probe_details().capabilities() };
+    if plan(config, &capabilities).routes().iter().any(|route| route.awaits_handoff()) {
+        capabilities.handoff = handoff::ask(&config.admin.socket);
     }
     capabilities
 }
@@ -90,15 +90,9 @@ pub fn probe_details() -> Probe {
         sk_lookup,
         ipv6,
         handoff: Handoff::NotAsked,
-        forward_filter: forward_filter(),
+        filters: firewall::filters(),
         scratch_namespace,
     }
-}
-
-/// Unknown is as good as none: the chains of a process that may not ask cannot be passed by either.
-fn forward_filter() -> Option<String> {
-    let chains = firewall::forward_chains().unwrap_or_default();
-    chains.into_iter().find(|chain| chain.filters).map(|chain| chain.name)
 }
 
 fn ask_nft() -> (Option<NftFacts>, bool) {
@@ -136,7 +130,7 @@ impl Probe {
             // Its own probe asks: `stream::trust_in_sockmap`.
             sockmap: Sockmap::Refused("not asked".into()),
             handoff: self.handoff.clone(),
-            forward_filter: self.forward_filter.clone(),
+            filter: self.filters.first().cloned(),
         }
     }
 }
@@ -154,7 +148,7 @@ mod tests {
             sk_lookup: None,
             ipv6: true,
             handoff: Handoff::NotPermitted,
-            forward_filter: None,
+            filters: Vec::new(),
             scratch_namespace: false,
         }
     }

@@ -9,7 +9,7 @@ use std::{
 use nix::errno::Errno;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::netlink::{NetlinkSocket, SyscallError, TooLong, Writer};
+use super::netlink::{Attributes, NetlinkSocket, SyscallError, TooLong, Writer};
 
 /// Bytes of `struct ifinfomsg` and of `struct ifaddrmsg`.
 const LINK: usize = 16;
@@ -29,6 +29,16 @@ pub enum InterfaceError {
     TooLong(#[from] TooLong),
     #[error("interfaces cannot be awaited: {0}")]
     Wait(#[from] io::Error),
+}
+
+/// Numbers of interfaces of this network namespace, the loopback interface left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Where connections between other machines can come from, now or when it is up and has an address: each with Ethernet headers that is
+    /// no part of a bridge or a bond, and each with an address.
+    pub entrances: BTreeSet<u32>,
+    /// All.
+    pub all: BTreeSet<u32>,
 }
 
 /// Asks, and hears of changes. It becomes readable on news.
@@ -55,14 +65,15 @@ impl Interfaces {
         unsafe { AsyncFd::register_with_interest(self, Interest::READABLE) }.map_err(Into::into)
     }
 
-    /// Those that are up, have an address and lead elsewhere: where connections between other machines can come from.
-    pub fn in_use(&mut self) -> Result<BTreeSet<u32>, InterfaceError> {
-        let up = self.dump("interfaces", libc::RTM_GETLINK, LINK, libc::RTM_NEWLINK, up)?;
+    /// Those there are, up or not: a packet may come as soon as one is.
+    pub fn find(&mut self) -> Result<Found, InterfaceError> {
+        let mut links = |read| self.dump("interfaces", libc::RTM_GETLINK, LINK, libc::RTM_NEWLINK, read);
+        let (all, ethernet) = (links(elsewhere)?, links(ethernet)?);
         let with_address = self.dump("addresses", libc::RTM_GETADDR, ADDRESS, libc::RTM_NEWADDR, addressed)?;
-        Ok(&up & &with_address)
+        Ok(Found { entrances: &ethernet | &(&all & &with_address), all })
     }
 
-    /// Reads all news; never blocks. What they are does not matter: [`Self::in_use`] is asked again.
+    /// Reads all news; never blocks. What they are does not matter: [`Self::find`] is asked again.
     pub fn drain(&mut self) -> Result<(), InterfaceError> {
         loop {
             match self.news.receive() {
@@ -124,12 +135,18 @@ impl Interfaces {
     }
 }
 
-/// `struct ifinfomsg`: the number of an interface that is up and no loopback.
-fn up(payload: &[u8]) -> Option<u32> {
+/// `struct ifinfomsg`: the number of an interface that is no loopback.
+fn elsewhere(payload: &[u8]) -> Option<u32> {
     let number = u32::from_ne_bytes(*payload.get(4..)?.first_chunk()?);
     let flags = u32::from_ne_bytes(*payload.get(8..)?.first_chunk()?);
-    let flag = |flag: i32| flags & flag.cast_unsigned() != 0;
-    (flag(libc::IFF_UP) && !flag(libc::IFF_LOOPBACK)).then_some(number)
+    (flags & libc::IFF_LOOPBACK.cast_unsigned() == 0).then_some(number)
+}
+
+/// `struct ifinfomsg` and its attributes: the number of an interface with Ethernet headers whose packets nobody takes for a bridge or bond.
+fn ethernet(payload: &[u8]) -> Option<u32> {
+    let kind = u16::from_ne_bytes(*payload.get(2..)?.first_chunk()?);
+    let belongs = Attributes::new(payload.get(LINK..)?).find(libc::IFLA_MASTER).is_some();
+    elsewhere(payload).filter(|_| kind == libc::ARPHRD_ETHER && !belongs)
 }
 
 /// `struct ifaddrmsg`
@@ -153,25 +170,34 @@ impl AsRawFd for Interfaces {
 mod tests {
     use super::*;
 
+    /// `struct ifinfomsg` of the interface 7, and one attribute.
+    fn link(kind: u16, flags: i32, attribute: u16) -> Vec<u8> {
+        let mut bytes = vec![0u8; LINK];
+        bytes[2..4].copy_from_slice(&kind.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&7u32.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&flags.to_ne_bytes());
+        bytes.extend(8u16.to_ne_bytes());
+        bytes.extend(attribute.to_ne_bytes());
+        bytes.extend([9, 0, 0, 0]);
+        bytes
+    }
+
     #[test]
-    fn what_is_up_and_no_loopback_is_told_by_its_number() {
-        let link = |flags: i32| {
-            let mut bytes = vec![0u8; LINK];
-            bytes[4..8].copy_from_slice(&7u32.to_ne_bytes());
-            bytes[8..12].copy_from_slice(&flags.to_ne_bytes());
-            bytes
-        };
-        assert_eq!(up(&link(libc::IFF_UP)), Some(7));
-        assert_eq!(up(&link(0)), None);
-        assert_eq!(up(&link(libc::IFF_UP | libc::IFF_LOOPBACK)), None);
-        for length in 0..12 {
-            assert_eq!(up(&link(libc::IFF_UP)[..length]), None);
+    fn an_ethernet_interface_counts_before_it_is_up_unless_it_is_part_of_another() {
+        const MTU: u16 = libc::IFLA_MTU;
+        assert_eq!(ethernet(&link(libc::ARPHRD_ETHER, 0, MTU)), Some(7));
+        assert_eq!(ethernet(&link(libc::ARPHRD_ETHER, libc::IFF_UP, libc::IFLA_MASTER)), None);
+        assert_eq!(ethernet(&link(libc::ARPHRD_NONE, libc::IFF_UP, MTU)), None);
+        assert_eq!(ethernet(&link(libc::ARPHRD_ETHER, libc::IFF_LOOPBACK, MTU)), None);
+        assert_eq!(elsewhere(&link(libc::ARPHRD_NONE, 0, MTU)), Some(7));
+        for length in 0..LINK {
+            assert_eq!(ethernet(&link(libc::ARPHRD_ETHER, 0, MTU)[..length]), None);
         }
     }
 
     #[test]
-    fn the_loopback_interface_is_never_in_use() {
-        let in_use = Interfaces::open().expect("netlink is for everybody").in_use().expect("listed");
-        assert!(!in_use.contains(&1), "{in_use:?}");
+    fn the_loopback_interface_is_never_found() {
+        let found = Interfaces::open().expect("netlink is for everybody").find().expect("listed");
+        assert!(!found.all.contains(&1) && found.entrances.is_subset(&found.all), "{found:?}");
     }
 }

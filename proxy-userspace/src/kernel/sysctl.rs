@@ -10,7 +10,7 @@ use std::{
 };
 
 use record::{Entry, Pair};
-pub use record::{Restored, restore};
+pub use record::{Restored, restore, take_back};
 use thiserror::Error;
 
 use crate::stream::handover::RESERVED;

@@ -8,14 +8,17 @@ use std::{
     os::fd::{AsFd, AsRawFd},
 };
 
-use rustix::io::Errno;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 
 pub use again::say_again;
 
 /// Of `struct tcp_info` (`linux/tcp.h`), which only ever grows at its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TcpInfo {
-    /// The peer's FIN is among `received`.
+    /// The peer's FIN is among `received`, or the connection was reset ([`has_failed`]).
     pub finished: bool,
     /// Acknowledged by the peer, the SYN of a connection that was dialled included (v4.1+).
     pub acked: u64,
@@ -54,6 +57,13 @@ pub fn info(socket: impl AsFd) -> Result<TcpInfo, Errno> {
         u64::from_ne_bytes(word)
     };
     Ok(TcpInfo { finished: AFTER_FIN.contains(&bytes[0]), acked: word(ACKED), received: word(RECEIVED) })
+}
+
+/// There was a reset, or the peer has vanished. Takes nothing: the next call still says so.
+pub fn has_failed(socket: impl AsFd) -> bool {
+    let socket = socket.as_fd();
+    let mut asked = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
+    poll(&mut asked, Some(&Timespec::default())).is_ok() && asked[0].revents().contains(PollFlags::ERR)
 }
 
 /// Bytes written and not yet acknowledged.
@@ -109,21 +119,52 @@ pub fn read_exactly(socket: impl AsFd) -> Result<u64, Errno> {
 
 /// Looks at what is queued as if it had just come (`tcp_set_rcvlowat`, v4.18+).
 pub fn look_at_queue(socket: impl AsFd) -> Result<(), Errno> {
-    set(socket, libc::SO_RCVLOWAT, 1)
+    set(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1)
 }
 
 /// Room for what is sent, in bytes as the kernel accounts them, whatever `net.core.wmem_max` says: CAP_NET_ADMIN.
 pub fn force_send_room(socket: impl AsFd, bytes: u32) -> Result<(), Errno> {
     // The kernel doubles it.
-    set(socket, libc::SO_SNDBUFFORCE, (bytes / 2) as c_int)
+    set(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, (bytes / 2) as c_int)
 }
 
-fn set(socket: impl AsFd, option: c_int, value: c_int) -> Result<(), Errno> {
+/// Lets the peer send what its window allows already, and beyond that two segments at a time. The window it could have had, for
+/// [`let_go`].
+pub fn hold_back(socket: impl AsFd) -> Result<c_int, Errno> {
+    let before = get(&socket, libc::TCP_WINDOW_CLAMP)?;
+    // With less than two a sender waits for more, and is told of it by the next read only when it is twice as much.
+    let segments = 2 * get(&socket, libc::TCP_MAXSEG)?;
+    set(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, segments)?;
+    Ok(before)
+}
+
+/// Takes it back. The peer hears of it when something is read next.
+pub fn let_go(socket: impl AsFd, window: c_int) -> Result<(), Errno> {
+    set(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, window)
+}
+
+/// An option of TCP.
+fn get(socket: impl AsFd, option: c_int) -> Result<c_int, Errno> {
+    let (mut value, mut length): (c_int, _) = (0, size_of::<c_int>() as libc::socklen_t);
     // SAFETY: both options are one `int`.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    })?;
+    Ok(value)
+}
+
+fn set(socket: impl AsFd, level: c_int, option: c_int, value: c_int) -> Result<(), Errno> {
+    // SAFETY: each of the options is one `int`.
     check(unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
+            level,
             option,
             (&raw const value).cast(),
             size_of::<c_int>() as libc::socklen_t,

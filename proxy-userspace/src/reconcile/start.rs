@@ -178,7 +178,7 @@ impl<N: Nft, S: Streams> Reconciler<N, S> {
         }
         self.sockets.take_over(sockets);
         outcome.apply = found.began.elapsed();
-        self.status.last_apply_ms = outcome.apply.as_secs_f64() * 1e3;
+        self.status.last_apply_ms = view::milliseconds(outcome.apply);
         self.status.last_changes = outcome.changes;
         self.status.ok = 1;
         Ok(outcome)

@@ -7,6 +7,7 @@ use std::{
 };
 
 use proxy_core::{
+    capability::Handoff,
     config::{self, Config, Engine, RouteName, Target},
     plan::RoutePlan,
     view,
@@ -23,9 +24,9 @@ use crate::{
     control::{FlowState, Reply, RouteCommand, RouteState},
     health::{Checks, Report},
     kernel::{
-        capability,
+        capability, firewall,
         nft::{MonitorNews, Nft, NftError, NftMonitor},
-        sysctl::{self, Settings},
+        sysctl::{self, Settings, SysctlError},
     },
     logging::LogHandle,
     resolve::{Names, Resolved},
@@ -215,21 +216,23 @@ impl<N: Nft, S: Streams> Task<N, S> {
         let file = self.config_file.clone();
         let read = tokio::task::spawn_blocking(move || load(&file)).await;
         let config = read.map_err(|e| view::Failure { error: e.to_string(), hint: None })??;
-        if self.reconciler.must_ask_for_handoff(&config) {
-            let found = tokio::task::spawn_blocking(capability::handoff::ask).await;
-            found.into_iter().for_each(|found| self.reconciler.learn_handoff(found));
-        }
+        self.look_at_machine(&config).await;
         let log = config.log.clone();
-        let prepared = self.reconciler.prepare(config).map_err(|e| failure(&e))?;
-        let settings = needed(self.reconciler.after(&prepared));
-        let settings = match Settings::default().apply(&settings, &self.settings_record) {
-            Ok(settings) => settings,
-            Err(error) => {
-                self.reconciler.abandon(prepared);
-                return Err(view::Failure { error: error.to_string(), hint: Some(error.mend()) });
+        let outcome = match self.change_to(config.clone()).await {
+            Err(Refused::Change(ReconcileError::Streams(error))) if error.is_of_handoff() => {
+                // Routes that do not insist on it are served without.
+                self.reconciler.learn_handoff(Handoff::NotBroughtUp(error.to_string()));
+                match self.change_to(config).await {
+                    Err(Refused::Change(ReconcileError::Unserved(_))) => Err(ReconcileError::Streams(error).into()),
+                    done => {
+                        tracing::warn!(mend = error.mend(), "{error}");
+                        done
+                    }
+                }
             }
+            done => done,
         };
-        let outcome = serve(&mut self.reconciler, &mut self.track, prepared).await.map_err(|e| failure(&e))?;
+        let outcome = outcome.map_err(|refused| refused.told())?;
         self.reconciler.look_at_certificates();
         self.acme.want(self.reconciler.acme());
         if let Err(error) = self.log.apply(&log) {
@@ -237,7 +240,6 @@ impl<N: Nft, S: Streams> Task<N, S> {
         }
         self.track.access_log(&log).await;
         self.access.send_replace(log.access);
-        self.setting_warnings.extend(settings.warnings);
         let names = |names: &[RouteName]| names.iter().map(ToString::to_string).collect();
         let Outcome { added, changed, removed, changes, apply, effects } = outcome;
         self.forward(effects).await;
@@ -249,9 +251,47 @@ impl<N: Nft, S: Streams> Task<N, S> {
             added: names(&added),
             changed: names(&changed),
             removed: names(&removed),
-            apply_ms: apply.as_secs_f64() * 1e3,
+            apply_ms: view::milliseconds(apply),
             changes,
         })
+    }
+
+    /// What of this machine may have changed, and decides how routes are served.
+    async fn look_at_machine(&mut self, config: &Config) {
+        if self.reconciler.could_hand_over(config) {
+            let filters = tokio::task::spawn_blocking(firewall::filters).await.unwrap_or_default();
+            self.reconciler.learn_filter(filters.into_iter().next());
+        }
+        if self.reconciler.awaits_handoff(config) {
+            let socket = config.admin.socket.clone();
+            let found = tokio::task::spawn_blocking(move || capability::handoff::ask(&socket)).await;
+            found.into_iter().for_each(|found| self.reconciler.learn_handoff(found));
+        }
+    }
+
+    /// All or nothing: in the kernel, its settings among it, and here.
+    async fn change_to(&mut self, config: Config) -> Result<Outcome, Refused> {
+        let prepared = self.reconciler.prepare(config)?;
+        let needed = needed(self.reconciler.after(&prepared));
+        let (settings, record) = (Settings::default(), &self.settings_record);
+        let pending = settings.pending(&needed).unwrap_or_default();
+        let result = match settings.apply(&needed, record) {
+            Ok(applied) => match serve(&mut self.reconciler, &mut self.track, prepared).await {
+                Ok(outcome) => {
+                    self.setting_warnings.extend(applied.warnings);
+                    return Ok(outcome);
+                }
+                Err(error) => error.into(),
+            },
+            Err(error) => {
+                self.reconciler.abandon(prepared);
+                Refused::Settings(error)
+            }
+        };
+        if let Err(error) = sysctl::take_back(&settings, record, &pending) {
+            tracing::warn!(%error, "a setting stays as the refused change needed it; `shunt cleanup` puts it back");
+        }
+        Err(result)
     }
 
     async fn set_backend(
@@ -264,7 +304,7 @@ impl<N: Nft, S: Streams> Task<N, S> {
             Err(error) => Err(failure(&error)),
             Ok(None) => Err(view::Failure {
                 error: format!("route \"{route}\" has no backend \"{backend}\""),
-                hint: Some("`shunt routes` lists routes and backends".into()),
+                hint: Some(format!("`shunt routes {route}` lists them")),
             }),
             Ok(Some((view, effects))) => {
                 tracing::info!(route, backend, state = ?admin, "backend set by an operator");
@@ -386,6 +426,24 @@ impl<N: Nft, S: Streams> Task<N, S> {
             reloads_failed: self.reloads_failed,
             warnings,
         }));
+    }
+}
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Change(#[from] ReconcileError),
+    #[error(transparent)]
+    Settings(#[from] SysctlError),
+}
+
+impl Refused {
+    fn told(&self) -> view::Failure {
+        match self {
+            Self::Change(error) => failure(error),
+            Self::Settings(error) => view::Failure { error: error.to_string(), hint: Some(error.mend()) },
+        }
     }
 }
 

@@ -134,6 +134,7 @@ pub struct Gauge {
 #[derive(Debug)]
 pub struct Owner {
     pub commands: mpsc::UnboundedSender<Command>,
+    gauge: Arc<Gauge>,
     thread: JoinHandle<()>,
 }
 
@@ -145,9 +146,10 @@ impl Owner {
         let resets = Resets::new(Sender::open());
         // Where conntrack does not answer nothing is tracked.
         let forgetter = Forgetter::open().ok();
+        let gauge = Arc::clone(&options.gauge);
         let run = move || runtime.block_on(task::Task::new(options, resets, forgetter).run(queue));
         let thread = std::thread::Builder::new().name("handed".into()).spawn(run)?;
-        Ok(Self { commands, thread })
+        Ok(Self { commands, gauge, thread })
     }
 
     /// Writes what is still to be told. Connections go on without the daemon.
@@ -155,6 +157,8 @@ impl Owner {
         // A failed send means that the thread has ended.
         let _ = self.commands.send(Command::Stop);
         let _ = self.thread.join();
+        // There is no table any more.
+        self.gauge.max.store(0, Relaxed);
     }
 }
 

@@ -52,7 +52,17 @@ pub struct HandoffEngine {
 }
 
 /// When a connection is handed over: docs/handoff.md has the reasons.
-pub const WHEN: When = When { bytes: 256 << 10, age: Duration::from_millis(20) };
+pub const WHEN: When = When { bytes: 256 << 10, age: Duration::from_millis(100) };
+
+/// [`WHEN`], or what a measurement asks for: `SHUNT_MEASURE_HANDOVER="MILLISECONDS BYTES"`.
+pub fn when() -> When {
+    let asked = std::env::var("SHUNT_MEASURE_HANDOVER").ok();
+    let asked = asked.as_deref().and_then(|asked| asked.split_once(' '));
+    let asked = asked.and_then(|(age, bytes)| Some((age.parse().ok()?, bytes.parse().ok()?)));
+    let Some((age, bytes)) = asked else { return WHEN };
+    tracing::warn!(age, bytes, "connections are handed over when a measurement wants it");
+    When { bytes, age: Duration::from_millis(age) }
+}
 
 impl fmt::Debug for HandoffEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

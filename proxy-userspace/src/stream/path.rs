@@ -134,7 +134,30 @@ pub struct Prepared {
     /// One for each worker, when they are needed first.
     maps: Vec<Sockmap>,
     /// When connections are to be handed over first.
-    handoff: Option<(handed::Begun, handed::Owner, HandoffEngine)>,
+    handoff: Option<BroughtUp>,
+}
+
+/// What connections are handed over with, for a change that may still fail: unless it is kept nothing of it is left.
+#[derive(Debug)]
+struct BroughtUp(Option<(handed::Begun, handed::Owner, HandoffEngine)>);
+
+impl BroughtUp {
+    fn keep(mut self) -> Option<(handed::Owner, HandoffEngine)> {
+        let (begun, owner, engine) = self.0.take()?;
+        begun.keep();
+        Some((owner, engine))
+    }
+}
+
+impl Drop for BroughtUp {
+    fn drop(&mut self) {
+        if let Some((begun, owner, engine)) = self.0.take() {
+            drop(engine);
+            // Its thread uses the table.
+            owner.stop();
+            drop(begun);
+        }
+    }
 }
 
 /// The listen addresses after a change, and what has to be done for it.
@@ -289,8 +312,9 @@ impl Streams for StreamPath {
 
     fn commit(&mut self, prepared: Prepared) {
         let Prepared { routes, gone, listening, return_path: made, maps, handoff } = prepared;
-        if let Some((begun, owner, engine)) = handoff {
-            begun.keep();
+        let owned = handoff.and_then(BroughtUp::keep);
+        let begins = owned.is_some();
+        if let Some((owner, engine)) = owned {
             self.handing.serve(&owner);
             self.owner = Some(owner);
             // Before the routes that need it.
@@ -328,6 +352,11 @@ impl Streams for StreamPath {
         }
         self.tell_owner(handed::Command::Routes(routes.clone()));
         self.routes.extend(routes.into_iter().map(|route| (route.id, route)));
+        if begins {
+            // It has heard of no route before; and a start at which it could not be brought up may have left something to adopt.
+            self.tell_owner(handed::Command::Routes(self.routes.values().cloned().collect()));
+            self.tell_owner(handed::Command::Adopt);
+        }
         self.settling.clear();
         for (worker, change) in self.workers.iter().zip(changes) {
             let (done, serves) = oneshot::channel();
@@ -401,15 +430,15 @@ impl Handing {
         };
         let grace = Grace::start().map_err(failed)?;
         let engine =
-            HandoffEngine { store: store.table, owner: sender, ports, grace, on: store.on, when: handover::WHEN };
+            HandoffEngine { store: store.table, owner: sender, ports, grace, on: store.on, when: handover::when() };
         Ok((handed::Owner::spawn(options).map_err(failed)?, engine))
     }
 
     /// For a change that needs it first.
-    fn begin(&self) -> Result<(handed::Begun, handed::Owner, HandoffEngine), StreamError> {
+    fn begin(&self) -> Result<BroughtUp, StreamError> {
         let begun = (self.begin)()?;
         let (owner, engine) = self.own(begun.store.clone())?;
-        Ok((begun, owner, engine))
+        Ok(BroughtUp(Some((begun, owner, engine))))
     }
 
     fn serve(&self, owner: &handed::Owner) {

@@ -51,5 +51,6 @@ fn connection(record: &Record, route: &RouteInfo, now: Now) -> view::Connection 
         packets_in: record.traffic_in.packets,
         packets_out: record.traffic_out.packets,
         metered: record.metered,
+        not_handed_over: None,
     }
 }

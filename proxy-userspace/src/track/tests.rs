@@ -55,6 +55,7 @@ fn info(name: &str) -> RouteInfo {
         name: name.into(),
         protocol: Protocol::Tcp,
         idle: None,
+        idle_warning: None,
         half_closed: None,
         lifetime: None,
         kernel_timeouts: true,

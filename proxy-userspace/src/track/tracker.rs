@@ -321,7 +321,16 @@ impl<C: Conntrack> Task<C> {
         if self.lost_at.is_some_and(|at| !self.table.is_stale() && now.mono.saturating_sub(at) > WARN_LOST) {
             self.lost_at = None;
         }
+        self.warn_of_silence();
         self.publish_flows(now);
+    }
+
+    fn warn_of_silence(&mut self) {
+        for id in self.table.take_silent() {
+            let Some(record) = self.table.get(id) else { continue };
+            let route = self.table.tally(record.route).map(|tally| &tally.info.name);
+            tracing::warn!(%id, client = %record.client, route = route.map(tracing::field::display), "idle for long");
+        }
     }
 
     /// Also between dumps that are far apart: what events tell is known.
@@ -421,7 +430,7 @@ impl<C: Conntrack> Task<C> {
         let usage = self.conntrack.usage();
         let counts = self.table.counts();
         let warnings = self.warnings(usage, now);
-        let last_dump_ms = self.last_dump_took.as_secs_f64() * 1000.0;
+        let last_dump_ms = view::milliseconds(self.last_dump_took);
         self.publisher.publish(&self.table, now, |state| {
             state.conntrack = view::ConntrackStatus {
                 entries: usage.map_or(0, |usage| usage.entries),

@@ -15,6 +15,7 @@ use socket2::SockRef;
 use crate::{
     host::Host,
     pattern::{self, Digested},
+    wait::patiently,
 };
 
 /// Longer than any answer takes in a lab.
@@ -35,7 +36,7 @@ pub enum End {
 
 /// Sends `text` and expects it back.
 pub fn echo(stream: &mut (impl Read + Write + AsFd), text: &[u8]) -> Result<()> {
-    SockRef::from(&*stream).set_read_timeout(Some(PATIENCE))?;
+    SockRef::from(&*stream).set_read_timeout(Some(patiently(PATIENCE)))?;
     stream.write_all(text)?;
     let mut back = vec![0; text.len()];
     stream.read_exact(&mut back)?;
@@ -45,8 +46,8 @@ pub fn echo(stream: &mut (impl Read + Write + AsFd), text: &[u8]) -> Result<()> 
 
 /// Sends `bytes` of the pattern `seed` and receives at once, to the end of both: what was sent, and what came.
 pub fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, Digested)> {
-    stream.set_read_timeout(Some(STALLED))?;
-    stream.set_write_timeout(Some(STALLED))?;
+    stream.set_read_timeout(Some(patiently(STALLED)))?;
+    stream.set_write_timeout(Some(patiently(STALLED)))?;
     thread::scope(|scope| {
         let sender = scope.spawn(move || -> Result<Digested> {
             let sent = pattern::send(&mut &*stream, seed, bytes)?;
@@ -62,7 +63,7 @@ pub fn exchange(stream: &TcpStream, seed: u64, bytes: u64) -> Result<(Digested, 
 pub fn who(client: &Host, to: &str) -> Result<String> {
     let to: SocketAddr = to.parse()?;
     let mut stream = client.connect_within(to, PATIENCE).with_context(|| format!("connect {to}"))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patiently(PATIENCE)))?;
     stream.write_all(b"\n")?;
     let mut name = Vec::new();
     let mut byte = [0];
@@ -83,6 +84,7 @@ pub fn reset(stream: impl AsFd) -> Result<()> {
 /// # Errors
 /// When it has not ended after `within`.
 pub fn read_to_end(stream: &mut (impl Read + AsFd), within: Duration) -> Result<(Vec<u8>, End)> {
+    let within = patiently(within);
     let deadline = Instant::now() + within;
     let (mut all, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
     loop {
@@ -119,7 +121,7 @@ pub fn turned_away(host: &Host, from: IpAddr, to: SocketAddr, within: Duration) 
 
 /// Reads exactly `count` bytes, or what came until there were no more.
 pub fn read_some(stream: &mut (impl Read + AsFd), count: usize) -> Result<Vec<u8>> {
-    SockRef::from(&*stream).set_read_timeout(Some(PATIENCE))?;
+    SockRef::from(&*stream).set_read_timeout(Some(patiently(PATIENCE)))?;
     let mut all = Vec::new();
     Read::take(stream, count as u64).read_to_end(&mut all)?;
     Ok(all)

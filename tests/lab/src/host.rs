@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::process::run;
+use crate::{process::run, wait::patiently};
 
 /// A host of the lab: a network namespace. Cheap to clone; the namespace lives until its [`crate::Lab`] goes.
 #[derive(Debug, Clone)]
@@ -98,13 +98,13 @@ impl Host {
     /// Connects from here, waiting at most `within`.
     pub fn connect_within(&self, to: impl Into<SocketAddr>, within: Duration) -> io::Result<TcpStream> {
         let to = to.into();
-        self.run(|| TcpStream::connect_timeout(&to, within))
+        self.run(|| TcpStream::connect_timeout(&to, patiently(within)))
     }
 
     /// Connects from a given local address (port 0: any), which may still be in TIME_WAIT.
     pub fn connect_from(&self, from: impl Into<SocketAddr>, to: impl Into<SocketAddr>) -> io::Result<TcpStream> {
         let socket = self.socket(from.into(), Type::STREAM)?;
-        socket.connect_timeout(&to.into().into(), Duration::from_secs(10))?;
+        socket.connect_timeout(&to.into().into(), patiently(Duration::from_secs(10)))?;
         Ok(socket.into())
     }
 

@@ -10,6 +10,13 @@ use nix::sys::{
 
 use crate::{host::Host, process::run};
 
+/// Whether this kernel is older than version `major.minor`: for what older ones cannot do.
+pub fn older_than(major: u32, minor: u32) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) < (Some(major), Some(minor))
+}
+
 /// `nft list ruleset` in `host`.
 pub fn nft_ruleset(host: &Host) -> Result<String> {
     run(host.command("nft").args(["list", "ruleset"]))
@@ -90,6 +97,17 @@ pub fn cpu_seconds(pid: u32) -> Result<f64> {
     let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok());
     let (utime, stime) = ticks(11).zip(ticks(12)).with_context(|| format!("/proc/{pid}/stat: {stat:?}"))?;
     Ok((utime + stime) as f64 / TICKS_PER_SECOND)
+}
+
+/// Times that the threads of a process have gone to sleep.
+pub fn sleeps(pid: u32) -> Result<u64> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        sum += line.context("voluntary_ctxt_switches")?.trim().parse::<u64>()?;
+    }
+    Ok(sum)
 }
 
 /// CPU seconds, user and system, this process has used, all its threads together.

@@ -26,7 +26,10 @@
 //! ```
 
 mod acme;
+pub mod cable;
+pub mod capture;
 pub mod dialog;
+pub mod frame;
 pub mod hello;
 mod host;
 pub mod kernel;
@@ -62,4 +65,4 @@ pub use shunt::{Metrics, Shunt, ShuntBuilder, shunt_binary, web};
 pub use stream::Stream;
 pub use talk::Talk;
 pub use topology::{BACKEND_SIDE, BACKEND_SIDE6, CLIENT, CLIENT6, GATEWAY, GATEWAY6, Lab, LabBuilder};
-pub use wait::{wait_for, wait_until};
+pub use wait::{patiently, wait_for, wait_until};

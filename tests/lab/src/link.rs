@@ -23,8 +23,17 @@ pub fn has_netem(host: &Host) -> bool {
 /// Drops `percent` (1–100) of the IP packets that reach `host`, at random, for good. Needs only nftables; meant for
 /// clients and backends, whose own packet filter is nobody's business.
 pub fn lose(host: &Host, percent: u32) -> Result<()> {
+    lose_those(host, "", percent)
+}
+
+/// As [`lose`], but nothing of the host's own, and never a TCP reset: nobody sends it again, and who does not hear it waits for a timeout.
+pub fn lose_all_but_resets(host: &Host, percent: u32) -> Result<()> {
+    lose_those(host, "iifname != \"lo\" tcp flags & rst == 0", percent)
+}
+
+fn lose_those(host: &Host, which: &str, percent: u32) -> Result<()> {
     let chain = "add chain inet lab_loss in { type filter hook prerouting priority -400; }";
-    let rule = format!("add rule inet lab_loss in numgen random mod 100 0-{} drop", percent.saturating_sub(1));
+    let rule = format!("add rule inet lab_loss in {which} numgen random mod 100 0-{} drop", percent.saturating_sub(1));
     run(host.command("nft").arg(format!("add table inet lab_loss; {chain}; {rule}"))).map(drop)
 }
 

@@ -16,7 +16,7 @@ use nix::sys::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::host::Host;
+use crate::{host::Host, wait::patiently};
 
 /// Longer than any healthy connect in a lab; a lost SYN is sent again after one second.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -138,8 +138,8 @@ fn one_connection(from: Ipv4Addr, to: SocketAddr, each: Each) -> io::Result<()> 
         socket.set_linger(Some(Duration::ZERO))?;
         return socket.connect(&to.into());
     }
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patiently(PATIENCE)))?;
+    socket.set_write_timeout(Some(patiently(PATIENCE)))?;
     socket.connect(&to.into())?;
     let mut stream = TcpStream::from(socket);
     stream.write_all(b"?")?;
@@ -158,7 +158,7 @@ fn one_connection(from: Ipv4Addr, to: SocketAddr, each: Each) -> io::Result<()> 
 pub fn ping_pong(client: &Host, to: SocketAddr, duration: Duration) -> Result<Latencies> {
     let mut stream = client.connect(to).with_context(|| format!("connect {to}"))?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patiently(PATIENCE)))?;
     ping_pong_on(&mut stream, duration)
 }
 
@@ -184,7 +184,8 @@ pub fn connect_latency(client: &Host, to: &[SocketAddr], count: usize) -> Result
         for n in 0..count {
             let target = &to[n % to.len()];
             let start = Instant::now();
-            let stream = TcpStream::connect_timeout(target, PATIENCE).with_context(|| format!("connect {target}"))?;
+            let stream =
+                TcpStream::connect_timeout(target, patiently(PATIENCE)).with_context(|| format!("connect {target}"))?;
             latencies.record(start.elapsed().as_nanos() as u64)?;
             drop(stream);
         }
@@ -196,7 +197,10 @@ pub fn connect_latency(client: &Host, to: &[SocketAddr], count: usize) -> Result
 pub fn idle(client: &Host, to: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
     client.run(|| {
         (0..count)
-            .map(|n| TcpStream::connect_timeout(&to, PATIENCE).with_context(|| format!("idle connection {n} to {to}")))
+            .map(|n| {
+                TcpStream::connect_timeout(&to, patiently(PATIENCE))
+                    .with_context(|| format!("idle connection {n} to {to}"))
+            })
             .collect()
     })
 }

@@ -13,12 +13,13 @@ use socket2::SockRef;
 
 use crate::{
     dialog::echo,
+    kernel,
     scripted::{Behaviour, TcpServer},
     shunt::Shunt,
     stream::{Accept as _, Stream},
     tls::NAME,
     topology::{GATEWAY, Lab},
-    wait::wait_for,
+    wait::{patiently, wait_for},
 };
 
 /// Far more than a connection has to carry before it is moved to splice.
@@ -117,8 +118,16 @@ impl Relay {
         Self::ALL.iter().map(|relay| relay.route_to(backends, rest)).collect()
     }
 
-    /// The one `[[route]]` of this way.
+    /// Whether this kernel is one on which the way is offered.
+    fn is_here(self) -> bool {
+        self != Self::Joined || !kernel::older_than(6, 1)
+    }
+
+    /// The one `[[route]]` of this way; nothing on kernels that it is not offered on.
     pub fn route_to(self, backends: &[Ipv4Addr], rest: &str) -> String {
+        if !self.is_here() {
+            return String::new();
+        }
         let backends: Vec<String> = backends.iter().map(|ip| format!("{ip}:{}", self.backend_port())).collect();
         format!(
             "[[route]]\nname = {:?}\nlisten = [\"{}\"]\nengine = {:?}\nbackends = {backends:?}\n{rest}\n",
@@ -179,7 +188,7 @@ impl Relay {
         };
         let mut echoed = 0;
         let (out, mut back) = (vec![0x5a; chunk], vec![0; chunk]);
-        SockRef::from(&*stream).set_read_timeout(Some(Duration::from_secs(10)))?;
+        SockRef::from(&*stream).set_read_timeout(Some(patiently(Duration::from_secs(10))))?;
         while echoed < most {
             stream.write_all(&out).context("priming")?;
             stream.read_exact(&mut back).context("priming")?;
@@ -231,11 +240,13 @@ pub fn servers_with_tls(lab: &Lab, behaviour: &Behaviour) -> Result<Vec<TcpServe
     Ok(all)
 }
 
-/// Does `work` for each of `relays` at the same time; every failure is told, not only the first.
+/// Does `work` for each of `relays` at the same time, but those that are not offered on this kernel; every failure is told, not only the
+/// first.
 pub fn on_each(relays: &[Relay], work: impl Fn(Relay) -> Result<()> + Sync) -> Result<()> {
     let work = &work;
     let outcomes: Vec<(Relay, Result<()>)> = thread::scope(|scope| {
-        let threads: Vec<_> = relays.iter().map(|&relay| (relay, scope.spawn(move || work(relay)))).collect();
+        let threads: Vec<_> =
+            relays.iter().filter(|r| r.is_here()).map(|&relay| (relay, scope.spawn(move || work(relay)))).collect();
         let join = |(relay, thread): (Relay, thread::ScopedJoinHandle<'_, Result<()>>)| match thread.join() {
             Ok(outcome) => (relay, outcome),
             Err(panic) => panic::resume_unwind(panic),

@@ -10,6 +10,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+use crate::wait::patiently;
+
 /// A running program whose standard input and output are ours. It is killed when dropped.
 #[derive(Debug)]
 pub struct Talk {
@@ -44,6 +46,7 @@ impl Talk {
 
     /// The next line it writes.
     pub fn hear(&mut self, within: Duration) -> Result<String> {
+        let within = patiently(within);
         self.lines.recv_timeout(within).with_context(|| format!("waited {within:?} for a line"))
     }
 
@@ -52,6 +55,7 @@ impl Talk {
     /// # Errors
     /// With the lines, when there is none.
     pub fn hear_until(&mut self, text: &str, within: Duration) -> Result<String> {
+        let within = patiently(within);
         let (due, mut all) = (Instant::now() + within, String::new());
         loop {
             let heard = self.lines.recv_timeout(due.saturating_duration_since(Instant::now()));

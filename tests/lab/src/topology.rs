@@ -13,6 +13,7 @@ use nix::unistd::geteuid;
 use tempfile::TempDir;
 
 use crate::{
+    cable::Cable,
     host::Host,
     leftovers::{self, PREFIX, ip_batch},
     pins::Pins,
@@ -49,6 +50,7 @@ pub struct LabBuilder {
     backends: u8,
     client_addresses: u8,
     forwarding: bool,
+    cabled: bool,
 }
 
 impl LabBuilder {
@@ -67,6 +69,12 @@ impl LabBuilder {
     /// Whether the gateway already forwards. Default yes; no, to see the daemon turn it on.
     pub fn forwarding(mut self, on: bool) -> Self {
         self.forwarding = on;
+        self
+    }
+
+    /// The links are [`Cable`]s: without offloads, and their frames are in our hands.
+    pub fn cabled(mut self) -> Self {
+        self.cabled = true;
         self
     }
 
@@ -93,6 +101,8 @@ pub struct Lab {
     dir: TempDir,
     #[cfg(feature = "tls")]
     tls: crate::tls::OfLab,
+    /// The client's, then the backends'; none where the links are veths.
+    cables: Vec<Cable>,
     /// Last: nothing above needs the namespaces once it runs.
     _namespaces: Namespaces,
 }
@@ -107,7 +117,7 @@ impl Lab {
     }
 
     pub fn builder() -> LabBuilder {
-        LabBuilder { backends: 2, client_addresses: 1, forwarding: true }
+        LabBuilder { backends: 2, client_addresses: 1, forwarding: true, cabled: false }
     }
 
     pub fn client(&self) -> &Host {
@@ -124,6 +134,18 @@ impl Lab {
     /// When the lab has no such backend.
     pub fn backend(&self, number: usize) -> &Host {
         &self.backends[number - 1]
+    }
+
+    /// The link of the client (0) or a backend (from 1), in a lab that was built with [`LabBuilder::cabled`].
+    ///
+    /// # Panics
+    /// When the lab has no such cable.
+    pub fn cable(&self, number: usize) -> &Cable {
+        &self.cables[number]
+    }
+
+    pub fn cables(&self) -> &[Cable] {
+        &self.cables
     }
 
     pub fn backends(&self) -> &[Host] {
@@ -164,7 +186,7 @@ impl Lab {
             .map(|(n, name)| Host::open(name, backend_ip(n), backend_ip6(n)))
             .collect::<Result<Vec<_>>>()?;
         let pins = Pins::mount(dir.path())?;
-        let lab = Self {
+        let mut lab = Self {
             client,
             gateway,
             backends,
@@ -173,13 +195,14 @@ impl Lab {
             dir,
             #[cfg(feature = "tls")]
             tls: Default::default(),
+            cables: Vec::new(),
             _namespaces: names,
         };
         lab.wire(spec)?;
         Ok(lab)
     }
 
-    fn wire(&self, spec: &LabBuilder) -> Result<()> {
+    fn wire(&mut self, spec: &LabBuilder) -> Result<()> {
         for host in [&self.client, &self.gateway].into_iter().chain(&self.backends) {
             for (key, value) in SYSCTLS {
                 host.set_sysctl(key, value)?;
@@ -187,6 +210,14 @@ impl Lab {
         }
         for key in FORWARDING {
             self.gateway.set_sysctl(key, if spec.forwarding { "1" } else { "0" })?;
+        }
+        if spec.cabled {
+            let hosts = [("clients".to_owned(), &self.client)].into_iter();
+            let backends = self.backends.iter().zip(1..).map(|(host, n)| (format!("backend{n}"), host));
+            let lay = |(device, host): (String, &Host)| Cable::lay(&self.gateway, &device, host);
+            self.cables = hosts.chain(backends).map(lay).collect::<Result<_>>()?;
+        } else {
+            ip_batch(Some(self.gateway.name()), &self.veths())?;
         }
         ip_batch(Some(self.gateway.name()), &self.gateway_links())?;
         ip_batch(Some(self.client.name()), &client_links(spec.client_addresses))?;
@@ -196,23 +227,27 @@ impl Lab {
         Ok(())
     }
 
+    fn veths(&self) -> String {
+        let link =
+            |name: &str, host: &Host| format!("link add name {name} type veth peer name eth0 netns {}\n", host.name());
+        let backends = self.backends.iter().zip(1..).map(|(host, n)| link(&format!("backend{n}"), host));
+        [link("clients", &self.client)].into_iter().chain(backends).collect()
+    }
+
     /// The backends share one subnet without sharing a bridge: the gateway has a link and a host route to each, which
     /// keeps a bridge's cost out of what is measured.
     fn gateway_links(&self) -> String {
         let mut lines = format!(
             "link set lo up\n\
-             link add name clients type veth peer name eth0 netns {client}\n\
              address add {GATEWAY}/24 dev clients\n\
              address add {GATEWAY6}/64 dev clients nodad\n\
-             link set clients up\n",
-            client = self.client.name(),
+             link set clients up\n"
         );
         for (host, n) in self.backends.iter().zip(1..) {
-            let (name, ip, ip6) = (host.name(), host.ip, host.ip6);
+            let (ip, ip6) = (host.ip, host.ip6);
             let _ = write!(
                 lines,
-                "link add name backend{n} type veth peer name eth0 netns {name}\n\
-                 address add {BACKEND_SIDE}/32 dev backend{n}\n\
+                "address add {BACKEND_SIDE}/32 dev backend{n}\n\
                  address add {BACKEND_SIDE6}/128 dev backend{n} nodad\n\
                  link set backend{n} up\n\
                  route add {ip}/32 dev backend{n} src {BACKEND_SIDE}\n\

@@ -180,7 +180,7 @@ impl Lab {
         let any = if to.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
         let socket = self.inside("c", || UdpSocket::bind(any)).expect("bind");
         socket.connect(to).expect("connect");
-        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        socket.set_read_timeout(Some(shunt_lab::patiently(PATIENCE))).expect("timeout");
         socket
     }
 }
@@ -225,7 +225,7 @@ pub fn round_trip(stream: &mut TcpStream, bytes: usize) {
 /// Collects events until `enough`; dumps on the way, which is what makes the kernel let expired entries go.
 pub fn events_until(conntrack: &mut NetlinkConntrack, enough: impl Fn(&[Event]) -> bool) -> Vec<Event> {
     let mut seen = Vec::new();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + shunt_lab::patiently(PATIENCE);
     while !enough(&seen) {
         assert!(Instant::now() < deadline, "waited in vain; saw {seen:#?}");
         conntrack.dump(ALL, &mut |_| {}).expect("dump");

@@ -30,6 +30,7 @@ fn route(name: &str, protocol: Protocol) -> Arc<RouteInfo> {
         name: name.into(),
         protocol,
         idle: None,
+        idle_warning: None,
         half_closed: None,
         lifetime: None,
         kernel_timeouts: true,
@@ -120,7 +121,7 @@ impl Running {
     fn state_until(&self, enough: impl Fn(&FlowState) -> bool) -> Arc<FlowState> {
         let mut state = self.tracker().state.clone();
         let found = self.runtime.block_on(async {
-            tokio::time::timeout(PATIENCE, state.wait_for(|state| enough(state)))
+            tokio::time::timeout(shunt_lab::patiently(PATIENCE), state.wait_for(|state| enough(state)))
                 .await
                 .map(|found| found.map(|s| s.clone()))
         });
@@ -223,7 +224,7 @@ fn counters_of_a_long_flow_move_while_it_lives_and_the_log_line_agrees() {
     let ended = running.terminated("web", Reason::FinishedClientFirst, 1);
     assert!(ended.backends["web"].is_empty());
     // The entry is let go after its TIME_WAIT.
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + shunt_lab::patiently(PATIENCE);
     while !running.connections().is_empty() {
         assert!(Instant::now() < deadline);
         thread::sleep(Duration::from_millis(50));
@@ -266,13 +267,13 @@ fn kill_one(listen: &str, server: &str) {
     assert_eq!((killed.route.as_str(), killed.client), ("web", stream.local_addr().expect("address")));
     running.kill(&id).expect_err("dead already");
     running.kill("00000000000000zz").expect_err("no id");
-    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    stream.set_read_timeout(Some(shunt_lab::patiently(PATIENCE))).expect("timeout");
     // Neither end has anything to say; and the entry is still there.
     let killed_at = Instant::now();
     let error = stream.read_exact(&mut [0]).expect_err("cut");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     lab.inside("b", || {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + shunt_lab::patiently(PATIENCE);
         while established() > 0 {
             assert!(Instant::now() < deadline, "the backend was not told");
             thread::sleep(Duration::from_millis(10));
@@ -317,7 +318,7 @@ fn a_removed_route_drains_and_is_reported() {
     routes.insert(TCP_ROUTE, Arc::new(draining));
     running.send(Input::Routes(routes));
     let Running { runtime, drained, .. } = &mut running;
-    let told = runtime.block_on(async { tokio::time::timeout(PATIENCE, drained.recv()).await });
+    let told = runtime.block_on(async { tokio::time::timeout(shunt_lab::patiently(PATIENCE), drained.recv()).await });
     assert_eq!(told.expect("in time"), Some(TCP_ROUTE));
     assert!(running.clock.now().mono >= until);
     running.terminated("web", Reason::Drained, 1);

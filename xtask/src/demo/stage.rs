@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result};
 use shunt_lab::{GATEWAY, Lab, Running, Shunt, load, scripted::UdpServer, shunt_binary};
 
-use super::{short, traffic::Traffic};
+use super::traffic::Traffic;
 use crate::ui;
 
 pub const WEB: u16 = 8080;
@@ -65,18 +65,18 @@ impl Stage {
     }
 
     pub fn print_hints(&self) {
-        let shunt = shunt_binary().map(|path| short(&path)).unwrap_or_else(|_| "shunt".to_owned());
+        let shunt = shunt_binary().map_or_else(|_| "shunt".to_owned(), |path| path.display().to_string());
         let socket = self.shunt.socket().display();
         let (client, gateway) = (self.lab.client().name(), self.lab.gateway().name());
         println!("In a second terminal, as root:");
-        println!("  S='{shunt}'; O='--socket {socket}'");
-        println!("  $S routes $O; $S connections --route bulk $O; $S explain web $O    # what runs where, and why");
-        println!("  $S top $O                                                       # live");
-        println!("  $S backend web 10.88.2.2:80 drain $O                            # and ready, to undo");
+        println!("  shunt() {{ {shunt} \"$@\" --socket {socket}; }}");
+        println!("  shunt routes; shunt connections --route bulk; shunt explain web    # what runs where, and why");
+        println!("  shunt top                                                       # live");
+        println!("  shunt backend web 10.88.2.2:80 drain                            # and ready, to undo");
         println!("  ip netns exec {client} curl http://{GATEWAY}:{WEB}/who");
         println!("  ip netns exec {gateway} nft list table inet shunt");
         println!("  ip netns exec {gateway} curl -s http://127.0.0.1:9900/metrics");
-        println!("  $EDITOR {}; $S reload $O", self.shunt.config_file().display());
+        println!("  $EDITOR {}; shunt reload", self.shunt.config_file().display());
         if let Ok(pid) = self.shunt.pid() {
             println!("  kill -9 {pid}                                                   # it comes back after 3 s");
         }

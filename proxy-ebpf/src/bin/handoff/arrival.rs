@@ -164,7 +164,7 @@ fn of_tcp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
     let (this, other) = ends_of(flow, entry);
     // SAFETY: fields of the context and of a live element. Other CPUs may write the element at the same time, as may userspace its own
     // fields: every field is one aligned word, no decision depends on two of them agreeing, and nothing is indexed by them.
-    let (mut sides, context) = unsafe {
+    let (mut sides, context, last_seen_ns) = unsafe {
         (
             Flow {
                 gate,
@@ -174,6 +174,7 @@ fn of_tcp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
                 other: &*other,
             },
             Context { now_ns: bpf_ktime_get_ns(), segments: (*ctx.skb.skb).gso_segs, ifindex: (*ctx.skb.skb).ifindex },
+            (*this).last_seen_ns,
         )
     };
     let write = match segment::decide(network, &header, entry, &mut sides, context) {
@@ -197,7 +198,8 @@ fn of_tcp(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
     unsafe {
         (*scratch).entry = *entry;
         (*scratch).write = write;
-        (*scratch).leaves = Leaves::new((*other).ifindex, write.tcp_bytes());
+        let leaves = Leaves::new((*other).ifindex, write.tcp_bytes());
+        (*scratch).leaves = leaves.asking(last_seen_ns, context.now_ns);
     }
     if write.ended {
         end::ended(scratch, entry, flow);

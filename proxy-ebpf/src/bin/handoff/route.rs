@@ -29,12 +29,24 @@ pub struct Leaves {
     last: u32,
     /// Bytes of its TCP header, 0 for an ICMP error.
     tcp_bytes: u32,
+    /// Not 0: by the neighbour layer, also where the address of the next hop is known.
+    asks: u32,
 }
+
+/// Once in about a second, in nanoseconds as a power of two.
+const ASKS: u32 = 30;
 
 impl Leaves {
     #[inline(always)]
     pub const fn new(last: u32, tcp_bytes: u32) -> Self {
-        Self { last, tcp_bytes }
+        Self { last, tcp_bytes, asks: 0 }
+    }
+
+    /// Who sends a packet by an address that the FIB knows does not use the neighbour: it would never be doubted, and a next hop whose
+    /// address changes without a word be missed for ever. So now and then a packet goes the kernel's own way, which asks it.
+    #[inline(always)]
+    pub const fn asking(self, last_seen_ns: u64, now_ns: u64) -> Self {
+        Self { asks: (last_seen_ns >> ASKS != now_ns >> ASKS) as u32, ..self }
     }
 }
 
@@ -53,7 +65,13 @@ fn send(ctx: &TcContext, scratch: *mut Scratch) -> Decided {
     let (leaves, lookup) = unsafe { ((*scratch).leaves, &mut (*scratch).question) };
     // SAFETY: helper on the context that the program was given; the question is as long as is said.
     let answer = unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), lookup, size_of::<Lookup>() as i32, 0) };
+    // SAFETY: the field that the helper filled, v5.12+; before, still the 0 that it was.
+    let most = u32::from(unsafe { lookup.__bindgen_anon_1.mtu_result });
     match answer as u32 {
+        BPF_FIB_LKUP_RET_SUCCESS if most != 0 && size(ctx, scratch) > most => Decided::drop(outcome::TOO_BIG),
+        BPF_FIB_LKUP_RET_SUCCESS if leaves.asks != 0 => {
+            Decided::new(outcome::TRANSLATED, by_neighbour(lookup.ifindex))
+        }
         BPF_FIB_LKUP_RET_SUCCESS => {
             let [a, b, c, d, e, f] = lookup.dmac;
             let [g, h, i, j, k, l] = lookup.smac;
@@ -80,21 +98,30 @@ fn by_neighbour(ifindex: u32) -> i32 {
     unsafe { bpf_redirect_neigh(ifindex, ptr::null_mut(), 0, 0) as i32 }
 }
 
+/// Bytes of the IP packet; a super-packet is as large as its segments.
+#[inline(always)]
+fn size(ctx: &TcContext, scratch: *mut Scratch) -> u32 {
+    // SAFETY: this CPU's scratch, two fields of it; a field of the context.
+    let (network, tcp_bytes, gso_size) =
+        unsafe { (&(*scratch).network, (*scratch).leaves.tcp_bytes, (*ctx.skb.skb).gso_size) };
+    let after_ip = if gso_size > 0 { tcp_bytes + gso_size } else { network.length as u32 };
+    (network.transport - ETHERNET) as u32 + after_ip
+}
+
 /// Writes the question for the way of a translated packet into the scratch.
 #[inline(never)]
 fn ask(ctx: &TcContext, scratch: *mut Scratch) {
-    // SAFETY: this CPU's scratch; four fields of it.
-    let (network, entry, tcp_bytes, lookup) =
-        unsafe { (&(*scratch).network, &(*scratch).entry, (*scratch).leaves.tcp_bytes, &mut (*scratch).question) };
-    // SAFETY: integers only, for which zeros are values; fields of the context.
-    let (gso_size, ifindex) = unsafe {
+    // SAFETY: this CPU's scratch; three fields of it.
+    let (network, entry, lookup) =
+        unsafe { (&(*scratch).network, &(*scratch).entry, &mut (*scratch).question) };
+    // SAFETY: integers only, for which zeros are values; a field of the context.
+    let ifindex = unsafe {
         *lookup = core::mem::zeroed();
-        ((*ctx.skb.skb).gso_size, (*ctx.skb.skb).ifindex)
+        (*ctx.skb.skb).ifindex
     };
-    // A super-packet is as large as its segments.
-    let after_ip = if gso_size > 0 { tcp_bytes + gso_size } else { network.length as u32 };
     lookup.l4_protocol = network.protocol;
-    lookup.__bindgen_anon_1.tot_len = (network.transport - ETHERNET) as u16 + after_ip as u16;
+    // Without a length: with one the kernel would also compare it with what sockets here were told of the path (`fib_nh_exception`),
+    // and nobody would tell the sender. On its way there the packet meets the router who does.
     lookup.ifindex = ifindex;
     lookup.sport = u16::from_ne_bytes(entry.source.port_be);
     lookup.dport = u16::from_ne_bytes(entry.destination.port_be);

@@ -81,6 +81,7 @@ impl FlowTable {
         if meter(record, entry, tally) && !adopted {
             record.last_activity = now.mono;
             record.silent_since = self.last_dump.max(record.start);
+            record.warned = false;
         }
         match record.state {
             State::Closing { ended, .. } => {
@@ -92,6 +93,13 @@ impl FlowTable {
             State::Dialing | State::Established | State::HalfClosed { .. } => {
                 let oldest = tally.oldest_building.get_or_insert(record.start);
                 *oldest = record.start.min(*oldest);
+                let silent_for = |after| now.mono.saturating_sub(record.last_activity) >= after;
+                // What an adopted flow's silence was is a guess until the next dump.
+                let known = record.adopted_by != NonZeroU32::new(self.dumping);
+                if known && !record.warned && tally.info.idle_warning.is_some_and(silent_for) {
+                    record.warned = true;
+                    self.silent.push(id);
+                }
                 self.timers.watch(record, &tally.info);
                 // Its bytes, and its age, are news.
                 touch(tally, record.route, &mut self.changed);
@@ -116,16 +124,20 @@ impl FlowTable {
         }
     }
 
-    /// An adopted flow has been silent for as long as its timeout has run.
+    /// An adopted flow has been silent for as long as its timeout has run, but no longer than it lives: the kernel begins a shorter
+    /// timeout than the route's while data is unacknowledged (`nf_conntrack_tcp_timeout_unacknowledged`).
     fn adopt(&mut self, id: FlowId, entry: &Entry, now: Now) {
         let Some(record) = self.flows.get_mut(&id) else { return };
         record.adopted_by = NonZeroU32::new(self.dumping);
         let Some(tally) = self.tallies.get(&record.route).filter(|tally| tally.info.kernel_timeouts) else { return };
         let (Some(limit), Some(left)) = (tally.info.idle, entry.timeout) else { return };
         let idle = limit.saturating_sub(Duration::from_secs(u64::from(left)));
-        record.last_activity = now.mono.saturating_sub(idle);
+        let silent_since = now.mono.saturating_sub(idle);
+        if !record.start_told {
+            record.start = record.start.min(silent_since);
+        }
+        record.last_activity = silent_since.max(record.start);
         record.silent_since = record.last_activity;
-        record.start = record.start.min(record.last_activity);
     }
 
     /// The dump is over, and the events that were queued before its end have been applied. Records that the kernel no

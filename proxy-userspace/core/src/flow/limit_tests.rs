@@ -21,6 +21,19 @@ fn an_adopted_flow_has_been_idle_for_as_long_as_its_timeout_ran() {
 }
 
 #[test]
+fn a_flow_that_a_dump_finds_with_unacknowledged_data_is_as_old_as_the_kernel_says() {
+    let mut table = table();
+    let started = Some(at(1).wall.as_nanos() as u64);
+    let young = Entry { started_ns: started, timeout: Some(20), ..established(1, 5) };
+    dump(&mut table, DumpKind::Full, std::slice::from_ref(&young), 3);
+    let record = table.records().next().expect("record");
+    assert_eq!((record.start, record.last_activity), (at(1).mono, at(1).mono));
+    table.apply(&Event::Destroy(ended_with(young, End::ResetByClient)), at(4));
+    let line = &ended(&mut table)[0];
+    assert_eq!(line.duration, Duration::from_secs(3));
+}
+
+#[test]
 fn lifetimes_end_flows_on_time_and_hold_no_timer_long_before() {
     let mut table = table_with(RouteInfo { lifetime: Some(Duration::from_secs(10)), ..info() });
     table.apply(&Event::New(syn(1)), at(1));
@@ -51,6 +64,17 @@ fn a_byte_just_before_the_limit_starts_the_idle_timer_over() {
     dump(&mut table, DumpKind::Full, &[established(1, 5)], 2);
     dump(&mut table, DumpKind::Full, &[established(1, 6)], 61);
     assert!(table.expire(at(63)).is_empty());
+}
+
+#[test]
+fn a_silence_is_warned_of_once_and_again_when_a_packet_came_in_between() {
+    let mut table = table_with(RouteInfo { idle_warning: Some(Duration::from_secs(10)), ..info() });
+    table.apply(&Event::New(syn(1)), at(1));
+    for (second, packets, warned) in [(2, 5, 0), (11, 5, 0), (12, 5, 1), (14, 5, 0), (16, 6, 0), (25, 6, 0), (26, 6, 1)]
+    {
+        dump(&mut table, DumpKind::Live, &[established(1, packets)], second);
+        assert_eq!(table.take_silent().len(), warned, "second {second}");
+    }
 }
 
 #[test]

@@ -112,6 +112,7 @@ impl Kernel {
             name: "r".into(),
             protocol: Protocol::Tcp,
             idle: Some(Duration::from_secs(20)),
+            idle_warning: None,
             half_closed: Some(Duration::from_secs(10)),
             lifetime: Some(Duration::from_secs(60)),
             kernel_timeouts: false,

@@ -226,6 +226,8 @@ pub struct Record {
     /// The kernel's clock at a moment when it was there, nanoseconds since the epoch: at its beginning, which dumps tell, or
     /// at its end. What begins later under its id is another connection.
     pub(super) seen_ns: Option<NonZeroU64>,
+    /// It has been warned of this silence.
+    pub(super) warned: bool,
     /// It had ended when the first dump came upon it. If that was after the event socket was opened, its end is still told.
     pub(super) over_before: bool,
 }
@@ -254,6 +256,7 @@ impl Record {
             generation: 0,
             adopted_by: None,
             seen_ns: entry.started_ns.and_then(NonZeroU64::new),
+            warned: false,
             over_before: false,
         }
     }

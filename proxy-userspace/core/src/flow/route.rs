@@ -15,6 +15,8 @@ pub struct RouteInfo {
     pub protocol: Protocol,
     /// Effective limits, keepalive applied. `None`: never.
     pub idle: Option<Duration>,
+    /// A warning is due after so long without a byte.
+    pub idle_warning: Option<Duration>,
     pub half_closed: Option<Duration>,
     pub lifetime: Option<Duration>,
     /// The kernel itself ends idle flows (`ct timeout`). When false the table does, as exactly as dumps allow.

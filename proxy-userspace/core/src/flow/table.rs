@@ -40,6 +40,8 @@ pub struct FlowTable {
     pub(super) tallies: Tallies,
     pub(super) changed: Vec<u32>,
     pub(super) ended: Vec<Ended>,
+    /// Silent for so long that a warning is due.
+    pub(super) silent: Vec<FlowId>,
     pub(super) timers: Timers,
     pub(super) counts: Counts,
     /// Events are missing, or none have been asked for yet: a full dump heals it.
@@ -74,6 +76,7 @@ impl FlowTable {
             tallies: Tallies::default(),
             changed: Vec::new(),
             ended: Vec::new(),
+            silent: Vec::new(),
             timers: Timers::default(),
             counts: Counts::default(),
             stale: true,
@@ -156,6 +159,11 @@ impl FlowTable {
     /// Moves the connections that ended since the last call, with their final numbers, to the end of `into`.
     pub fn take_ended(&mut self, into: &mut Vec<Ended>) {
         into.append(&mut self.ended);
+    }
+
+    /// Those that have been silent for [`RouteInfo::idle_warning`] since the last call; each silence is told once.
+    pub fn take_silent(&mut self) -> Vec<FlowId> {
+        std::mem::take(&mut self.silent)
     }
 
     /// Takes the new set of routes. What is left of routes that are gone is ended as drained; the entries to cut are

@@ -75,6 +75,7 @@ pub(super) fn info() -> RouteInfo {
         name: "web".into(),
         protocol: Protocol::Tcp,
         idle: Some(Duration::from_secs(60)),
+        idle_warning: None,
         half_closed: Some(Duration::from_secs(30)),
         lifetime: None,
         kernel_timeouts: true,
@@ -178,6 +179,15 @@ fn a_lone_reset_from_the_backend_is_a_refusal() {
     let refused = Entry { tcp_state: Some(TcpState::Close), traffic_in: traffic(1), traffic_out: traffic(1), ..syn(1) };
     assert_eq!(destroyed_as(refused.clone(), 2), Reason::ConnectRefused);
     assert_eq!(destroyed_as(ended_with(refused, End::ResetByBackend), 2), Reason::ConnectRefused);
+}
+
+#[test]
+fn a_lone_reset_is_a_refusal_too_where_destroy_tells_no_state() {
+    let refused = Entry { tcp_state: None, traffic_in: traffic(1), traffic_out: traffic(1), ..syn(1) };
+    assert_eq!(destroyed_as(refused.clone(), 2), Reason::ConnectRefused);
+    // Past its handshake, or never answered.
+    assert_eq!(destroyed_as(Entry { status: SEEN_REPLY, ..refused.clone() }, 2), Reason::KernelExpired);
+    assert_eq!(destroyed_as(Entry { traffic_out: traffic(0), ..refused }, 31), Reason::ConnectTimeout);
 }
 
 #[test]

@@ -99,11 +99,20 @@ pub(super) fn destroyed(
         (Protocol::Udp, _) => Reason::IdleTimeout,
         (Protocol::Tcp, State::HalfClosed { .. }) if silent_for(route.half_closed) => Reason::HalfClosedTimeout,
         (Protocol::Tcp, State::Dialing) if unanswered(entry) => Reason::ConnectTimeout,
+        (Protocol::Tcp, State::Dialing) if entry.tcp_state.is_none() && killed_by_its_answer(entry) => {
+            Reason::ConnectRefused
+        }
         (Protocol::Tcp, State::Established) if silent_for(route.idle) => Reason::IdleTimeout,
         // Without protocol state in DESTROY (before v5.12) a short connection is not known to be past its handshake.
         (Protocol::Tcp, State::Dialing) if entry.tcp_state.is_none() && silent_for(route.idle) => Reason::IdleTimeout,
         (Protocol::Tcp, _) => Reason::KernelExpired,
     }
+}
+
+/// The first answer was a RST, where DESTROY does not say that the entry was in `CLOSE` (before v5.12): the entry goes, its packet counted,
+/// before the answer is noted in the status (`nf_conntrack_tcp_packet`, `nf_conntrack_in`).
+fn killed_by_its_answer(entry: &Entry) -> bool {
+    entry.status & SEEN_REPLY == 0 && entry.traffic_out.is_some_and(|out| out.packets > 0)
 }
 
 fn unanswered(entry: &Entry) -> bool {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::{
-    capability::{Capabilities, Handoff, Sockmap},
+    capability::{Capabilities, FilterChain, Handoff, Sockmap},
     config::{Balance, Engine, EngineChoice, Protocol, Route, RouteName, SourceAddress, Target, TlsMode},
     plan::Port,
     ruleset::Family,
@@ -40,13 +40,11 @@ pub enum Refusal {
     NotBetter,
     CannotHandOver(Handoff),
     /// What is handed over does not pass this chain of the host's firewall: not without being asked for.
-    BypassesFirewall(String),
+    BypassesFirewall(FilterChain),
     /// Both ends of a connection that is handed over are on other machines.
     StaysOnThisMachine,
     /// The port of a connection that is handed over must stay taken, and those of clients' addresses are not ours to keep.
     ClientsPorts,
-    /// See [`AUTO_HANDS_OVER`].
-    OnlyWhenForced,
 }
 
 /// What only a reader or writer of the stream can do.
@@ -111,7 +109,7 @@ impl fmt::Display for Refusal {
             Self::CannotHandOver(why) => write!(f, "{why}"),
             Self::BypassesFirewall(chain) => write!(
                 f,
-                "what is handed over would pass by {chain} of the host's firewall; engine = \"handoff\" says that it may"
+                "what is handed over would not be seen by {chain}, which filters; engine = \"handoff\" says that it may"
             ),
             Self::StaysOnThisMachine => {
                 f.write_str("hands over connections between other machines, and these begin or end on this one")
@@ -119,7 +117,6 @@ impl fmt::Display for Refusal {
             Self::ClientsPorts => {
                 f.write_str("source_address = \"client\": the ports of clients' addresses cannot be kept for it")
             }
-            Self::OnlyWhenForced => f.write_str("taken where engine = \"handoff\" asks for it"),
         }
     }
 }
@@ -165,17 +162,20 @@ impl fmt::Display for Handoff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Works => f.write_str("connections can be handed over"),
-            Self::NotPermitted => f.write_str("CAP_BPF, CAP_NET_ADMIN or CAP_NET_RAW is missing"),
+            Self::NotPermitted => f.write_str(
+                "CAP_BPF, CAP_NET_ADMIN or CAP_NET_RAW is missing, or before Linux 5.11 RLIMIT_MEMLOCK is too low",
+            ),
             Self::NoTc => f.write_str("this kernel has neither tcx (Linux 6.6) nor clsact (CONFIG_NET_CLS_ACT)"),
             Self::NoRedirect => f.write_str("this kernel has no bpf_redirect_neigh (Linux 5.10)"),
+            Self::NoBpffs => {
+                f.write_str("there is no BPF file system that may be written to (mount -t bpf bpf /sys/fs/bpf)")
+            }
             Self::ProbeFailed(check) => write!(f, "its self-probe failed on this kernel: {check}"),
+            Self::NotBroughtUp(what) => write!(f, "it could not be brought up: {what}"),
             Self::NotAsked => f.write_str("the kernel was not asked"),
         }
     }
 }
-
-/// Whether `auto` takes the engine `handoff` where it can serve, or leaves it to routes that name it.
-pub const AUTO_HANDS_OVER: bool = false;
 
 /// Ports of one route where each has sockets.
 pub const MAX_STREAM_PORTS: usize = 1024;
@@ -185,7 +185,9 @@ pub(super) fn refusals(route: &Route, port: &Port, capabilities: &Capabilities) 
     let mut refused: Vec<(Engine, Refusal)> =
         nft(route, port, capabilities).into_iter().map(|r| (Engine::Nft, r)).collect();
     let relays = stream(route, capabilities);
-    let handoff = relays.iter().cloned().chain(handoff(route, capabilities));
+    // What nobody would use is not asked for.
+    let wanted = route.engine == EngineChoice::Forced(Engine::Handoff) || !refused.is_empty();
+    let handoff = relays.iter().cloned().chain(handoff(route, capabilities, wanted));
     refused.extend(handoff.map(|refusal| (Engine::Handoff, refusal)));
     for engine in [Engine::Sockmap, Engine::Splice, Engine::Copy] {
         refused.extend(relays.iter().map(|refusal| (engine, refusal.clone())));
@@ -239,17 +241,8 @@ fn sockmap(route: &Route, capabilities: &Capabilities) -> Option<Refusal> {
     }
 }
 
-/// Whether the kernel must be asked if connections can be handed over ([`Capabilities::handoff`]).
-pub fn may_hand_over(route: &Route) -> bool {
-    let stays = !encrypts(route).is_empty() || route.protocol == Protocol::Udp;
-    match route.engine {
-        EngineChoice::Forced(engine) => engine == Engine::Handoff,
-        EngineChoice::Auto => AUTO_HANDS_OVER && !stays && !needs(route).is_empty(),
-    }
-}
-
-/// Against handing over, beyond what the daemon needs to relay until then.
-fn handoff(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
+/// Against handing over, beyond what the daemon needs to relay until then. `wanted`: no cheaper engine serves the route.
+fn handoff(route: &Route, capabilities: &Capabilities, wanted: bool) -> Vec<Refusal> {
     let mut refusals: Vec<Refusal> = encrypts(route).into_iter().map(Refusal::NeedsBytes).collect();
     let mut refuse = |condition: bool, refusal| {
         if condition {
@@ -261,15 +254,11 @@ fn handoff(route: &Route, capabilities: &Capabilities) -> Vec<Refusal> {
     let to_here = route.backends.iter().all(|backend| is_loopback(&backend.target));
     refuse(route.source_address == SourceAddress::Client, Refusal::ClientsPorts);
     refuse(from_here || to_here, Refusal::StaysOnThisMachine);
-    // What nobody asks for is not asked of the kernel either.
-    let unasked = capabilities.handoff == Handoff::NotAsked && !may_hand_over(route);
-    if capabilities.handoff != Handoff::Works && !unasked {
+    let passed_by = capabilities.filter.iter().filter(|_| wanted && route.engine == EngineChoice::Auto).cloned();
+    refusals.extend(passed_by.map(Refusal::BypassesFirewall));
+    let answer_matters = wanted && !matches!(refusals.last(), Some(Refusal::BypassesFirewall(_)));
+    if capabilities.handoff != Handoff::Works && (answer_matters || capabilities.handoff != Handoff::NotAsked) {
         refusals.push(Refusal::CannotHandOver(capabilities.handoff.clone()));
-    }
-    if route.engine == EngineChoice::Auto {
-        let chain = capabilities.forward_filter.iter().cloned();
-        refusals.extend(chain.map(Refusal::BypassesFirewall));
-        refusals.extend((!AUTO_HANDS_OVER).then_some(Refusal::OnlyWhenForced));
     }
     refusals
 }

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use super::*;
 use crate::{
-    capability::{Handoff, Sockmap},
+    capability::{FilterChain, Handoff, Hook, Sockmap},
     config::{Protocol, parse},
 };
 
@@ -308,16 +308,70 @@ fn a_kernel_that_cannot_hand_over_is_an_error_that_says_which_check_failed() {
 
 #[test]
 fn a_host_firewall_is_passed_by_only_where_the_configuration_says_so() {
-    let filtered = Capabilities { forward_filter: Some("ip filter FORWARD".into()), ..Capabilities::all() };
+    let chain = FilterChain { table: "ip filter".into(), chain: "FORWARD".into(), hook: Hook::Forward, priority: 0 };
+    let filtered = Capabilities { filter: Some(chain.clone()), ..Capabilities::all() };
     assert_eq!(handed("", &filtered).0, Some(Engine::Handoff));
     let auto = planned(&route("balance = \"least-connections\""), &filtered);
-    assert!(auto.routes[0].refused.contains(&(Engine::Handoff, Refusal::BypassesFirewall("ip filter FORWARD".into()))));
-    assert_ne!(auto.routes[0].engine, Some(Engine::Handoff));
+    assert_eq!(auto.routes[0].engine, Some(Engine::Splice));
+    let refused = auto.routes[0].refused.iter().filter(|(engine, _)| *engine == Engine::Handoff);
+    let refused: Vec<_> = refused.map(|(_, refusal)| refusal.to_string()).collect();
+    let why = "what is handed over would not be seen by chain FORWARD of table ip filter (hook forward, priority 0), which filters; \
+               engine = \"handoff\" says that it may";
+    assert_eq!(refused, [why]);
+    // What the table forwards passes the chain.
+    let forwarded = planned(&route(""), &filtered);
+    assert!(!forwarded.routes[0].refused.iter().any(|(_, r)| matches!(r, Refusal::BypassesFirewall(_))));
 }
 
 #[test]
-fn auto_takes_handoff_before_splice_when_it_may() {
-    let plan = planned(&route("balance = \"least-connections\""), &Capabilities::all());
-    let wanted = if AUTO_HANDS_OVER { Engine::Handoff } else { Engine::Splice };
-    assert_eq!(plan.routes[0].engine, Some(wanted));
+fn auto_takes_handoff_before_splice_where_the_machine_allows_it() {
+    let all = Capabilities::all();
+    let engine = |extra: &str, capabilities: &Capabilities| planned(&route(extra), capabilities).routes[0].engine;
+    for reads in
+        ["balance = \"least-connections\"", "proxy_protocol = { send = \"v2\" }", "match = { sni = [\"a.example\"] }"]
+    {
+        assert_eq!(engine(reads, &all), Some(Engine::Handoff), "{reads}");
+        for missing in [Handoff::NotPermitted, Handoff::NoBpffs, Handoff::ProbeFailed("x".into()), Handoff::NotAsked] {
+            let without = Capabilities { handoff: missing, ..all.clone() };
+            assert_eq!(engine(reads, &without), Some(Engine::Splice), "{without:?}");
+        }
+    }
+    assert_eq!(engine("", &all), Some(Engine::Nft));
+    assert_eq!(engine("balance = \"least-connections\"\nsource_address = \"client\"", &all), Some(Engine::Splice));
+}
+
+#[test]
+fn the_kernel_is_asked_where_its_answer_would_change_something() {
+    let unasked = Capabilities { handoff: Handoff::NotAsked, ..Capabilities::all() };
+    let awaits =
+        |extra: &str, capabilities: &Capabilities| planned(&route(extra), capabilities).routes[0].awaits_handoff();
+    assert!(awaits("balance = \"least-connections\"", &unasked) && awaits("engine = \"handoff\"", &unasked));
+    let ends = "tls = { mode = \"terminate\", certificates = [{ cert = \"c.pem\", key = \"k.pem\" }] }";
+    for not in [
+        "",
+        ends,
+        "protocol = \"udp\"",
+        "engine = \"splice\"",
+        "balance = \"least-connections\"\nsource_address = \"client\"",
+    ] {
+        assert!(!awaits(not, &unasked), "{not}");
+    }
+    let chain = FilterChain { table: "ip filter".into(), chain: "INPUT".into(), hook: Hook::Input, priority: 0 };
+    let filtered = Capabilities { filter: Some(chain), ..unasked.clone() };
+    assert!(!awaits("balance = \"least-connections\"", &filtered), "the firewall has said no");
+    let kept = planned(&route("balance = \"least-connections\""), &filtered);
+    assert!(matches!(kept.routes[0].kept_by(), Some(Refusal::BypassesFirewall(_))), "and it is what people are told");
+    let could = planned(&route("balance = \"least-connections\""), &filtered).routes[0].could_hand_over();
+    assert!(could && !awaits("balance = \"least-connections\"", &Capabilities::all()));
+}
+
+#[test]
+fn what_the_machine_allows_now_moves_routes_that_have_not_changed() {
+    let text = route("balance = \"least-connections\"");
+    let config = parse(&text, Path::new("/test.toml")).unwrap_or_else(|problems| panic!("{problems}"));
+    let without = Capabilities { handoff: Handoff::NoBpffs, ..Capabilities::all() };
+    let mut changing = plan(&config, &without);
+    assert!(replan(&config, &without, &changing).routes.is_empty());
+    changing.put(replan(&config, &Capabilities::all(), &changing));
+    assert_eq!(changing.routes[0].engine, Some(Engine::Handoff));
 }

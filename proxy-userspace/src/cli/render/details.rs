@@ -7,11 +7,11 @@ use proxy_core::view;
 use super::{
     BAD, BOLD, DIM, GOOD, WARN,
     table::{Cell, Column, Table},
-    units::{bytes, count, rate, seconds},
+    units::{bytes, count, counted, rate, seconds},
 };
 
 pub(in crate::cli) fn routes_counted(routes: usize) -> String {
-    if routes == 1 { "1 route".to_owned() } else { format!("{routes} routes") }
+    counted(routes as u64, "route")
 }
 
 pub(in crate::cli) fn status(status: &view::Status) -> String {
@@ -20,17 +20,24 @@ pub(in crate::cli) fn status(status: &view::Status) -> String {
     let ready = if status.ready { format!("{GOOD}ready{GOOD:#}") } else { format!("{BAD}not ready{BAD:#}") };
     let up = seconds(status.uptime_seconds);
     line(&mut text, "shunt", &format!("{}, pid {}, up {up}, {ready}", status.version, status.pid));
-    let reloads = format!("{} reloads, {} failed", status.reloads_ok + status.reloads_failed, status.reloads_failed);
+    let reloads =
+        format!("{}, {} failed", counted(status.reloads_ok + status.reloads_failed, "reload"), status.reloads_failed);
     line(&mut text, "config", &format!("{} ({reloads})", status.config_file));
     line(&mut text, "routes", &status.routes.to_string());
     let (open, total) = (count(status.connections_active), count(status.connections_total));
     line(&mut text, "connections", &format!("{open} open, {total} in all"));
     let applied = format!(
-        "{} changes applied, {} failed, {} foreign changes repaired",
-        reconcile.ok, reconcile.failed, reconcile.drift
+        "{} applied, {} failed, {} repaired",
+        counted(reconcile.ok, "change"),
+        reconcile.failed,
+        counted(reconcile.drift, "foreign change")
     );
     line(&mut text, "ruleset", &applied);
-    line(&mut text, "", &format!("last: {} messages in {:.1} ms", reconcile.last_changes, reconcile.last_apply_ms));
+    line(
+        &mut text,
+        "",
+        &format!("last: {} in {:.1} ms", counted(reconcile.last_changes as u64, "message"), reconcile.last_apply_ms),
+    );
     if let Some(error) = &reconcile.last_error {
         line(&mut text, "", &format!("{BAD}{error}{BAD:#}"));
     }
@@ -168,18 +175,21 @@ pub(in crate::cli) fn explain(explain: &view::Explain) -> String {
             false => "bytes not known: it began before accounting was on".to_owned(),
         };
         line(&mut text, "", &carried);
+        if let Some(why) = &one.not_handed_over {
+            line(&mut text, "", &format!("not handed over: {why}"));
+        }
     }
     text
 }
 
 pub(in crate::cli) fn reload(reload: &view::Reload) -> String {
     let mut text = format!(
-        "reloaded: {} added, {} changed, {} removed, {} unchanged; {} messages in {:.1} ms\n",
+        "reloaded: {} added, {} changed, {} removed, {} unchanged; {} in {:.1} ms\n",
         reload.added.len(),
         reload.changed.len(),
         reload.removed.len(),
         reload.unchanged,
-        reload.changes,
+        counted(reload.changes as u64, "message"),
         reload.apply_ms
     );
     for (sign, names) in [("+", &reload.added), ("~", &reload.changed), ("-", &reload.removed)] {

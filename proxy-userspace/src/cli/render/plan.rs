@@ -1,5 +1,7 @@
 //! A plan, for people and for scripts.
 
+use std::collections::BTreeMap;
+
 use proxy_core::plan::{Plan, RoutePlan};
 use serde_json::{Value, json};
 
@@ -34,6 +36,9 @@ pub(in crate::cli) fn plan(plan: &Plan) -> String {
     for (route, how) in plan.routes().iter().filter_map(|r| Some((r, r.many_ports()?))) {
         text += &format!("\n{}: {how}\n", route.route.name);
     }
+    for (why, routes) in kept(plan) {
+        text += &format!("\nnot handed over: {why}: {routes}\n");
+    }
     for route in plan.routes().iter().filter(|r| r.engine.is_none()) {
         text += &format!("\n{}: what rules each engine out\n", route.route.name);
         for (engine, refusal) in &route.refused {
@@ -41,6 +46,20 @@ pub(in crate::cli) fn plan(plan: &Plan) -> String {
         }
     }
     text
+}
+
+/// What keeps connections in the daemon that could be handed over, each once, and the routes.
+fn kept(plan: &Plan) -> BTreeMap<String, String> {
+    const SHOWN: usize = 5;
+    let mut kept: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for (route, why) in plan.routes().iter().filter_map(|route| Some((route, route.kept_by()?))) {
+        kept.entry(why.to_string()).or_default().push(route.route.name.as_str());
+    }
+    let told = |routes: Vec<&str>| match routes.get(..SHOWN) {
+        Some(shown) if routes.len() > SHOWN => format!("{} and {} more", shown.join(", "), routes.len() - SHOWN),
+        Some(_) | None => routes.join(", "),
+    };
+    kept.into_iter().map(|(why, routes)| (why, told(routes))).collect()
 }
 
 /// Every engine of every route, with every reason.

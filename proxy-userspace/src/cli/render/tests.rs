@@ -68,6 +68,7 @@ fn connection(client: &str, metered: bool) -> view::Connection {
         packets_in: 1,
         packets_out: 2,
         metered,
+        not_handed_over: None,
     }
 }
 

@@ -10,6 +10,11 @@ pub(in crate::cli) fn count(value: u64) -> String {
     scaled(value as f64, 1000.0, &["", "k", "M", "G", "T"])
 }
 
+/// `1 route`, `2 routes`
+pub(in crate::cli) fn counted(number: u64, one: &str) -> String {
+    if number == 1 { format!("1 {one}") } else { format!("{number} {one}s") }
+}
+
 /// `0`, `0.3`, `12`, `1.2k`: per second, without the unit.
 pub(in crate::cli) fn rate(value: f64) -> String {
     if value > 0.0 && value < 9.95 { format!("{value:.1}") } else { scaled(value, 1000.0, &["", "k", "M", "G"]) }

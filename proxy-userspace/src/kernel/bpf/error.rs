@@ -1,6 +1,6 @@
 //! What can go wrong between the object and a kernel that runs it.
 
-use std::{error::Error, io};
+use std::{error::Error, fs, io};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 use proxy_abi::{
@@ -18,8 +18,12 @@ pub enum BpfError {
     #[error("this kernel has no bpf(2) system call")]
     NoBpf(#[source] Box<dyn Error + Send + Sync>),
     /// The verifier refused the program; `log` is what it said.
-    #[error("the kernel's verifier refused the program: {log}")]
+    #[error("the kernel's verifier refused the program: {}", verdict(log))]
     Verifier { source: io::Error, log: String },
+    /// It might not have with that privilege: without, it also walks what a processor might speculate, and refuses what that might read
+    /// and more, in older kernels more than in newer ones.
+    #[error("this kernel's verifier refuses the program of a process without CAP_PERFMON: {}", verdict(log))]
+    NoPerfmon { log: String },
     #[error("the eBPF object could not be loaded")]
     Load(#[source] Box<EbpfError>),
     #[error("the eBPF program could not be loaded or run")]
@@ -50,6 +54,7 @@ impl BpfError {
                 "give the process CAP_BPF and CAP_NET_ADMIN; before Linux 5.11 raise RLIMIT_MEMLOCK too; a seccomp filter \
                  or a container runtime may also forbid bpf(2)"
             }
+            Self::NoPerfmon { .. } => "give the process CAP_PERFMON beside CAP_BPF and CAP_NET_ADMIN",
             Self::NoBpf(_) => "use a kernel with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_ACT",
             Self::Verifier { .. } | Self::Load(_) | Self::Program(_) => {
                 "use a newer kernel; shunt serves these routes without eBPF meanwhile"
@@ -78,11 +83,29 @@ impl BpfError {
             (Some(libc::EPERM), error) => Self::NotPermitted(Box::new(error)),
             (Some(libc::ENOSYS), error) => Self::NoBpf(Box::new(error)),
             (_, ProgramError::LoadError { io_error, verifier_log }) => {
-                Self::Verifier { source: io_error, log: verifier_log.to_string() }
+                let log = verifier_log.to_string();
+                tracing::debug!(log, "the verifier");
+                if lacks_perfmon() { Self::NoPerfmon { log } } else { Self::Verifier { source: io_error, log } }
             }
             (_, error) => Self::Program(Box::new(error)),
         }
     }
+}
+
+fn lacks_perfmon() -> bool {
+    const CAP_SYS_ADMIN: u64 = 1 << 21;
+    const CAP_PERFMON: u64 = 1 << 38;
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(u64::MAX);
+    effective & (CAP_SYS_ADMIN | CAP_PERFMON) == 0
+}
+
+/// The line of a verifier's log that says what it objects to: the last one before its statistics.
+fn verdict(log: &str) -> &str {
+    const STATISTICS: [&str; 3] = ["processed ", "verification time ", "stack depth "];
+    let said = |line: &&str| !line.is_empty() && !STATISTICS.iter().any(|beginning| line.starts_with(beginning));
+    log.lines().map(str::trim).rfind(said).unwrap_or("it does not say why")
 }
 
 /// The system call's answer at the end of an error's chain.
@@ -95,4 +118,17 @@ fn errno(error: &(dyn Error + 'static)) -> Option<i32> {
         cause = error.source();
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_verifiers_long_log_the_line_is_told_that_says_why() {
+        let log = "0: (bf) r6 = r1\n; \n463: (6b) *(u16 *)(r10 -18) = r1\nattempt to corrupt spilled pointer on stack\n\
+                   verification time 15936 usec\nstack depth 104\nprocessed 240 insns (limit 1000000) max_states_per_insn 0\n";
+        assert_eq!(verdict(log), "attempt to corrupt spilled pointer on stack");
+        assert_eq!(verdict(""), "it does not say why");
+    }
 }

@@ -11,6 +11,7 @@ mod links;
 mod memory;
 mod object;
 mod probe;
+mod qdisc;
 mod table;
 
 use std::os::fd::BorrowedFd;

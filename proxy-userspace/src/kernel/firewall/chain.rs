@@ -1,22 +1,38 @@
-//! nftables chains of the forward hook, also those that `iptables-nft` keeps.
+//! nftables chains that see packets, also those that `iptables-nft` keeps.
 
 use std::io;
 
-use proxy_core::ruleset::TABLE;
+use proxy_core::{
+    capability::{FilterChain, Hook},
+    ruleset::TABLE,
+};
 
-use super::ForwardChain;
-use crate::kernel::capability::netlink::{Message, SUBSYS_NFTABLES, attributes, be32, dump, text};
+use super::{
+    ForeignChain,
+    expression::{Elements, Expression, effect, elements, expressions},
+    filter::filters,
+};
+use crate::kernel::{
+    capability::netlink::{Message, SUBSYS_NFTABLES, attributes, be32, dump, text},
+    nft::TRANSPARENT_TABLE,
+};
 
 /// Reads the network namespace of this process.
-pub(super) fn read() -> io::Result<Vec<ForwardChain>> {
-    let request = Message::new(SUBSYS_NFTABLES, libc::NFT_MSG_GETCHAIN as u8, libc::AF_UNSPEC as u8, libc::NLM_F_DUMP);
+pub(super) fn read() -> io::Result<Vec<ForeignChain>> {
+    let question = |message: i32, family| Message::new(SUBSYS_NFTABLES, message as u8, family, libc::NLM_F_DUMP);
     let mut found = Vec::new();
-    for (family, chain) in dump(request)? {
+    for (family, chain) in dump(question(libc::NFT_MSG_GETCHAIN, libc::AF_UNSPEC as u8))? {
         let Some(chain) = Chain::parse(family, &chain) else { continue };
-        let rules = Message::new(SUBSYS_NFTABLES, libc::NFT_MSG_GETRULE as u8, family, libc::NLM_F_DUMP);
         // NFTA_RULE_TABLE, _CHAIN
-        let rules: Vec<_> = dump(rules.string(1, &chain.table).string(2, &chain.name))?;
-        let rules: Vec<_> = rules.iter().map(|(_, rule)| expressions(rule)).collect();
+        let rules = question(libc::NFT_MSG_GETRULE, family).string(1, &chain.table).string(2, &chain.name);
+        // One that somebody can change says nothing of tomorrow.
+        let anonymous = |name: &str| -> Option<Elements> {
+            // NFTA_SET_ELEM_LIST_TABLE, _SET
+            let asked = question(libc::NFT_MSG_GETSETELEM, family).string(1, &chain.table).string(2, name);
+            let answers = name.starts_with("__").then(|| dump(asked))?.ok()?;
+            Some(answers.iter().flat_map(|(_, answer)| elements(answer)).collect())
+        };
+        let rules: Vec<_> = dump(rules)?.iter().map(|(_, rule)| expressions(rule, anonymous)).collect();
         found.push(chain.with_rules(&rules));
     }
     Ok(found)
@@ -27,96 +43,79 @@ struct Chain {
     family: &'static str,
     table: String,
     name: String,
+    hook: Hook,
+    priority: i32,
     policy_drops: bool,
 }
 
 impl Chain {
-    /// `None`: not a foreign base chain that filters forwarded IP packets.
+    /// `None`: not a foreign base chain that sees the IP packets of a connection.
     fn parse(family: u8, bytes: &[u8]) -> Option<Self> {
         let family = match i32::from(family) {
             libc::NFPROTO_IPV4 => "ip",
             libc::NFPROTO_IPV6 => "ip6",
             libc::NFPROTO_INET => "inet",
+            libc::NFPROTO_NETDEV => "netdev",
             _ => return None,
         };
-        // NFTA_CHAIN_TABLE, _NAME, _HOOK { _HOOKNUM }, _POLICY
+        // NFTA_CHAIN_TABLE, _NAME, _HOOK { _HOOKNUM, _PRIORITY }, _POLICY, _TYPE
         let value = |wanted| attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
-        let hook = attributes(value(4)?).find(|(kind, _)| *kind == 1).and_then(|(_, value)| be32(value))?;
+        let hook = |wanted| {
+            let found = attributes(value(4)?).find(|(kind, _)| *kind == wanted);
+            found.and_then(|(_, value)| be32(value))
+        };
         let (table, name) = (text(value(1)?), text(value(3)?));
-        let ours = family == "inet" && table == TABLE;
+        let ours = family == "inet" && (table == TABLE || table == TRANSPARENT_TABLE);
+        let first_packets_only = value(7).map(text).is_some_and(|kind| kind == "nat");
         let policy_drops = value(5).and_then(be32) == Some(libc::NF_DROP as u32);
-        (hook == libc::NF_INET_FORWARD as u32 && !ours).then_some(Self { family, table, name, policy_drops })
+        let priority = i32::from_be_bytes(hook(2).unwrap_or_default().to_be_bytes());
+        let hook = hook_of(family, hook(1)?)?;
+        (!ours && !first_packets_only).then_some(Self { family, table, name, hook, priority, policy_drops })
     }
 
-    fn with_rules(self, rules: &[Vec<Expression>]) -> ForwardChain {
+    fn with_rules(self, rules: &[Vec<Expression>]) -> ForeignChain {
         let drops_all = |rule: &Vec<Expression>| {
             rule.contains(&Expression::Drop)
-                && !rule.contains(&Expression::Other)
-                && !rule.contains(&Expression::DnatStatus)
+                && rule.iter().all(|expression| matches!(expression, Expression::Drop | Expression::Neutral))
         };
-        let decides = |rule: &Vec<Expression>| rule.iter().any(|expression| *expression != Expression::Neutral);
-        ForwardChain {
-            filters: self.policy_drops || rules.iter().any(decides),
-            policy_drops: self.policy_drops,
+        let Self { family, table, name, hook, priority, policy_drops } = self;
+        ForeignChain {
+            filters: filters(hook, policy_drops, rules.iter().map(|rule| effect(rule))),
+            policy_drops,
             last_rule_drops: rules.last().is_some_and(drops_all),
             knows_dnat: rules.iter().flatten().any(|expression| *expression == Expression::DnatStatus),
-            mend: format!("nft insert rule {} {} {} ct status dnat accept", self.family, self.table, self.name),
-            name: format!("{} {} {}", self.family, self.table, self.name),
+            mend: format!("nft insert rule {family} {table} {name} ct status dnat accept"),
+            at: FilterChain { table: format!("{family} {table}"), chain: name, hook, priority },
         }
     }
 }
 
-/// As much of an expression as the question needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Expression {
-    /// Drops or rejects.
-    Drop,
-    /// Reads `ct status`.
-    DnatStatus,
-    /// Changes nothing: a counter, a log line.
-    Neutral,
-    Other,
-}
-
-/// The expressions of a rule: NFTA_RULE_EXPRESSIONS { NFTA_LIST_ELEM { NFTA_EXPR_NAME, NFTA_EXPR_DATA } }
-fn expressions(rule: &[u8]) -> Vec<Expression> {
-    let list = attributes(rule).find(|(kind, _)| *kind == 4).map_or(&[][..], |(_, list)| list);
-    attributes(list)
-        .map(|(_, element)| {
-            let value = |wanted| attributes(element).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
-            classify(&value(1).map(text).unwrap_or_default(), value(2).unwrap_or_default())
-        })
-        .collect()
-}
-
-fn classify(name: &str, data: &[u8]) -> Expression {
-    const NFT_CT_STATUS: u32 = 2;
-    let value = |wanted| attributes(data).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
-    match name {
-        "counter" | "log" => Expression::Neutral,
-        "reject" => Expression::Drop,
-        // NFTA_CT_KEY
-        "ct" if value(2).and_then(be32) == Some(NFT_CT_STATUS) => Expression::DnatStatus,
-        // NFTA_IMMEDIATE_DATA { NFTA_DATA_VERDICT { NFTA_VERDICT_CODE } }
-        "immediate" => {
-            let verdict =
-                value(2).and_then(|data| attributes(data).find(|(kind, _)| *kind == 2)).map(|(_, value)| value);
-            let code =
-                verdict.and_then(|verdict| attributes(verdict).find(|(kind, _)| *kind == 1)).map(|(_, code)| code);
-            if code.and_then(be32) == Some(libc::NF_DROP as u32) { Expression::Drop } else { Expression::Other }
-        }
-        // NFTA_TARGET_NAME: what iptables-nft could not translate.
-        "target" if value(1).map(text).is_some_and(|target| target == "REJECT" || target == "DROP") => Expression::Drop,
-        _ => Expression::Other,
+/// `None`: what is handed over passes it as before (`egress`).
+fn hook_of(family: &str, number: u32) -> Option<Hook> {
+    if family == "netdev" {
+        return (number == 0).then_some(Hook::Ingress);
     }
+    Some(match i32::try_from(number).ok()? {
+        libc::NF_INET_PRE_ROUTING => Hook::Prerouting,
+        libc::NF_INET_LOCAL_IN => Hook::Input,
+        libc::NF_INET_FORWARD => Hook::Forward,
+        libc::NF_INET_LOCAL_OUT => Hook::Output,
+        libc::NF_INET_POST_ROUTING => Hook::Postrouting,
+        NF_INET_INGRESS => Hook::Ingress,
+        _ => return None,
+    })
 }
+
+/// `linux/netfilter.h`, v5.10+
+const NF_INET_INGRESS: i32 = 5;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn chain() -> Chain {
-        Chain { family: "ip", table: "filter".into(), name: "FORWARD".into(), policy_drops: false }
+        let (family, table, name) = ("ip", "filter".into(), "FORWARD".into());
+        Chain { family, table, name, hook: Hook::Forward, priority: 0, policy_drops: false }
     }
 
     #[test]
@@ -131,6 +130,8 @@ mod tests {
         );
         assert!(!chain().with_rules(&[vec![DnatStatus, Other], vec![Drop]]).is_in_the_way());
         assert!(!chain().with_rules(&[]).is_in_the_way());
+        let elsewhere = Chain { policy_drops: true, hook: Hook::Input, ..chain() };
+        assert!(!elsewhere.with_rules(&[]).is_in_the_way(), "what is forwarded does not pass it");
     }
 
     #[test]

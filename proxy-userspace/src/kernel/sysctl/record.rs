@@ -9,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Settings, Sysctl, SysctlError};
+use super::{Change, Settings, Sysctl, SysctlError};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Pair {
@@ -62,17 +62,7 @@ pub fn restore(settings: &Settings, path: &Path) -> Result<Vec<Restored>, Sysctl
     for (name, Entry { pair, followed }) in load(path)? {
         match settings.read(&name) {
             Ok(value) if value == pair.set => {
-                // Looked at before the write, which changes them.
-                let ours: Vec<_> = followed
-                    .into_iter()
-                    .filter(|(name, pair)| settings.read(name).is_ok_and(|value| value == pair.set))
-                    .collect();
-                settings.write(&name, &pair.was)?;
-                for (name, pair) in ours {
-                    if settings.read(&name).is_ok_and(|value| value != pair.was) {
-                        settings.write(&name, &pair.was)?;
-                    }
-                }
+                put_back(settings, &name, &pair, followed)?;
                 done.push(Restored::PutBack { name, from: pair.set, to: pair.was });
             }
             Ok(value) if value == pair.was => {}
@@ -80,9 +70,49 @@ pub fn restore(settings: &Settings, path: &Path) -> Result<Vec<Restored>, Sysctl
             Err(_) => done.push(Restored::Gone { name }),
         }
     }
+    remove(path)?;
+    Ok(done)
+}
+
+/// Puts back what a change has set that came to nothing: `changed` is what it was to set. The record forgets those settings.
+pub fn take_back(settings: &Settings, path: &Path, changed: &[Change]) -> Result<(), SysctlError> {
+    let mut record = load(path)?;
+    for Change { name, from, .. } in changed {
+        let is_set =
+            |entry: &Entry| entry.pair.was == *from && settings.read(name).is_ok_and(|value| value == entry.pair.set);
+        if !record.get(name).is_some_and(is_set) {
+            continue;
+        }
+        if let Some(Entry { pair, followed }) = record.remove(name) {
+            put_back(settings, name, &pair, followed)?;
+        }
+    }
+    if record.is_empty() { remove(path) } else { store(path, &record) }
+}
+
+fn put_back(
+    settings: &Settings,
+    name: &Sysctl,
+    pair: &Pair,
+    followed: BTreeMap<Sysctl, Pair>,
+) -> Result<(), SysctlError> {
+    // Looked at before the write, which changes them.
+    let followed = followed.into_iter();
+    let ours: Vec<_> =
+        followed.filter(|(name, pair)| settings.read(name).is_ok_and(|value| value == pair.set)).collect();
+    settings.write(name, &pair.was)?;
+    for (name, pair) in ours {
+        if settings.read(&name).is_ok_and(|value| value != pair.was) {
+            settings.write(&name, &pair.was)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<(), SysctlError> {
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed(path, source)),
-        _ => Ok(done),
+        _ => Ok(()),
     }
 }
 

@@ -239,6 +239,7 @@ impl Owner {
             packets_in,
             packets_out,
             metered: true,
+            not_handed_over: None,
         }
     }
 

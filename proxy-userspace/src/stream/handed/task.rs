@@ -198,7 +198,9 @@ impl Task {
     }
 
     async fn last_words(&mut self) {
-        let _ = self.ended.send(std::mem::take(&mut self.owner.told)).await;
+        if !self.owner.told.is_empty() {
+            let _ = self.ended.send(std::mem::take(&mut self.owner.told)).await;
+        }
     }
 }
 

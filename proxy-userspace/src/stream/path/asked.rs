@@ -102,5 +102,6 @@ fn connection(row: &Row) -> view::Connection {
         packets_in: 0,
         packets_out: 0,
         metered: true,
+        not_handed_over: row.not_handed_over.clone(),
     }
 }

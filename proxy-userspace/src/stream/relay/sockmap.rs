@@ -143,6 +143,15 @@ impl Joined {
         both
     }
 
+    /// [`Self::count`] would find nothing.
+    pub fn is_counted(&self, map: &Sockmap) -> bool {
+        let idle = |lane: &Option<Lane>, place: &Place| {
+            let seen = map.line(place.index).seen();
+            lane.as_ref().is_none_or(|lane| lane.is_counted(&seen) && lane.waits(&seen) <= map.window())
+        };
+        idle(&self.up, &self.places[0]) && idle(&self.down, &self.places[1])
+    }
+
     /// Does what there is to do.
     pub fn turn(
         &mut self,
@@ -163,6 +172,11 @@ impl Joined {
             turn.look |= lane
                 .turn(map.line(back.index), grant, backend, client, down, buffers, &mut turn.down)
                 .map_err(mirrored)?;
+        }
+        if let (Some(there_lane), Some(back_lane)) = (&mut self.up, &mut self.down) {
+            let (there_line, back_line) = (map.line(there.index), map.line(back.index));
+            there_lane.hold_back(there_line, client, up, || back_lane.is_behind(back_line, client, down));
+            back_lane.hold_back(back_line, backend, down, || there_lane.is_behind(there_line, backend, up));
         }
         turn.up.bytes = up.bytes - before.0;
         turn.down.bytes = down.bytes - before.1;

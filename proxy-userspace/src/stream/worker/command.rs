@@ -13,7 +13,7 @@ use std::{
 use proxy_core::{
     config::Engine,
     reason::Reason,
-    session::{Event, Tick},
+    session::{Event, State, Tick},
 };
 use tokio::sync::oneshot;
 
@@ -106,6 +106,7 @@ pub struct Row {
     pub expires: Option<Duration>,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    pub not_handed_over: Option<String>,
 }
 
 impl Worker {
@@ -129,7 +130,7 @@ impl Worker {
         }
     }
 
-    fn apply(&mut self, change: Applied) {
+    pub(super) fn apply(&mut self, change: Applied) {
         for route in change.routes {
             self.serve(route);
         }
@@ -158,7 +159,7 @@ impl Worker {
         }
     }
 
-    fn serve(&mut self, route: Arc<Route>) {
+    pub(super) fn serve(&mut self, route: Arc<Route>) {
         let Some(meter) = route.meters.workers.get(usize::from(self.index)).map(Arc::clone) else { return };
         let slot = Slot {
             name: Arc::clone(&route.meters.name),
@@ -252,7 +253,7 @@ impl Worker {
         }
     }
 
-    fn list(&self, filter: &ConnectionFilter) -> Vec<Row> {
+    pub(super) fn list(&self, filter: &ConnectionFilter) -> Vec<Row> {
         let id = filter.id.as_ref().map(|id| id.parse::<StreamId>().ok());
         let wanted = |flow: &Flow| {
             filter.client.is_none_or(|client| flow.client_address.ip() == client)
@@ -287,6 +288,26 @@ impl Worker {
             expires: flow.session.expires_in(&slot.limits, now),
             bytes_in: flow.up.bytes,
             bytes_out: flow.down.bytes,
+            not_handed_over: self.not_handed_over(flow),
+        }
+    }
+
+    /// `None`: its route does not hand over, or no backend has answered yet.
+    fn not_handed_over(&self, flow: &Flow) -> Option<String> {
+        self.slots[flow.slot].route.as_ref().filter(|route| route.engine == Engine::Handoff)?;
+        match (&flow.handover, flow.session.state()) {
+            (Some(handing), _) => Some(handing.protocol.why()),
+            (None, State::Established { .. } | State::HalfClosed { .. }) => {
+                Some("it began before its route handed connections over".into())
+            }
+            (
+                None,
+                State::Classifying { .. }
+                | State::Handshaking { .. }
+                | State::Dialing { .. }
+                | State::Securing { .. }
+                | State::Closed(_),
+            ) => None,
         }
     }
 }

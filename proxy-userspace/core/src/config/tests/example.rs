@@ -164,6 +164,14 @@ fn the_example_that_is_shipped_is_valid_as_it_is_and_with_every_setting_turned_o
 }
 
 #[test]
+fn the_configuration_in_the_kubernetes_manifest_is_valid() {
+    let manifest = include_str!("../../../../../deploy/daemonset.yaml");
+    let block = manifest.split_once("shunt.toml: |\n").unwrap().1.split("\n---").next().unwrap();
+    let file: String = block.lines().map(|line| format!("{}\n", line.trim_start())).collect();
+    assert_eq!(good(&file).routes.len(), 1);
+}
+
+#[test]
 fn defaults_reach_every_route_and_a_route_overrides_them_key_by_key() {
     for defaults in [
         "[defaults]\nbalance = \"maglev\"\nengine = \"copy\"\nkeepalive = \"extended\"\ntimeouts = { connect = \"5s\", idle = \"never\" }\nlimits = { connections = 7, connections_per_client = 3 }\n",

@@ -22,8 +22,6 @@ pub enum InsertError {
 pub enum HandoffError {
     #[error(transparent)]
     Bpf(#[from] BpfError),
-    #[error("this kernel's verifier refuses the handoff program of a process without CAP_PERFMON")]
-    NoPerfmon,
     #[error("{} is not in a BPF file system", .0.display())]
     NotBpffs(PathBuf),
     #[error("{call} {}", path.display())]
@@ -51,7 +49,6 @@ impl HandoffError {
     pub const fn mend(&self) -> &'static str {
         match self {
             Self::Bpf(error) => error.mend(),
-            Self::NoPerfmon => "give the process CAP_PERFMON beside CAP_BPF and CAP_NET_ADMIN",
             Self::NotBpffs(_) => "mount -t bpf bpf /sys/fs/bpf",
             Self::Pin { .. } => "give the daemon the right to write there; a container needs the host's /sys/fs/bpf",
             Self::Memory(_) => "use a kernel of 5.5 or later, and allow the daemon the memory",

@@ -1,5 +1,5 @@
 //! The interfaces that the program is attached to. A tcx link is pinned under its interface's number; of a clsact filter, which needs no
-//! descriptor to live, a folder of that name with the number remains.
+//! descriptor to live, a folder with the number in its name remains. That name says, too, whether the clsact is ours to take away.
 
 use std::{
     error::Error,
@@ -15,19 +15,20 @@ use aya::programs::{
     tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact},
 };
 
-use super::{HandoffError, object::links_folder};
+use super::{HandoffError, object::links_folder, qdisc};
 
+/// Beginnings of a note's name: of a filter on a clsact that was there, and on one made for it.
 const CLSACT: &str = "clsact-";
-/// Priority and handle of our filter: found again by them.
+const MADE: &str = "made-clsact-";
+/// Priority of our filters: found again by it and [`handle_of`].
 const PRIORITY: u16 = 29_544;
-const HANDLE: TcHandle = TcHandle::new(0, 1);
 const ARPHRD_ETHER: u32 = 1;
 const ARPHRD_LOOPBACK: u32 = 772;
 
 /// How the program is attached to an interface.
 enum Pin {
     Tcx(PathBuf),
-    Clsact(PathBuf),
+    Clsact { note: PathBuf, made: bool },
 }
 
 /// Interfaces with a pin, in order.
@@ -58,7 +59,7 @@ pub fn adopt(program: &mut SchedClassifier, folder: &Path) -> Result<(), Handoff
     for ifindex in attached(folder) {
         let adopted = match find(folder, ifindex) {
             Some(Pin::Tcx(path)) => adopt_tcx(program, &path),
-            Some(Pin::Clsact(_)) => adopt_clsact(program, ifindex),
+            Some(Pin::Clsact { .. }) => adopt_clsact(program, folder, ifindex),
             None => Ok(()),
         };
         if let Err(why) = adopted {
@@ -71,12 +72,15 @@ pub fn adopt(program: &mut SchedClassifier, folder: &Path) -> Result<(), Handoff
 
 /// Detaches the program; nothing to do where it is not.
 pub fn detach(folder: &Path, ifindex: u32) -> Result<(), HandoffError> {
-    if let Some(Pin::Clsact(_)) = find(folder, ifindex)
+    if let Some(Pin::Clsact { made, .. }) = find(folder, ifindex)
         && let Ok(name) = name_of(ifindex)
-        && let Ok(link) = filter_on(&name.to_string_lossy())
+        && let Ok(link) = filter_on(&name.to_string_lossy(), folder)
     {
         // Gone with its interface, or taken away by hand: it is detached.
         let _ = link.detach();
+        if made && let Err(error) = qdisc::remove_unused(ifindex) {
+            tracing::debug!(ifindex, %error, "a clsact without filters stays");
+        }
     }
     // The last reference to a link is its pin.
     remove_pin(folder, ifindex)
@@ -90,14 +94,23 @@ fn attach_tcx(program: &mut SchedClassifier, folder: &Path, ifindex: u32, name: 
     link.pin(links_folder(folder).join(ifindex.to_string())).map(drop).map_err(chain)
 }
 
-fn attach_clsact(program: &mut SchedClassifier, folder: &Path, ifindex: u32, name: &str) -> Result<(), String> {
+/// The way of kernels before 6.6.
+pub fn attach_clsact(program: &mut SchedClassifier, folder: &Path, ifindex: u32, name: &str) -> Result<(), String> {
     // There already, perhaps: then attaching works, or says what is wrong.
-    let _ = qdisc_add_clsact(name);
-    let options = TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None });
-    let id = program.attach_with_options(name, TcAttachType::Ingress, options).map_err(chain)?;
+    let kind = if qdisc_add_clsact(name).is_ok() { MADE } else { CLSACT };
+    let handle = handle_of(folder);
+    let options = TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle, classid: None });
+    let id = match program.attach_with_options(name, TcAttachType::Ingress, options) {
+        Ok(id) => id,
+        // Left by a daemon whose pins are gone, or that died before it had left a note: this one's program takes the place.
+        Err(error) => {
+            let left = filter_on(name, folder).map_err(chain)?;
+            program.attach_to_link(left).map_err(|_| chain(error))?
+        }
+    };
     // Dropped, it would be detached.
     mem::forget(program.take_link(id).map_err(chain)?);
-    fs::create_dir(links_folder(folder).join(format!("{CLSACT}{ifindex}"))).map_err(chain)
+    fs::create_dir(links_folder(folder).join(format!("{kind}{ifindex}"))).map_err(chain)
 }
 
 fn adopt_tcx(program: &mut SchedClassifier, path: &Path) -> Result<(), String> {
@@ -107,21 +120,32 @@ fn adopt_tcx(program: &mut SchedClassifier, path: &Path) -> Result<(), String> {
     program.take_link(id).map(drop).map_err(chain)
 }
 
-fn adopt_clsact(program: &mut SchedClassifier, ifindex: u32) -> Result<(), String> {
+fn adopt_clsact(program: &mut SchedClassifier, folder: &Path, ifindex: u32) -> Result<(), String> {
     let name = name_of(ifindex).map_err(chain)?;
-    let id = program.attach_to_link(filter_on(&name.to_string_lossy()).map_err(chain)?).map_err(chain)?;
+    let id = program.attach_to_link(filter_on(&name.to_string_lossy(), folder).map_err(chain)?).map_err(chain)?;
     mem::forget(program.take_link(id).map_err(chain)?);
     Ok(())
 }
 
-fn filter_on(name: &str) -> Result<SchedClassifierLink, io::Error> {
-    SchedClassifierLink::attached(name, TcAttachType::Ingress, PRIORITY, HANDLE, None)
+fn filter_on(name: &str, folder: &Path) -> Result<SchedClassifierLink, io::Error> {
+    SchedClassifierLink::attached(name, TcAttachType::Ingress, PRIORITY, handle_of(folder), None)
+}
+
+/// The same for each daemon that uses the folder, and another for a second daemon of this network namespace, whose filter is no
+/// business of the first.
+fn handle_of(folder: &Path) -> TcHandle {
+    // FNV-1a, the same in each version.
+    let step = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    let hash = folder.as_os_str().as_encoded_bytes().iter().fold(0x811c_9dc5, step);
+    // 0 has the kernel choose.
+    TcHandle::from(hash | 1)
 }
 
 fn find(folder: &Path, ifindex: u32) -> Option<Pin> {
     let links = links_folder(folder);
-    let (tcx, clsact) = (links.join(ifindex.to_string()), links.join(format!("{CLSACT}{ifindex}")));
-    if tcx.exists() { Some(Pin::Tcx(tcx)) } else { clsact.exists().then_some(Pin::Clsact(clsact)) }
+    let there = |kind: &str| Some(links.join(format!("{kind}{ifindex}"))).filter(|path| path.exists());
+    let clsact = |made| move |note| Pin::Clsact { note, made };
+    there("").map(Pin::Tcx).or_else(|| there(CLSACT).map(clsact(false))).or_else(|| there(MADE).map(clsact(true)))
 }
 
 fn remove_pin(folder: &Path, ifindex: u32) -> Result<(), HandoffError> {
@@ -130,7 +154,7 @@ fn remove_pin(folder: &Path, ifindex: u32) -> Result<(), HandoffError> {
         Some(Pin::Tcx(path)) => {
             fs::remove_file(&path).map_err(|source| HandoffError::Pin { call: "unlink", path, source })
         }
-        Some(Pin::Clsact(path)) => {
+        Some(Pin::Clsact { note: path, .. }) => {
             fs::remove_dir(&path).map_err(|source| HandoffError::Pin { call: "rmdir", path, source })
         }
     }
@@ -142,7 +166,7 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 fn ifindex_of(name: &str) -> Option<u32> {
-    name.strip_prefix(CLSACT).unwrap_or(name).parse().ok()
+    name.strip_prefix(CLSACT).or_else(|| name.strip_prefix(MADE)).unwrap_or(name).parse().ok()
 }
 
 fn name_of(ifindex: u32) -> Result<CString, HandoffError> {

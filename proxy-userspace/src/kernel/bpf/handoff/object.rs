@@ -55,22 +55,8 @@ fn load_with(loader: &mut EbpfLoader<'_>, sizes: Sizes) -> Result<Ebpf, HandoffE
     loader.map_max_entries("ENTRIES", sizes.flows.saturating_mul(2));
     loader.map_max_entries("EVENTS", sizes.events);
     let mut object = loader.load(OBJECT).map_err(BpfError::from_load)?;
-    match program(&mut object)?.load().map_err(BpfError::from_program) {
-        Ok(()) => Ok(object),
-        Err(BpfError::Verifier { .. }) if lacks_perfmon() => Err(HandoffError::NoPerfmon),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Without `CAP_PERFMON` the verifier also walks what a CPU might speculate, and refuses what that might read: more in one kernel than
-/// in another.
-fn lacks_perfmon() -> bool {
-    const CAP_SYS_ADMIN: u64 = 1 << 21;
-    const CAP_PERFMON: u64 = 1 << 38;
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(u64::MAX);
-    effective & (CAP_SYS_ADMIN | CAP_PERFMON) == 0
+    program(&mut object)?.load().map_err(BpfError::from_program)?;
+    Ok(object)
 }
 
 /// The program of a loaded object.

@@ -101,6 +101,48 @@ fn a_daemon_that_comes_after_finds_the_flows_and_the_interfaces_and_nothing_is_l
     });
 }
 
+/// What `tc` says in the namespace of this thread.
+fn tc(arguments: &str) -> String {
+    let output = std::process::Command::new("tc").args(arguments.split_whitespace()).output().expect("start tc");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn before_tcx_a_filter_is_attached_found_again_and_its_clsact_goes_with_the_last_filter_where_it_was_made_for_it() {
+    const LOOPBACK: u32 = 1;
+    in_a_namespace(|folder| {
+        let other = folder.with_file_name("another-daemon");
+        let mut loaded: Vec<_> = (0..3).map(|_| object::load(SIZES).expect("loaded")).collect();
+        let mut attach = |nth: usize, folder: &Path| {
+            links::attach_clsact(object::program(&mut loaded[nth]).expect("the program"), folder, LOOPBACK, "lo")
+        };
+        let filters = || tc("filter show dev lo ingress").matches("direct-action").count();
+        let clsact = || tc("qdisc show dev lo").contains("clsact");
+        for folder in [folder, &other] {
+            object::make_folder(folder).expect("a folder");
+        }
+        attach(0, folder).expect("attached");
+        assert_eq!((links::attached(folder), filters(), clsact()), (vec![LOOPBACK], 1, true));
+        // A second daemon of this namespace does not take the place of the first.
+        attach(1, &other).expect("attached beside it");
+        assert_eq!(filters(), 2);
+        links::detach(folder, LOOPBACK).expect("detached");
+        assert_eq!((links::attached(folder), filters(), clsact()), (vec![], 1, true), "the other's is left alone");
+        // The first again; it dies before it has left a note, and its next life takes over what it finds.
+        attach(0, folder).expect("attached");
+        links::detach(&other, LOOPBACK).expect("detached");
+        std::fs::remove_dir(object::links_folder(folder).join("clsact-1")).expect("the note");
+        attach(2, folder).expect("attached in its place");
+        assert_eq!(filters(), 1);
+        links::detach(folder, LOOPBACK).expect("detached");
+        assert_eq!((filters(), clsact()), (0, true), "whose it was is not known any more");
+        tc("qdisc del dev lo clsact");
+        attach(1, folder).expect("attached");
+        links::detach(folder, LOOPBACK).expect("detached");
+        assert!(!clsact(), "made for the filter, and gone with it");
+    });
+}
+
 #[test]
 fn a_full_table_and_ports_that_are_taken_are_refused_and_leave_nothing_behind() {
     in_a_namespace(|folder| {

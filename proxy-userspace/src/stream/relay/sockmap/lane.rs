@@ -46,7 +46,12 @@ pub struct Lane {
     grant: Grant,
     granted: u64,
     epoch: u64,
+    /// The window that the peer of `from` had before it was held back.
+    held_back: Option<i32>,
 }
+
+/// So many unread bytes are too many when nothing but a kernel thread's turn would close the window.
+const TOO_MANY: u64 = 4 << 20;
 
 /// Who moves the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +74,7 @@ impl Lane {
             grant: Grant::None,
             granted: 0,
             epoch: 0,
+            held_back: None,
         })
     }
 
@@ -80,6 +86,11 @@ impl Lane {
     /// Bytes that were passed and that the daemon has not read.
     pub fn waits(&self, seen: &Seen) -> u64 {
         seen.passed.saturating_sub(self.taken)
+    }
+
+    /// Nothing has been redirected since.
+    pub fn is_counted(&self, seen: &Seen) -> bool {
+        seen.redirected == self.counted
     }
 
     pub fn count(&mut self, way: &mut Way, seen: &Seen) {
@@ -127,6 +138,28 @@ impl Lane {
         Ok(look && !moved.finished)
     }
 
+    /// After a turn: holds the peer back when what it sends piles up behind what is redirected the other way (`behind`). The kernel charges
+    /// such bytes to nobody, so that the window stays open, until its thread has had its turn, which a busy machine delays.
+    pub fn hold_back(&mut self, line: Line<'_>, from: &Socket, way: &Way, behind: impl FnOnce() -> bool) {
+        let seen = line.seen();
+        if self.is_quiet() || self.held_back.is_some() || seen.passed == self.dealt(way) {
+            return;
+        }
+        if self.waits(&seen) > TOO_MANY && behind() {
+            self.held_back = tcp::hold_back(from).ok();
+            return;
+        }
+        // Nothing else tells of what comes there.
+        self.epoch += 1;
+        line.allow(self.granted, u64::MAX, self.epoch);
+    }
+
+    /// What was redirected has not all reached the socket `to`.
+    pub fn is_behind(&self, line: Line<'_>, to: &Socket, way: &Way) -> bool {
+        let expected = self.expected(line.seen().redirected, way);
+        tcp::written(to).is_ok_and(|written| written < expected)
+    }
+
     /// While something is passed and not relayed the kernel redirects nothing; now it will not when all is relayed, either.
     fn revoke(&mut self, line: Line<'_>, seen: &Seen) {
         if self.is_quiet() {
@@ -155,7 +188,11 @@ impl Lane {
         }
         let before = line.seen().passed;
         let info = tcp::info(from).map_err(|_| Broken::From)?;
-        // A reset is the end of a socket without a FIN that would be counted.
+        // Of a socket that was reset nobody can say whether a FIN is counted, and so not which byte is the first. Who resets
+        // does not expect that what was under way arrives.
+        if info.finished && tcp::has_failed(from) {
+            return Err(Broken::From.into());
+        }
         let new = info.received.saturating_sub(self.read + u64::from(info.finished));
         if line.seen().passed != before {
             return Ok(false);
@@ -194,6 +231,10 @@ impl Lane {
         line.set_relayed(self.dealt(way));
         if !flushed {
             return Ok(false);
+        }
+        // Before anything is read: reading is what tells the peer of the wider window.
+        if let Some(window) = self.held_back.take() {
+            let _ = tcp::let_go(&*from, window);
         }
         let mut turn = TURN;
         loop {
