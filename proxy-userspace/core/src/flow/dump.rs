@@ -1,7 +1,7 @@
 //! Dumps: live counters, and what events have missed.
 
 use std::{
-    num::{NonZeroU32, NonZeroU64},
+    num::{NonZeroU16, NonZeroU64},
     time::Duration,
 };
 
@@ -95,7 +95,7 @@ impl FlowTable {
                 *oldest = record.start.min(*oldest);
                 let silent_for = |after| now.mono.saturating_sub(record.last_activity) >= after;
                 // What an adopted flow's silence was is a guess until the next dump.
-                let known = record.adopted_by != NonZeroU32::new(self.dumping);
+                let known = record.adopted_by != NonZeroU16::new(self.dumping as u16);
                 if known && !record.warned && tally.info.idle_warning.is_some_and(silent_for) {
                     record.warned = true;
                     self.silent.push(id);
@@ -128,7 +128,7 @@ impl FlowTable {
     /// timeout than the route's while data is unacknowledged (`nf_conntrack_tcp_timeout_unacknowledged`).
     fn adopt(&mut self, id: FlowId, entry: &Entry, now: Now) {
         let Some(record) = self.flows.get_mut(&id) else { return };
-        record.adopted_by = NonZeroU32::new(self.dumping);
+        record.adopted_by = NonZeroU16::new(self.dumping as u16);
         let Some(tally) = self.tallies.get(&record.route).filter(|tally| tally.info.kernel_timeouts) else { return };
         let (Some(limit), Some(left)) = (tally.info.idle, entry.timeout) else { return };
         let idle = limit.saturating_sub(Duration::from_secs(u64::from(left)));

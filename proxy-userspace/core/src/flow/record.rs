@@ -4,7 +4,7 @@ use std::{
     fmt,
     hash::{BuildHasherDefault, Hasher},
     net::{IpAddr, SocketAddr},
-    num::{NonZeroU32, NonZeroU64},
+    num::{NonZeroU16, NonZeroU64},
     str::FromStr,
     sync::Arc,
     time::Duration,
@@ -221,8 +221,8 @@ pub struct Record {
     pub(super) expires: Option<Duration>,
     /// The last full dump that had the entry.
     pub(super) generation: u32,
-    /// The dump that added it, before its `New` was heard: that event may still be on its way.
-    pub(super) adopted_by: Option<NonZeroU32>,
+    /// The dump that added it, by the low bits of its number, before its `New` was heard: that event may still be on its way.
+    pub(super) adopted_by: Option<NonZeroU16>,
     /// The kernel's clock at a moment when it was there, nanoseconds since the epoch: at its beginning, which dumps tell, or
     /// at its end. What begins later under its id is another connection.
     pub(super) seen_ns: Option<NonZeroU64>,

@@ -229,7 +229,7 @@ impl FlowTable {
         let id = FlowId::of(entry);
         let now = now.back_to(entry.event_ns);
         if let Some(record) = self.flows.get_mut(&id)
-            && record.adopted_by.take().is_some_and(|dump| dump.get() == self.dumping)
+            && record.adopted_by.take().is_some_and(|dump| dump.get() == self.dumping as u16)
         {
             return;
         }

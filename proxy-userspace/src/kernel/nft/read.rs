@@ -305,8 +305,8 @@ pub fn counters(socket: &mut NetlinkSocket, name: &str) -> Result<Vec<(Key, Coun
 /// Elements asked for at once: as many messages come back, and each waits in a page of its own until it is read.
 const ASKED_AT_ONCE: usize = 256;
 
-/// Of these elements only, in any order. The kernel answers with a message for each, which costs it as much as some ten
-/// elements of a dump.
+/// Of these elements only, in any order. The kernel answers with a message for each (`nft_get_set_elem`), where a dump has many
+/// in one.
 pub fn some_counters(socket: &mut NetlinkSocket, name: &str, keys: &[Key]) -> Result<Vec<(Key, Counter)>, NftError> {
     let names = [(element::LIST_TABLE, TABLE), (element::LIST_SET, name)];
     let mut counters = Vec::with_capacity(keys.len());
