@@ -22,7 +22,7 @@ use proxy_userspace::{
     kernel::bpf::handoff::{Found, HandoffStore, MemoryHandoffs},
     stream::{
         Change, Ended, Options, RouteSpec, StreamCommand, StreamId, StreamPath, Streams, handed::Store,
-        handover::RESERVED,
+        handover::{RESERVED, WHEN},
     },
 };
 use tokio::sync::{mpsc, oneshot};
@@ -337,7 +337,7 @@ fn a_connection_that_is_handed_over_leaves_without_a_word() {
     for _ in 0..16 {
         let mut stream = served.connect();
         stream.write_all(b"hello").expect("it writes");
-        thread::sleep(Duration::from_millis(30));
+        thread::sleep(WHEN.age + Duration::from_millis(50));
         stream.shutdown(Shutdown::Both).expect("it ends");
     }
     let mut stream = served.connect();

@@ -64,6 +64,13 @@ pub fn when() -> When {
     When { bytes, age: Duration::from_millis(age) }
 }
 
+impl HandoffEngine {
+    /// For one worker. Sockets of its own: opened with the engine, so that what a daemon holds does not depend on what has happened.
+    pub fn paths(&self) -> Option<Paths> {
+        self.on.clone().and_then(Paths::open)
+    }
+}
+
 impl fmt::Debug for HandoffEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HandoffEngine").field("used", &self.store.used()).finish_non_exhaustive()

@@ -178,7 +178,7 @@ impl Worker {
             told: Vec::new(),
             tell_at: None,
             accept_at: None,
-            paths: None,
+            paths: shared.handoff.as_ref().and_then(HandoffEngine::paths),
             random: 0x9e37_79b9_7f4a_7c15 ^ u64::from(index) << 32 ^ wall().as_nanos() as u64,
             gone_since_trim: 0,
             stopping: false,

@@ -119,7 +119,10 @@ impl Worker {
                     let _ = done.send(());
                 }
                 Command::Join(map) => self.take_maps(*map),
-                Command::HandOver(engine) => self.shared.handoff = Some(*engine),
+                Command::HandOver(engine) => {
+                    self.paths = engine.paths();
+                    self.shared.handoff = Some(*engine);
+                }
                 Command::List { filter, reply } => {
                     self.count_all();
                     drop(reply.send(self.list(&filter)));
