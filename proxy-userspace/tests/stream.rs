@@ -21,7 +21,8 @@ use proxy_userspace::{
     control::ConnectionFilter,
     kernel::bpf::handoff::{Found, HandoffStore, MemoryHandoffs},
     stream::{
-        Change, Ended, Options, RouteSpec, StreamCommand, StreamId, StreamPath, Streams, handed::Store,
+        Change, Ended, Options, RouteSpec, StreamCommand, StreamId, StreamPath, Streams,
+        handed::Store,
         handover::{RESERVED, WHEN},
     },
 };

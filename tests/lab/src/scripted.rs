@@ -62,6 +62,8 @@ impl Behaviour {
 pub enum Start {
     AtOnce,
     AfterClientFinished,
+    /// Says the first so many bytes back and begins with the next byte; none of them counts as received.
+    AfterSayingBack(usize),
 }
 
 /// A connection that has ended, as the server saw it.

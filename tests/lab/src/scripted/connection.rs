@@ -156,12 +156,16 @@ impl Life<'_> {
             stream.shutdown(Shutdown::Write)?;
             Ok(bytes)
         };
+        if let Start::AfterSayingBack(first) = start {
+            io::copy(&mut stream.take(first as u64), &mut &*stream)?;
+            (&*stream).read_exact(&mut [0])?;
+        }
         match start {
             Start::AfterClientFinished => {
                 self.read_to_end()?;
                 self.sent = send()?;
             }
-            Start::AtOnce => {
+            Start::AtOnce | Start::AfterSayingBack(_) => {
                 self.sent = thread::scope(|scope| {
                     let sender = scope.spawn(send);
                     let received = self.read_to_end();
