@@ -52,7 +52,7 @@ fn each_direction_flows_to_its_end_after_the_other_has_closed() -> Result<()> {
             ensure!(received == pattern::send(&mut std::io::sink(), 7, BYTES)?, "backend → client: {received:?}");
             let reason = match start {
                 Start::AfterClientFinished => "finished_client_first",
-                Start::AtOnce => "finished_backend_first",
+                Start::AtOnce | Start::AfterSayingBack(_) => "finished_backend_first",
             };
             shunt.wait_ended(relay.route(), &[(reason, 1)], SOON)?;
             let route = shunt.route(relay.route())?;
