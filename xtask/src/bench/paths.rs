@@ -19,6 +19,8 @@ pub const RULE_COUNTED: &str = include_str!("../../bench/peers/rule-counted.nft"
 const HAPROXY: &str = include_str!("../../bench/peers/haproxy.cfg");
 const NGINX: &str = include_str!("../../bench/peers/nginx.conf");
 pub const SHUNT: &str = include_str!("../../bench/peers/shunt.toml");
+/// Hears once of each connection and writes nowhere. The kernel may queue as many bytes for it as for shunt.
+const LISTENER: &str = "exec conntrack -E -p tcp -e NEW,DESTROY -b 33554432 > /dev/null";
 
 /// One way from the client to the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, ValueEnum)]
@@ -30,6 +32,8 @@ pub enum PathKind {
     Rule,
     /// The same with what counts: nf_conntrack_acct, and counters for each port and direction
     RuleCounted,
+    /// … and with who hears of each connection: `conntrack -E`
+    RuleLogged,
     /// shunt, nft engine, with accounting
     Shunt,
     /// shunt, engine = "copy", a worker per core
@@ -49,10 +53,11 @@ pub enum PathKind {
 }
 
 impl PathKind {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Plain,
         Self::Rule,
         Self::RuleCounted,
+        Self::RuleLogged,
         Self::Shunt,
         Self::Copy,
         Self::Splice,
@@ -71,6 +76,7 @@ impl PathKind {
             Self::Plain => "plain routing",
             Self::Rule => "nft rule",
             Self::RuleCounted => "nft rule, counted",
+            Self::RuleLogged => "nft rule, counted and logged",
             Self::Shunt => "shunt nft",
             Self::Copy => "shunt copy",
             Self::Splice => "shunt splice",
@@ -107,6 +113,7 @@ pub struct RunningPath {
 enum Forwarder {
     Routing,
     Rule,
+    Logged(Running),
     Program(Running),
     Shunt(Box<Shunt>),
 }
@@ -115,7 +122,7 @@ impl RunningPath {
     /// Starts `kind` on the lab's gateway, which must be as [`Self::stop`] leaves it. `shunt`: the daemon's binary.
     pub fn start(kind: PathKind, lab: &Lab, shunt: Option<&Path>) -> Result<Self> {
         // shunt turns it on itself.
-        let counted = if kind == PathKind::RuleCounted { "1" } else { "0" };
+        let counted = if matches!(kind, PathKind::RuleCounted | PathKind::RuleLogged) { "1" } else { "0" };
         lab.gateway().set_sysctl("net.netfilter.nf_conntrack_acct", counted)?;
         let forwarder = match kind {
             PathKind::Plain => Forwarder::Routing,
@@ -123,6 +130,12 @@ impl RunningPath {
                 let script = if kind == PathKind::Rule { RULE } else { RULE_COUNTED };
                 kernel::nft_load(lab.gateway(), lab.dir(), script)?;
                 Forwarder::Rule
+            }
+            PathKind::RuleLogged => {
+                kernel::nft_load(lab.gateway(), lab.dir(), RULE_COUNTED)?;
+                let mut listener = lab.gateway().command("sh");
+                listener.args(["-c", LISTENER]);
+                Forwarder::Logged(Running::start("listener", listener, lab.dir())?)
             }
             PathKind::Haproxy | PathKind::HaproxyCopy => {
                 let without = HAPROXY.replace("    option splice-auto\n", "");
@@ -163,7 +176,7 @@ impl RunningPath {
     pub fn pids(&self) -> Result<Vec<u32>> {
         match &self.forwarder {
             Forwarder::Routing | Forwarder::Rule => Ok(Vec::new()),
-            Forwarder::Program(running) => with_children(running.pid()),
+            Forwarder::Program(running) | Forwarder::Logged(running) => with_children(running.pid()),
             Forwarder::Shunt(shunt) => Ok(vec![shunt.pid()?]),
         }
     }
@@ -172,8 +185,10 @@ impl RunningPath {
     pub fn stop(self, lab: &Lab) -> Result<()> {
         match self.forwarder {
             Forwarder::Routing => {}
-            Forwarder::Rule => {
-                run(lab.gateway().command("nft").args(["delete", "table", "ip", "by_hand"])).map(drop)?
+            Forwarder::Rule => delete_by_hand(lab)?,
+            Forwarder::Logged(log) => {
+                drop(log);
+                delete_by_hand(lab)?;
             }
             Forwarder::Program(running) => drop(running),
             Forwarder::Shunt(mut shunt) => {
@@ -183,6 +198,10 @@ impl RunningPath {
         }
         kernel::conntrack_flush(lab.gateway())
     }
+}
+
+fn delete_by_hand(lab: &Lab) -> Result<()> {
+    run(lab.gateway().command("nft").args(["delete", "table", "ip", "by_hand"])).map(drop)
 }
 
 /// CPU seconds the forwarding processes have used.

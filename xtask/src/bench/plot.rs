@@ -88,6 +88,7 @@ fn colour(path: PathKind) -> RGBColor {
         PathKind::Plain => RGBColor(205, 210, 218),
         PathKind::Rule => RGBColor(150, 170, 195),
         PathKind::RuleCounted => RGBColor(115, 140, 170),
+        PathKind::RuleLogged => RGBColor(80, 110, 150),
         PathKind::Shunt => RGBColor(20, 90, 160),
         PathKind::Copy => RGBColor(70, 140, 200),
         PathKind::Splice => RGBColor(110, 170, 220),
