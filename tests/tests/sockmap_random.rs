@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use shunt_lab::{CLIENT, Lab, Shunt, dialog::reset, link, patiently, pattern::Pattern, relay::Relay, wait_for};
+use shunt_lab::{CLIENT, Dice, Lab, Shunt, dialog::reset, link, patiently, pattern::Pattern, relay::Relay, wait_for};
 use socket2::SockRef;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -26,43 +26,12 @@ const IN_ROUND: u32 = 10;
 const GREETINGS: u64 = 20;
 const AT_ONCE: u64 = 24;
 
-/// xorshift64*, so that a failure can be had again from its seed.
-#[derive(Debug, Clone)]
-struct Dice(u64);
-
-impl Dice {
-    fn new(seed: u64) -> Self {
-        let mut dice = Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        dice.roll(1);
-        dice.roll(1);
-        dice
-    }
-
-    /// 0 up to, not including, `sides`.
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16) % sides
-    }
-
-    fn one_in(&mut self, sides: u64) -> bool {
-        self.roll(sides) == 0
-    }
-
-    /// Small ones are as likely as large ones.
-    fn size(&mut self, most: u64) -> u64 {
-        let digits = self.roll(u64::from(most.ilog2()) + 1);
-        self.roll(1 << digits)
-    }
-
-    /// Mostly none.
-    fn pause(&mut self) {
-        match self.roll(400) {
-            0 => thread::sleep(Duration::from_millis(self.roll(400))),
-            1..40 => thread::sleep(Duration::from_micros(self.roll(3000))),
-            _ => {}
-        }
+/// Mostly none.
+fn pause(dice: &mut Dice) {
+    match dice.roll(400) {
+        0 => thread::sleep(Duration::from_millis(dice.roll(400))),
+        1..40 => thread::sleep(Duration::from_micros(dice.roll(3000))),
+        _ => {}
     }
 }
 
@@ -122,7 +91,7 @@ fn send(mut stream: &TcpStream, part: Part) -> Result<bool> {
             Err(error) if is_reset(&error) => return Ok(true),
             Err(error) => return Err(error).with_context(|| format!("sending, after {sent} of {last}")),
         }
-        dice.pause();
+        pause(&mut dice);
     }
     if part.resets_at.is_some() {
         return Ok(false);
@@ -157,7 +126,7 @@ fn receive(mut stream: &TcpStream, own: Part, from: Part) -> Result<Seen> {
             Err(error) if is_reset(&error) => return Ok(Seen { received: received as u64, finished: false }),
             Err(error) => return Err(error).with_context(|| format!("receiving, after {received} of {}", from.bytes)),
         }
-        dice.pause();
+        pause(&mut dice);
     }
 }
 

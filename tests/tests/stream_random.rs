@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use shunt_lab::{
-    Lab, Shunt, link, patiently,
+    Dice, Lab, Shunt, link, patiently,
     pattern::{Digested, Pattern, Running},
     relay::{Relay, on_each},
 };
@@ -17,37 +17,6 @@ use shunt_lab::{
 const SOON: Duration = Duration::from_secs(10);
 /// More than it takes for a connection to be moved to splice, now and then.
 const MOST: u64 = 9 << 20;
-
-/// xorshift64*, so that a failure can be had again from its seed.
-#[derive(Debug, Clone)]
-struct Dice(u64);
-
-impl Dice {
-    fn new(seed: u64) -> Self {
-        let mut dice = Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        dice.roll(1);
-        dice.roll(1);
-        dice
-    }
-
-    /// 0 up to, not including, `sides`.
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % sides
-    }
-
-    fn one_in(&mut self, sides: u64) -> bool {
-        self.roll(sides) == 0
-    }
-
-    /// Small ones are as likely as large ones.
-    fn size(&mut self, most: u64) -> u64 {
-        let digits = self.roll(u64::from(most.ilog2()) + 1) as u32;
-        self.roll(1 << digits).min(most)
-    }
-}
 
 /// Sends so many bytes of the pattern, in pieces and with pauses, then finishes.
 fn send(mut stream: &TcpStream, seed: u64, bytes: u64, mut dice: Dice) -> Result<Digested> {

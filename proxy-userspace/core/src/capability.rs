@@ -43,8 +43,6 @@ pub enum Handoff {
     NotPermitted,
     /// Neither tcx (v6.6+) nor clsact.
     NoTc,
-    /// No `bpf_redirect_neigh` (v5.10+).
-    NoRedirect,
     /// No BPF file system that may be written to.
     NoBpffs,
     /// The check that failed, in its own words.

@@ -142,7 +142,7 @@ pub(super) fn handoff(found: &Handoff) -> Check {
             "run with CAP_BPF, CAP_NET_ADMIN and CAP_NET_RAW, before Linux 5.11 with LimitMEMLOCK=infinity too; splice serves these \
              routes meanwhile"
         }
-        Handoff::NoTc | Handoff::NoRedirect => "use a newer kernel; splice serves these routes meanwhile",
+        Handoff::NoTc => "use a newer kernel; splice serves these routes meanwhile",
         Handoff::NoBpffs => {
             "mount -t bpf bpf /sys/fs/bpf, and let the process write there; splice serves these routes meanwhile"
         }

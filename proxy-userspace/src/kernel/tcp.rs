@@ -1,6 +1,7 @@
 //! What the kernel says of a TCP socket: how far each direction is, to the byte.
 
 mod again;
+mod option;
 
 use std::{
     ffi::c_int,
@@ -14,6 +15,7 @@ use rustix::{
 };
 
 pub use again::say_again;
+use option::{get, set};
 
 /// Of `struct tcp_info` (`linux/tcp.h`), which only ever grows at its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,9 +133,9 @@ pub fn force_send_room(socket: impl AsFd, bytes: u32) -> Result<(), Errno> {
 /// Lets the peer send what its window allows already, and beyond that two segments at a time. The window it could have had, for
 /// [`let_go`].
 pub fn hold_back(socket: impl AsFd) -> Result<c_int, Errno> {
-    let before = get(&socket, libc::TCP_WINDOW_CLAMP)?;
+    let before: c_int = get(&socket, libc::TCP_WINDOW_CLAMP)?;
     // With less than two a sender waits for more, and is told of it by the next read only when it is twice as much.
-    let segments = 2 * get(&socket, libc::TCP_MAXSEG)?;
+    let segments = 2 * get::<c_int>(&socket, libc::TCP_MAXSEG)?;
     set(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, segments)?;
     Ok(before)
 }
@@ -141,35 +143,6 @@ pub fn hold_back(socket: impl AsFd) -> Result<c_int, Errno> {
 /// Takes it back. The peer hears of it when something is read next.
 pub fn let_go(socket: impl AsFd, window: c_int) -> Result<(), Errno> {
     set(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, window)
-}
-
-/// An option of TCP.
-fn get(socket: impl AsFd, option: c_int) -> Result<c_int, Errno> {
-    let (mut value, mut length): (c_int, _) = (0, size_of::<c_int>() as libc::socklen_t);
-    // SAFETY: both options are one `int`.
-    check(unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            option,
-            (&raw mut value).cast(),
-            &raw mut length,
-        )
-    })?;
-    Ok(value)
-}
-
-fn set(socket: impl AsFd, level: c_int, option: c_int, value: c_int) -> Result<(), Errno> {
-    // SAFETY: each of the options is one `int`.
-    check(unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            level,
-            option,
-            (&raw const value).cast(),
-            size_of::<c_int>() as libc::socklen_t,
-        )
-    })
 }
 
 fn check(result: c_int) -> Result<(), Errno> {

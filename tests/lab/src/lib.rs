@@ -29,6 +29,7 @@ mod acme;
 pub mod cable;
 pub mod capture;
 pub mod dialog;
+mod dice;
 pub mod frame;
 pub mod hello;
 mod host;
@@ -56,6 +57,7 @@ mod wait;
 pub mod wire;
 
 pub use acme::{AcmeCa, AcmeOptions, from_base64url};
+pub use dice::Dice;
 pub use host::Host;
 pub use pins::Pins;
 pub use process::{Running, run};

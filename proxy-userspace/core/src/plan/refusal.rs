@@ -166,7 +166,6 @@ impl fmt::Display for Handoff {
                 "CAP_BPF, CAP_NET_ADMIN or CAP_NET_RAW is missing, or before Linux 5.11 RLIMIT_MEMLOCK is too low",
             ),
             Self::NoTc => f.write_str("this kernel has neither tcx (Linux 6.6) nor clsact (CONFIG_NET_CLS_ACT)"),
-            Self::NoRedirect => f.write_str("this kernel has no bpf_redirect_neigh (Linux 5.10)"),
             Self::NoBpffs => {
                 f.write_str("there is no BPF file system that may be written to (mount -t bpf bpf /sys/fs/bpf)")
             }

@@ -4,10 +4,12 @@ use std::{
     ffi::c_int,
     io,
     net::{SocketAddr, TcpStream},
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
 use rustix::net::{AddressFamily, SocketType, bind, connect, ipproto, socket};
+
+use super::option::{get, set};
 
 const RECEIVE_QUEUE: c_int = 1;
 const SEND_QUEUE: c_int = 2;
@@ -23,7 +25,7 @@ const SCALES: usize = 6;
 /// numbers of the last `back` that were sent. All of them must have been acknowledged.
 pub fn say_again(stream: TcpStream, back: u32) -> io::Result<TcpStream> {
     let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
-    set(&stream, libc::TCP_REPAIR, 1)?;
+    set(&stream, libc::IPPROTO_TCP, libc::TCP_REPAIR, 1)?;
     let sent = sequence(&stream, SEND_QUEUE)?;
     let received = sequence(&stream, RECEIVE_QUEUE)?;
     let window: [u32; 5] = get(&stream, libc::TCP_REPAIR_WINDOW)?;
@@ -35,9 +37,9 @@ pub fn say_again(stream: TcpStream, back: u32) -> io::Result<TcpStream> {
 
     let again = fresh(local, peer, [(SEND_QUEUE, sent.wrapping_sub(back)), (RECEIVE_QUEUE, received)])?;
     let options = [MAXIMUM_SEGMENT, segment, WINDOW_SCALE, scales];
-    set(&again, libc::TCP_REPAIR_OPTIONS, options)?;
-    set(&again, libc::TCP_REPAIR_WINDOW, window)?;
-    set(&again, libc::TCP_REPAIR, OFF_SILENTLY)?;
+    set(&again, libc::IPPROTO_TCP, libc::TCP_REPAIR_OPTIONS, options)?;
+    set(&again, libc::IPPROTO_TCP, libc::TCP_REPAIR_WINDOW, window)?;
+    set(&again, libc::IPPROTO_TCP, libc::TCP_REPAIR, OFF_SILENTLY)?;
     let again = TcpStream::from(again);
     again.set_nonblocking(true)?;
     again.set_nodelay(true)?;
@@ -48,54 +50,17 @@ pub fn say_again(stream: TcpStream, back: u32) -> io::Result<TcpStream> {
 fn fresh(local: SocketAddr, peer: SocketAddr, queues: [(c_int, u32); 2]) -> io::Result<OwnedFd> {
     let family = if local.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let fresh = socket(family, SocketType::STREAM, Some(ipproto::TCP))?;
-    set(&fresh, libc::TCP_REPAIR, 1)?;
+    set(&fresh, libc::IPPROTO_TCP, libc::TCP_REPAIR, 1)?;
     bind(&fresh, &local)?;
     for (queue, at) in queues {
-        set(&fresh, libc::TCP_REPAIR_QUEUE, queue)?;
-        set(&fresh, libc::TCP_QUEUE_SEQ, at)?;
+        set(&fresh, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, queue)?;
+        set(&fresh, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, at)?;
     }
     connect(&fresh, &peer)?;
     Ok(fresh)
 }
 
 fn sequence(socket: &impl AsFd, queue: c_int) -> io::Result<u32> {
-    set(socket, libc::TCP_REPAIR_QUEUE, queue)?;
-    get(socket, libc::TCP_QUEUE_SEQ)
+    set(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR_QUEUE, queue)?;
+    Ok(get(socket, libc::TCP_QUEUE_SEQ)?)
 }
-
-/// An option that is made of integers alone.
-fn set<T: Integers>(socket: &impl AsFd, option: c_int, value: T) -> io::Result<()> {
-    // SAFETY: `value` is as long as it is said to be, and outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            option,
-            (&raw const value).cast(),
-            size_of::<T>() as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-fn get<T: Integers + Default>(socket: &impl AsFd, option: c_int) -> io::Result<T> {
-    let (mut value, mut length) = (T::default(), size_of::<T>() as libc::socklen_t);
-    // SAFETY: `value` has room for `length` bytes, outlives the call, and any bytes are a value of it.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            option,
-            (&raw mut value).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
-}
-
-trait Integers {}
-impl Integers for c_int {}
-impl Integers for u32 {}
-impl Integers for [u32; 4] {}
-impl Integers for [u32; 5] {}
-impl Integers for [u8; 8] {}
